@@ -1,0 +1,81 @@
+# Two commands for a newcomer: `make train` and `make test`. They print what they run, so that
+# any line can be typed by hand. The packages go into $(VENV), in the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/digits.yaml
+ARGS ?=
+# Processes that run tests at the same time; a system test starts up to 4 ranks of its own.
+JOBS ?= 2
+
+BIN = $(VENV)/bin
+# One rank for every GPU that torch can use, else 2 on the CPU.
+RANKS ?= $(or $(shell $(BIN)/python -c "import torch; print(torch.cuda.is_available() and torch.cuda.device_count() or 2)" 2>/dev/null),2)
+# A new run gets a new directory: runs/digits-1, runs/digits-2, ...
+STEM = $(basename $(notdir $(CONFIG)))
+LAST = $(shell ls runs 2>/dev/null | sed -n 's/^$(STEM)-\([0-9][0-9]*\)$$/\1/p' | sort -n | tail -n 1)
+RUN ?= runs/$(STEM)-$(shell expr 0$(LAST) + 1)
+
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help train test test-all lint
+
+help:
+	@echo 'make train     train on real data: creates $(VENV) at the first call, then starts torchrun'
+	@echo 'make test      lint, type check and the tests that cover everything in a few minutes'
+	@echo 'make test-all  the same with the long tests'
+	@echo 'make lint      ruff and mypy alone'
+	@echo
+	@echo 'make train RANKS=4                        processes (default: every GPU, else 2 on the CPU)'
+	@echo 'make train CONFIG=configs/digits.yaml     the config file'
+	@echo 'make train ARGS="OPTIM.LR 0.05"           more options and KEY VALUE overrides'
+	@echo 'make train RUN=runs/mine                  the run directory (default: the next free number)'
+	@echo 'make train RUN=runs/mine ARGS=--resume    go on with an interrupted run'
+	@echo 'make train PYTHON=python3.12 VENV=.venv   the Python that creates the environment, and where'
+
+train: $(VENV)/.installed-examples
+	$(BIN)/torchrun --standalone --nproc-per-node=$(RANKS) tools/train.py --config-file $(CONFIG) OUTPUT_DIR $(RUN)$(if $(ARGS), $(ARGS))
+	@if [ -d $(RUN) ]; then \
+	    echo; \
+	    echo 'The run is in $(RUN):'; \
+	    echo '    $(RUN)/metrics.jsonl     one record a line: what was measured, and when'; \
+	    echo '    $(RUN)/logs/rank0.log    the log; one file a rank'; \
+	    echo '    $(RUN)/config.yaml       every setting of this run'; \
+	    echo '    $(RUN)/checkpoints       what it can go on from'; \
+	    echo 'To see the curves:'; \
+	    echo '    $(BIN)/tensorboard --logdir $(RUN)/tensorboard'; \
+	fi
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy launcher
+
+# The installs. The checkout is installed in editable mode: a change of the code needs no install.
+# A change of the three files named here is installed by the next call of make.
+
+PACKAGING = setup.cfg pyproject.toml constraints.txt
+
+$(VENV)/.installed-examples: $(PACKAGING) | $(BIN)/pip
+	@echo '# Installing into $(VENV); the first time takes some minutes, torch is large.'
+	$(BIN)/pip install -q -c constraints.txt -e '.[examples]'
+	@touch $@
+
+$(VENV)/.installed-test: $(PACKAGING) | $(BIN)/pip
+	@echo '# Installing into $(VENV); the first time takes some minutes, torch is large.'
+	$(BIN)/pip install -q -c constraints.txt -e '.[examples,test]'
+	@touch $(VENV)/.installed-examples $@
+
+# The last file that `python -m venv` creates: without it an interrupted attempt is made again.
+$(BIN)/pip:
+	$(if $(shell $(PYTHON) -c "import sys; sys.version_info >= (3, 10) and print(1)" 2>/dev/null),,$(error '$(PYTHON)' is not Python 3.10 or newer: name one, for example make PYTHON=python3.12))
+	$(if $(shell $(PYTHON) -c "import ensurepip, venv; print(1)" 2>/dev/null),,$(error '$(PYTHON)' has no venv module: install it (Debian, Ubuntu: apt install python3-venv)))
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""What a training state is, and the store that commits, keeps and finds checkpoints."""

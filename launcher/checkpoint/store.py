@@ -1,0 +1,231 @@
+"""The checkpoints of a run directory: committed whole, verified, kept and found.
+
+checkpoints/step_<N>/state.pt         the training state
+checkpoints/step_<N>/manifest.json    what it is, and the size and SHA-256 of its files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.config import CfgNode, parse_duration
+from launcher.errors import RunError
+
+logger = logging.getLogger(__name__)
+STATE, MANIFEST = "state.pt", "manifest.json"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that is not what its manifest says; the message tells why."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints are kept: the newest, the best by a metric, and one a period."""
+
+    last: int
+    best: int
+    every: str
+    metric: str
+    mode: str
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> Retention:
+        c = cfg.CHECKPOINT
+        return cls(c.KEEP_LAST, c.KEEP_BEST, c.KEEP_EVERY, c.METRIC, c.MODE)
+
+    def score(self, manifest: dict[str, Any]) -> float | None:
+        """The metric, larger is better; None where there is none or it is not a finite number."""
+        value = manifest.get("metrics", {}).get(self.metric)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            return None
+        return value if self.mode == "max" else -value
+
+    def ranked(self, manifests: Iterable[dict[str, Any]]) -> list[int]:
+        """Steps from best to worst; of equals the earlier one is better."""
+        scored = [(s, m["step"]) for m in manifests if (s := self.score(m)) is not None]
+        return [step for _, step in sorted(scored, key=lambda pair: (-pair[0], pair[1]))]
+
+    def keep(self, manifests: list[dict[str, Any]]) -> set[int]:
+        """Steps of the checkpoints to keep."""
+        ordered = sorted(manifests, key=lambda m: m["step"])
+        kept = {m["step"] for m in ordered[-self.last :]}
+        kept |= set(self.ranked(ordered)[: self.best])
+        every = parse_duration(self.every)
+        if every is not None:
+            # The first checkpoint at or after each multiple of the period.
+            unit = "epoch" if every.unit == "ep" else "step"
+            seen = 0
+            for m in ordered:
+                if m[unit] // every.amount > seen:
+                    seen = m[unit] // every.amount
+                    kept.add(m["step"])
+        return kept
+
+
+class CheckpointStore:
+    """Reads and writes the checkpoints of one run. Rank 0 alone has one."""
+
+    def __init__(self, directory: Path, retention: Retention) -> None:
+        self.directory, self.retention = directory, retention
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, oldest first, valid or not."""
+        if not self.directory.is_dir():
+            return []
+        names = (re.fullmatch(r"step_(\d+)", p.name) for p in self.directory.iterdir())
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step_{step}"
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """A checkpoint's manifest. Raises DamagedCheckpoint where it cannot be read."""
+        try:
+            manifest = json.loads((self.path(step) / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["step"] != step or not isinstance(manifest["files"], dict):
+                raise ValueError("it describes another checkpoint")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DamagedCheckpoint(f"no readable {MANIFEST}: {error}") from error
+        return manifest
+
+    def commit(self, state: dict[str, Any], manifest: dict[str, Any]) -> Path:
+        """Write a checkpoint that exists completely or not at all, then drop those not kept.
+
+        Everything is written and synced in a temporary directory beside its place; one rename
+        makes it a checkpoint.
+        """
+        target = self.path(manifest["step"])
+        temporary = self.directory / f".tmp_{target.name}_{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            with (temporary / STATE).open("wb") as file:
+                torch.save(state, file)
+                os.fsync(file.fileno())
+            files = {STATE: _fingerprint(temporary / STATE)}
+            with (temporary / MANIFEST).open("w", encoding="utf-8") as text:
+                json.dump({**manifest, "files": files}, text, indent=2, default=str)
+                text.flush()
+                os.fsync(text.fileno())
+            _sync_directory(temporary)
+            if target.exists():  # the same step, saved again after a damaged one was passed over
+                shutil.rmtree(target)
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_directory(self.directory)
+        self._link("last", target.name)
+        self._retain()
+        return target
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """(step, state) of the newest checkpoint that is valid; None where there are none at all.
+
+        Raises RunError when there are checkpoints but none is valid: starting afresh over their
+        remains would lose the run.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, self.load(step)
+            except DamagedCheckpoint as error:
+                logger.warning("checkpoint %s is damaged (%s); trying an older one", step, error)
+        if steps:
+            raise RunError(
+                f"None of the {len(steps)} checkpoints in {self.directory} is valid. Nothing was "
+                "changed. Move them away to start over with --resume, or use --overwrite."
+            )
+        return None
+
+    def verify(self, step: int) -> dict[str, Any]:
+        """The manifest of a checkpoint whose files are all as it says, else DamagedCheckpoint."""
+        manifest = self.manifest(step)
+        for name, expected in manifest["files"].items():
+            path = self.path(step) / name
+            try:
+                found = _fingerprint(path)
+            except OSError as error:
+                raise DamagedCheckpoint(f"{name}: {error.strerror}") from error
+            if found != expected:
+                what = "size" if found["size"] != expected.get("size") else "sha256"
+                raise DamagedCheckpoint(
+                    f"{name}: its {what} is {found[what]}, the manifest says {expected.get(what)}"
+                )
+        return manifest
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The verified state of a checkpoint, on the CPU. Nothing in the file is executed."""
+        self.verify(step)
+        try:
+            return torch.load(self.path(step) / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise DamagedCheckpoint(f"{STATE}: {error}") from error
+
+    def is_best(self, metrics: dict[str, float]) -> bool:
+        """Whether these metrics beat those of every checkpoint that is kept."""
+        score = self.retention.score({"metrics": metrics})
+        if score is None or self.retention.best == 0:
+            return False
+        others = (self.retention.score(m) for m in self._manifests())
+        return all(other is None or score > other for other in others)
+
+    def _manifests(self) -> list[dict[str, Any]]:
+        manifests = []
+        for step in self.steps():
+            try:
+                manifests.append(self.manifest(step))
+            except DamagedCheckpoint:
+                continue  # neither kept nor dropped by the rules: a person should look at it
+        return manifests
+
+    def _retain(self) -> None:
+        manifests = self._manifests()
+        ranked = self.retention.ranked(manifests)
+        if ranked and self.retention.best:
+            self._link("best", self.path(ranked[0]).name)
+        kept = self.retention.keep(manifests)
+        for manifest in manifests:
+            if manifest["step"] not in kept:
+                shutil.rmtree(self.path(manifest["step"]), ignore_errors=True)
+
+    def _link(self, name: str, target: str) -> None:
+        """Point a relative link for people at a checkpoint, atomically; the code never reads it."""
+        temporary = self.directory / f".{name}_{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(target, target_is_directory=True)
+            temporary.replace(self.directory / name)
+        except OSError as error:  # a file system without links is no reason to stop
+            logger.debug("no link %s: %s", name, error)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

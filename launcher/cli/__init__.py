@@ -1,0 +1,79 @@
+"""The `launcher` command: one file a subcommand, imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from launcher.errors import UsageError
+
+COMMANDS = {
+    "train": "train a task from a config, alone or under torchrun or srun",
+    "config": "list a config's keys and where their values come from; compare two configs",
+}
+# How long another rank lets rank 0 speak and leave first: torchrun ends the rest at the first exit.
+GRACE_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit code; mistakes of the user are shown as messages."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from launcher import __version__
+
+        print(f"launcher {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"launcher: there is no command {name!r}{hint}; see launcher --help", file=sys.stderr)
+        return 2
+    return call(_command(name), rest)
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    if name == "train":
+        from launcher.cli.train import train
+
+        return train
+    from launcher.cli.config import main as config
+
+    return config
+
+
+def call(command: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Call a command; print a UsageError as a message, once for all ranks."""
+    try:
+        return command(argv)
+    except UsageError as error:
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+        if rank != "0":
+            time.sleep(GRACE_S)
+        prefix = "launcher" if rank == "0" else f"launcher: rank {rank}"
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except BrokenPipeError:  # `launcher config keys | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: launcher COMMAND [ARGUMENTS]",
+            "",
+            *lines,
+            "",
+            "launcher COMMAND --help tells more.",
+        ]
+    )

@@ -1,0 +1,89 @@
+"""`launcher train`: from the command line to a run. Mistakes answer before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from launcher.cli.arguments import split_overrides
+from launcher.config import load_config
+from launcher.errors import UsageError
+from launcher.runtime.topology import read_topology
+from launcher.tasks import resolve_task
+from launcher.telemetry.rundir import RunDirectory
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="launcher train",
+        usage="launcher train --config-file FILE [OPTIONS] [KEY VALUE | KEY=VALUE ...]",
+        description="Train a task. Alone it is one process; under torchrun or srun, one rank of "
+        "many. Any config key can be overridden; `launcher config keys` lists them.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--config-file", metavar="FILE", help="the run's YAML config")
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest valid checkpoint in the run directory; start if there is none",
+    )
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="set the old run directory aside as DIR.old-<UTC time>, then start",
+    )
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="report every mistake in the config, or print the resolved config, and exit",
+    )
+    return p
+
+
+def train(argv: list[str]) -> int:
+    """Run the command; the exit code is 0 done, 2 bad usage or config, 1 anything else."""
+    options, overrides = split_overrides(parser(), argv)
+    topology = read_topology(os.environ)
+    config = load_config(options.config_file, overrides, resolve_task)
+    if options.check:
+        print(config.cfg.dump(), end="")
+        return 0
+    directory = RunDirectory(config.cfg.OUTPUT_DIR)
+    resume = options.resume
+    if topology.is_main:
+        refuse(directory, allowed=resume or options.overwrite)
+
+    # From here on torch is needed, which takes seconds to import.
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from launcher.engine.run import run
+    from launcher.runtime.process import start
+    from launcher.telemetry.logs import Logs
+
+    assert config.task is not None  # load_config demands one
+    logs = Logs(topology, config.cfg.LOG.LEVEL, [config.task.__module__.split(".")[0]])
+    # torchrun shows the first failing rank's traceback from the file that @record writes.
+    recorded = record(run)
+    try:
+        with start(topology, config.cfg) as runtime:
+            recorded(config.cfg, config.task, runtime, logs, directory, sys.argv, resume)
+    except UsageError:
+        raise
+    except Exception:
+        logging.getLogger("launcher").critical("the run failed", exc_info=True)
+        return 1
+    finally:
+        logs.close()
+    return 0
+
+
+def refuse(directory: RunDirectory, allowed: bool) -> None:
+    """Refuse a directory that cannot be written or holds a run. Rank 0 alone asks."""
+    directory.check_writable()
+    if directory.holds_run() and not allowed:
+        raise UsageError(
+            f"{directory.path} already holds a run. Go on with it with --resume, start over with "
+            "--overwrite (the old one is set aside), or choose another with OUTPUT_DIR DIR."
+        )

@@ -1,0 +1,116 @@
+"""Whether a value of the right type makes sense: alone, and together with other keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from yacs.config import CfgNode
+
+from launcher.config.keys import Key
+from launcher.config.problem import Mistake, nearest, quote
+from launcher.config.units import parse_duration
+
+
+def check_value(key: Key, value: object) -> None:
+    """Raise Mistake where the value is none that `key` takes."""
+    if not isinstance(value, (list, tuple)):
+        _check_item(key, value)
+        return
+    if key.length is not None and len(value) != key.length:
+        raise Mistake(f"takes {key.length} values, not {len(value)}")
+    for item in value:
+        _check_item(key, item)
+
+
+def bounds(key: Key) -> str:
+    """The range of a number in words, or "" where it has none."""
+    limits = {
+        "at least": key.at_least,
+        "above": key.above,
+        "at most": key.at_most,
+        "below": key.below,
+    }
+    return ", ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+
+
+def _check_item(key: Key, value: object) -> None:
+    if key.unit:
+        _check_duration(key, str(value))
+    if key.choices and value not in key.choices:
+        names = ", ".join(choice or '""' for choice in key.choices)
+        raise Mistake(f"{quote(value)} is not one of {names}", nearest(str(value), key.choices))
+    if isinstance(value, (int, float)) and not (
+        (key.at_least is None or value >= key.at_least)
+        and (key.above is None or value > key.above)
+        and (key.at_most is None or value <= key.at_most)
+        and (key.below is None or value < key.below)
+    ):
+        raise Mistake(f"{value} is out of range: it must be {bounds(key)}")
+
+
+def _check_duration(key: Key, text: str) -> None:
+    try:
+        duration = parse_duration(text)
+    except ValueError as error:
+        raise Mistake(str(error)) from None
+    counts = " or ".join(unit for unit in key.unit if unit != "s")
+    examples = ", ".join(
+        example
+        for unit, example in {"ep": "20ep", "step": "500step", "s": "90s, 30min, 24h"}.items()
+        if unit in key.unit
+    )
+    if duration is None:
+        if not key.never:
+            raise Mistake(f"must not be empty; write for example {examples}")
+    elif duration.unit not in key.unit:
+        why = key.not_time if counts else "this is a time"
+        raise Mistake(f"{quote(text)}: {why}; write for example {examples}")
+
+
+# Each check sees the whole config and answers with what is wrong, or None.
+
+
+def _nesterov(cfg: CfgNode) -> str | None:
+    if cfg.OPTIM.NESTEROV and (cfg.OPTIM.NAME != "sgd" or cfg.OPTIM.MOMENTUM == 0):
+        return "needs OPTIM.NAME sgd and OPTIM.MOMENTUM above 0"
+    return None
+
+
+def _step_schedule(cfg: CfgNode) -> str | None:
+    if cfg.OPTIM.SCHEDULE == "step" and not cfg.OPTIM.MILESTONES:
+        return "step needs OPTIM.MILESTONES, for example [5ep, 8ep]"
+    return None
+
+
+def _milestones(cfg: CfgNode) -> str | None:
+    last: dict[str, float] = {}
+    for text in cfg.OPTIM.MILESTONES:
+        duration = parse_duration(text)
+        assert duration is not None, "the key alone was checked before"
+        if duration.amount <= last.get(duration.unit, 0):
+            return f"{text} does not come after the one before it; put them in rising order"
+        last[duration.unit] = duration.amount
+    return None
+
+
+def _warmup(cfg: CfgNode) -> str | None:
+    warmup, duration = parse_duration(cfg.OPTIM.WARMUP), parse_duration(cfg.TRAIN.DURATION)
+    if warmup and duration and warmup.unit == duration.unit and warmup.amount > duration.amount:
+        return f"{warmup} is longer than TRAIN.DURATION ({duration})"
+    return None
+
+
+def _backend(cfg: CfgNode) -> str | None:
+    if cfg.DIST.BACKEND == "nccl" and cfg.DIST.DEVICE == "cpu":
+        return "nccl works on CUDA only; use gloo, or DIST.DEVICE cuda"
+    return None
+
+
+# The keys a check reads; the first is the one reported. Skipped where one of them is wrong itself.
+CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
+    (("OPTIM.NESTEROV", "OPTIM.NAME", "OPTIM.MOMENTUM"), _nesterov),
+    (("OPTIM.SCHEDULE", "OPTIM.MILESTONES"), _step_schedule),
+    (("OPTIM.MILESTONES",), _milestones),
+    (("OPTIM.WARMUP", "TRAIN.DURATION"), _warmup),
+    (("DIST.BACKEND", "DIST.DEVICE"), _backend),
+]

@@ -1,0 +1,135 @@
+"""Every built-in key: its name, its default, what it means and which values it takes.
+
+To add a key, add one line to KEYS. A rule about several keys at once goes into checks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from yacs.config import CfgNode
+
+STEPS = ("ep", "step")
+TIME = ("s",)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A config key. Bounds and choices hold for a list's items where the default is a list.
+
+    `unit` makes the value a duration and names the units it takes; `never` allows "" for none.
+    `not_time` is what to say of a time where only epochs and steps make sense.
+    `element` is an example of an item where an empty default list shows none.
+    """
+
+    name: str
+    default: Any
+    comment: str
+    choices: tuple[str, ...] = ()
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    unit: tuple[str, ...] = ()
+    never: bool = False
+    not_time: str = "a time makes no sense here"
+    length: int | None = None
+    element: Any = None
+
+
+# fmt: off
+KEYS: list[Key] = [
+    Key("OUTPUT_DIR", "", 'Run directory; "" means runs/<config file\'s stem>'),
+    # numpy's seeds end at 2**32 - 1.
+    Key("SEED", 0, "Seed of everything random: order, weights, augmentation",
+        at_least=0, at_most=2**32 - 1),
+    Key("DETERMINISTIC", False, "Use deterministic algorithms only; slower on CUDA"),
+    Key("TASK.NAME", "",
+        'What to train: a built-in name, "package.module:Class" or "path/to/file.py:Class"'),
+    Key("MODEL.EMA_DECAY", 0.0, "Decay a step of the moving average of the weights; 0: no average",
+        at_least=0, below=1),
+    Key("DATALOADER.NUM_WORKERS", -1, "Loader worker processes per rank; -1: from the CPU budget",
+        at_least=-1),
+    Key("DATALOADER.PREFETCH_FACTOR", 2, "Batches each loader worker prepares ahead", at_least=1),
+    Key("TRAIN.BATCH_SIZE", 64, "Samples in one optimiser step over all ranks", at_least=1),
+    Key("TRAIN.MICRO_BATCH_SIZE", 0,
+        "Most samples one rank puts through the model at once; 0: no limit", at_least=0),
+    Key("TRAIN.DROP_LAST", False, "Leave out an epoch's last, smaller global batch"),
+    Key("TRAIN.DURATION", "10ep", "How long to train, in epochs or steps", unit=STEPS,
+        not_time="a time limit is not the duration of a schedule"),
+    Key("TRAIN.PRECISION", "fp32", "Number format of the forward and backward pass",
+        choices=("fp32", "tf32", "bf16", "fp16")),
+    Key("TRAIN.GRAD_CLIP", 0.0, "Largest norm of the gradient; 0: no clipping", at_least=0),
+    Key("EVAL.BATCH_SIZE", 256, "Samples one rank evaluates at once", at_least=1),
+    Key("EVAL.EVERY", "1ep", 'How often to evaluate; "" means never',
+        unit=STEPS + TIME, never=True),
+    Key("OPTIM.NAME", "sgd", "Optimiser", choices=("sgd", "adamw")),
+    Key("OPTIM.LR", 0.1, "Learning rate before warm-up and schedule", above=0),
+    Key("OPTIM.WEIGHT_DECAY", 0.0, "Weight decay", at_least=0),
+    Key("OPTIM.MOMENTUM", 0.9, "Momentum (sgd)", at_least=0, below=1),
+    Key("OPTIM.NESTEROV", False, "Nesterov momentum (sgd)"),
+    Key("OPTIM.BETAS", [0.9, 0.999],
+        "Decay of the averages of the gradient and of its square (adamw)",
+        at_least=0, below=1, length=2),
+    Key("OPTIM.EPS", 1e-8, "Term added to the denominator for stability (adamw)", above=0),
+    Key("OPTIM.SCHEDULE", "constant", "Course of the learning rate after warm-up",
+        choices=("constant", "cosine", "linear", "step")),
+    Key("OPTIM.WARMUP", "", 'Linear warm-up at the start; "" means none', unit=STEPS, never=True),
+    Key("OPTIM.FINAL_FACTOR", 0.0, "Share of LR left at the end (cosine, linear)",
+        at_least=0, at_most=1),
+    Key("OPTIM.MILESTONES", [], "When LR is multiplied by GAMMA, such as [5ep, 8ep] (step)",
+        unit=STEPS, element=""),
+    Key("OPTIM.GAMMA", 0.1, "Factor of LR at each milestone (step)", above=0),
+    Key("CHECKPOINT.EVERY", "1ep", 'How often to save; "" means only at the end',
+        unit=STEPS + TIME, never=True),
+    Key("CHECKPOINT.KEEP_LAST", 2, "Newest checkpoints to keep", at_least=1),
+    Key("CHECKPOINT.KEEP_BEST", 1, "Best checkpoints to keep, by METRIC", at_least=0),
+    Key("CHECKPOINT.KEEP_EVERY", "",
+        'Keep one checkpoint per such period for good; "" means none', unit=STEPS, never=True),
+    Key("CHECKPOINT.METRIC", "val/loss", "Recorded value that says which checkpoint is best"),
+    Key("CHECKPOINT.MODE", "min", "Whether the smallest or the largest METRIC is best",
+        choices=("min", "max")),
+    Key("LOG.EVERY", "10step", "How often to record training values", unit=STEPS + TIME),
+    Key("LOG.LEVEL", "INFO", "Least level of log lines on the console",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR")),
+    Key("LOG.TENSORBOARD", True, "Write TensorBoard event files"),
+    Key("DIST.DEVICE", "auto", "Device to train on; auto: CUDA where there is a GPU",
+        choices=("auto", "cuda", "cpu")),
+    Key("DIST.BACKEND", "", 'Backend of the process group; "" means nccl on CUDA, else gloo',
+        choices=("", "nccl", "gloo")),
+    Key("DIST.FIND_UNUSED_PARAMETERS", False,
+        "For models whose steps use only some of the weights; costs a walk over the graph a step"),
+    Key("DIST.INIT_TIMEOUT", "10min", "Longest wait for all ranks at the start", unit=TIME),
+]
+# fmt: on
+
+
+def defaults() -> CfgNode:
+    """A new, unfrozen tree of all built-in keys with their defaults."""
+    tree = CfgNode()
+    for key in KEYS:
+        put(tree, key.name, key.default)
+    return tree
+
+
+def put(tree: CfgNode, dotted: str, value: object) -> None:
+    """Set a dotted key, making its sections; a list is copied."""
+    *sections, last = dotted.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, CfgNode())
+    tree[last] = list(value) if isinstance(value, list) else value
+
+
+def flatten(node: CfgNode) -> dict[str, Any]:
+    """All values below a node by dotted key, in the order of declaration."""
+    return dict(_flat(node, ""))
+
+
+def _flat(node: CfgNode, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

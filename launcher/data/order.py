@@ -1,0 +1,74 @@
+"""The global order of samples: a pure function of (seed, epoch, position).
+
+No list of indices is ever made. A position is turned into a sample index by itself, so seeking is
+free, memory is constant, and an epoch over 10^9 samples starts at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+_U64 = npt.NDArray[np.uint64]
+
+# Rounds of the shuffle. tests/data/test_order.py measures its quality at this number.
+ROUNDS = 10
+
+
+def mix(x: _U64) -> _U64:
+    """Scramble 64-bit words (the finaliser of SplitMix64, Steele et al., OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def keys(seed: int, epoch: int, count: int) -> _U64:
+    """`count` independent 64-bit keys for an epoch."""
+    words = np.random.SeedSequence([seed, epoch]).generate_state(count, np.uint64)
+    return words.astype(np.uint64, copy=False)
+
+
+class Shuffle:
+    """A keyed pseudo-random permutation of range(length).
+
+    A Feistel network over Z_a x Z_b with a * b just above `length`: each round adds a keyed hash of
+    one half to the other half, which can be undone, so the whole is one-to-one. The few values that
+    land outside `length` go through again until they are inside (cycle walking). Black and Rogaway,
+    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        # The smallest a with a * a >= length, by whole numbers: sqrt is wrong near 2^53.
+        a = max(1, int(np.sqrt(length)))
+        while a * a < length:
+            a += 1
+        self.a = np.uint64(a)
+        self.b = np.uint64(max(1, -(-length // a)))
+
+    def __call__(self, epoch: int, positions: Indices) -> Indices:
+        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
+        round_keys = keys(self.seed, epoch, 2 * ROUNDS)
+        out = self._permute(positions.astype(np.uint64), round_keys)
+        while (outside := np.flatnonzero(out >= self.length)).size:
+            out[outside] = self._permute(out[outside], round_keys)
+        return out.astype(np.int64)
+
+    def _permute(self, x: _U64, round_keys: _U64) -> _U64:
+        high, low = np.divmod(x, self.b)
+        for i in range(0, 2 * ROUNDS, 2):
+            high = (high + mix(low + round_keys[i])) % self.a
+            low = (low + mix(high + round_keys[i + 1])) % self.b
+        return high * self.b + low
+
+
+class Sequential:
+    """The data set's own order, the same in every epoch."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, epoch: int, positions: Indices) -> Indices:
+        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
+        return positions

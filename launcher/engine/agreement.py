@@ -1,0 +1,80 @@
+"""How ranks agree on a step without a collective of their own.
+
+Requests (a rank was told to stop; rank 0's clock says a checkpoint is due) ride as the gradient of
+one small parameter in DDP's own all-reduce: what a rank asks for in step k, every rank sees after
+step k, the same on all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+REQUESTS = ("stop", "record", "evaluate", "checkpoint")
+# Two more passengers: whether the task weighs its batches, and the weight of the global batch.
+WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
+# On CUDA the answer is read this many steps later, when its copy to the host is long done: reading
+# it at once would make the host wait for the device in every step.
+LAG = 8
+
+
+class _Pending(NamedTuple):
+    host: torch.Tensor
+    done: torch.cuda.Event
+
+
+class Agreement:
+    """The carrier of the requests and the reader of the answers, on one rank."""
+
+    def __init__(self, device: torch.device, world_size: int) -> None:
+        self.carrier = nn.Parameter(torch.zeros(len(REQUESTS) + 2, device=device))
+        self.world_size = world_size
+        self._passengers = torch.zeros_like(self.carrier, requires_grad=False)
+        self._pending: deque[_Pending] = deque()
+
+    def loss_term(
+        self, requests: frozenset[str], weight: torch.Tensor | float, weighted: bool
+    ) -> torch.Tensor:
+        """A term of value 0 whose gradient to the carrier is what this rank has to say."""
+        passengers = self._passengers.zero_()
+        for name in requests:
+            passengers[REQUESTS.index(name)] = 1.0
+        passengers[WEIGHTED] = float(weighted)
+        passengers[WEIGHT] = weight
+        return torch.dot(self.carrier, passengers)
+
+    @property
+    def total_weight(self) -> torch.Tensor:
+        """The global batch's weight, on the device (DDP averages over ranks)."""
+        assert self.carrier.grad is not None
+        return self.carrier.grad[WEIGHT] * self.world_size
+
+    def any_weighted(self) -> bool:
+        """Whether any rank's task weighs this batch. Waits for the device."""
+        assert self.carrier.grad is not None
+        return bool(self.carrier.grad[WEIGHTED].item() > 0)
+
+    def seen(self) -> frozenset[str]:
+        """The requests that every rank sees after this step; call it once a step."""
+        grad = self.carrier.grad
+        assert grad is not None
+        if not grad.is_cuda:
+            return _names(grad)
+        host = torch.empty(grad.shape, pin_memory=True)
+        host.copy_(grad, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self._pending.append(_Pending(host, done))
+        if len(self._pending) <= LAG:
+            return frozenset()
+        oldest = self._pending.popleft()
+        oldest.done.synchronize()  # LAG steps old: waits only where the host is that far ahead
+        return _names(oldest.host)
+
+
+def _names(answer: torch.Tensor) -> frozenset[str]:
+    values = answer.tolist()
+    return frozenset(name for name, value in zip(REQUESTS, values, strict=False) if value > 0)

@@ -1,0 +1,89 @@
+"""Evaluation: every sample of the split once, at any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.config import CfgNode
+from launcher.data.plan import Plan
+from launcher.engine.step import autocast
+from launcher.errors import RunError
+from launcher.runtime.process import Runtime
+
+
+@torch.no_grad()
+def evaluate(
+    cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
+) -> dict[str, float]:
+    """The metrics of a split, on every rank; `batches` are this rank's.
+
+    Whole batches are dealt to the ranks in turn and the values of all samples are put back into
+    the data set's order before they are averaged in float64, so the metrics of any number of ranks
+    are those of one process to the last bit.
+    """
+    # DDP gives every rank rank 0's buffers at the start of a step, but the last step changed them
+    # by each rank's own batch. One collective a buffer, once an evaluation.
+    runtime.broadcast_tensors(list(model.buffers()))
+    was_training = model.training
+    model.eval()
+    outputs = []
+    for batch in batches:
+        with autocast(cfg, runtime.device):
+            outputs.append(_checked(task, task.eval_step(model, batch)))
+    model.train(was_training)
+    # The one point where evaluation waits for the device.
+    mine = [{k: v.detach().cpu() for k, v in output.items()} for output in outputs]
+    # A collective. Ranks with fewer batches wait here for the others.
+    parts = runtime.gather(mine)
+    metrics = None
+    if parts is not None:
+        whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
+        metrics = _metrics(task, whole, plan.length)
+    # A collective: all ranks learn the result, so that all agree on a new best.
+    return runtime.broadcast(metrics)
+
+
+def _metrics(task: Any, batches: list[dict[str, torch.Tensor]], length: int) -> dict[str, float]:
+    outputs = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    for key, value in outputs.items():
+        if len(value) != length:
+            raise RunError(
+                f"{type(task).__name__}.eval_step returned {len(value)} values of {key!r} for the "
+                f"{length} samples of the split: one a sample is needed"
+            )
+    weight = outputs.pop("weight", None)
+    metrics = {}
+    for key, value in outputs.items():
+        if value.dim() == 1 and (value.is_floating_point() or value.dtype == torch.bool):
+            metrics[key] = _mean(value.double(), weight)
+    summarize = getattr(task, "summarize", None)
+    if summarize is not None:
+        metrics.update({key: float(value) for key, value in summarize(outputs).items()})
+    return metrics
+
+
+def _mean(value: torch.Tensor, weight: torch.Tensor | None) -> float:
+    if weight is None:
+        return value.mean().item()
+    return ((value * weight.double()).sum() / weight.double().sum()).item()
+
+
+def _checked(task: Any, output: Any) -> dict[str, torch.Tensor]:
+    name = f"{type(task).__name__}.eval_step"
+    if not isinstance(output, dict) or not output:
+        raise RunError(f"{name} must return a dict of tensors, not {type(output).__name__}")
+    sizes = {
+        key: tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        for key, value in output.items()
+    }
+    first = {shape[0] if isinstance(shape, tuple) and shape else None for shape in sizes.values()}
+    if None in first or len(first) != 1:
+        raise RunError(
+            f"{name} must return tensors of one value a sample, shape (B, ...), for the same B; "
+            f"it returned {sizes}. A loss needs reduction='none'."
+        )
+    return output

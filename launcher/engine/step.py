@@ -1,0 +1,178 @@
+"""One optimiser step: micro-batches forward and backward, gradients together, weights updated.
+
+The update is that of one large batch at any number of ranks and micro-batches. Every micro-batch's
+loss is a mean, so it counts with its own share of the global batch's weight; DDP's average over
+ranks is undone by their number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.checkpoint.state import TrainingState
+from launcher.config import CfgNode
+from launcher.engine.agreement import Agreement
+from launcher.errors import RunError
+from launcher.runtime.process import Runtime
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(cfg: CfgNode, device: torch.device) -> torch.autocast:
+    """Mixed precision for the forward pass; weights stay fp32 (no effect in fp32 and tf32)."""
+    dtype = AUTOCAST.get(cfg.TRAIN.PRECISION)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+class MicroBatch(NamedTuple):
+    """What the forward pass of one micro-batch gives."""
+
+    loss: torch.Tensor  # its part of the global batch's loss, times the number of ranks
+    term: torch.Tensor  # the agreement's passengers, value 0
+    values: dict[str, torch.Tensor]  # scalars to log, the loss among them
+    weight: float | torch.Tensor
+
+
+class StepModule(nn.Module):
+    """The task's train_step as the forward pass of a module, so that DDP wraps all of it."""
+
+    def __init__(self, task: Any, model: nn.Module, agreement: Agreement, cfg: CfgNode) -> None:
+        super().__init__()
+        self.task, self.model, self.agreement = task, model, agreement
+        self.carrier = agreement.carrier
+        self.autocast = autocast(cfg, agreement.carrier.device)
+
+    def forward(
+        self, batch: Any, samples: int, count: int, before: Any, requests: frozenset[str]
+    ) -> MicroBatch:
+        """`samples` of the global batch's `count`; `before` is the weight of this rank's earlier
+        micro-batches. A rank without samples passes no batch: every gradient is zero then."""
+        if samples == 0:
+            loss = torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad])
+            term = self.agreement.loss_term(requests, 0.0, False)
+            return MicroBatch(loss.sum() * 0.0, term, {}, 0.0)
+        with self.autocast:
+            values = dict(self._checked(self.task.train_step(self.model, batch)))
+        weighted = "weight" in values
+        weight = values.pop("weight").detach().float() if weighted else float(samples)
+        loss = values["loss"].float() * (weight * (self.agreement.world_size / count))
+        term = self.agreement.loss_term(requests, before + weight, weighted)
+        return MicroBatch(loss, term, values, weight)
+
+    def _checked(self, values: Any) -> dict[str, torch.Tensor]:
+        name = f"{type(self.task).__name__}.train_step"
+        if not isinstance(values, dict) or "loss" not in values:
+            raise RunError(f"{name} must return a dict with a 'loss', not {type(values).__name__}")
+        for key, value in values.items():
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
+                raise RunError(f"{name} must return scalar tensors; {key!r} is {shape}")
+        return values
+
+
+class TrainStep:
+    """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        task: Any,
+        state: TrainingState,
+        runtime: Runtime,
+    ) -> None:
+        self.model, self.optimizer, self.ema = state.model, state.optimizer, state.ema
+        self.scaler, self.recorder, self.clip = state.scaler, state.recorder, cfg.TRAIN.GRAD_CLIP
+        self.agreement = Agreement(runtime.device, runtime.world_size)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg)
+        if runtime.distributed:
+            self.module = DistributedDataParallel(
+                self.module,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=cfg.DIST.FIND_UNUSED_PARAMETERS,
+            )
+            self._settle_buckets()
+
+    def _settle_buckets(self) -> None:
+        """Take DDP through one backward pass of zeros.
+
+        DDP lays its gradient buckets out anew after its first backward pass, and the layout decides
+        in which order gloo and NCCL sum. Done here, each attempt's first real step already has the
+        final layout, so a resumed run sums as the uninterrupted one did.
+        """
+        out = self.module(None, 0, 1, 0.0, frozenset())
+        (out.loss + out.term).backward()
+        self.module.zero_grad()
+
+    def __call__(
+        self,
+        next_batch: Callable[[], Any],
+        sizes: list[int],
+        count: int,
+        requests: frozenset[str],
+    ) -> tuple[bool, frozenset[str]]:
+        """One step over a global batch of `count` samples, of which this rank has `sizes`.
+
+        Returns whether the gradient scaler skipped the update, and the requests all ranks saw.
+        """
+        self.module.train()
+        weight: float | torch.Tensor = 0.0
+        for i, samples in enumerate(sizes or [0]):
+            batch = next_batch() if samples else None
+            last = i >= len(sizes) - 1
+            # Gradients cross the ranks once a step: with the last micro-batch.
+            with contextlib.nullcontext() if last else self._no_sync():
+                out = self.module(batch, samples, count, weight, requests)
+                (self.scaler.scale(out.loss) + out.term).backward()
+            if samples:
+                weight = weight + out.weight
+                self.recorder.add(out.values, out.weight)
+        self._normalise(count, isinstance(weight, torch.Tensor), idle=not sizes)
+        skipped = self._update()
+        seen = self.agreement.seen()
+        self.module.zero_grad()
+        return skipped, seen
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.module, DistributedDataParallel):
+            return self.module.no_sync()
+        return contextlib.nullcontext()
+
+    def _normalise(self, count: int, weighted: bool, idle: bool) -> None:
+        """Divide the gradients by the batch's weight where it is not its number of samples."""
+        self.scaler.unscale_(self.optimizer)
+        if idle:
+            # A rank without samples has no output of the task to tell by: it has to ask, which
+            # waits for the device, in the rare steps that have fewer samples than ranks.
+            weighted = self.agreement.any_weighted()
+        if weighted:
+            total = self.agreement.total_weight.clamp_min(torch.finfo(torch.float32).tiny)
+            torch._foreach_mul_(self._gradients(), count / total)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def _update(self) -> bool:
+        norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
+        if self.clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
+        skipped = False
+        if self.scaler.is_enabled():
+            # The scaler itself reads a flag back from the device to decide, once a step.
+            before = self.scaler.get_scale()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            skipped = self.scaler.get_scale() < before
+        else:
+            self.optimizer.step()
+        if not skipped:
+            self.recorder.add_step({"grad_norm": norm})
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        return skipped

@@ -1,0 +1,13 @@
+"""Errors that are messages for people: shown without a traceback, with an exit code."""
+
+
+class UsageError(Exception):
+    """Something the user can mend before a run starts; the command prints it and exits 2."""
+
+    exit_code = 2
+
+
+class RunError(UsageError):
+    """The same, where it can only show up while running; exits 1."""
+
+    exit_code = 1

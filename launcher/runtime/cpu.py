@@ -1,0 +1,117 @@
+"""The CPU budget: how many CPUs this process may really use, and how that was found.
+
+A container with a quota of 8 CPUs on a host of 64 shows 64 to `os.cpu_count()`. The budget is the
+least of the affinity mask, the cgroup quota (v1 or v2, every enclosing group) and Slurm's grant,
+shared by the ranks of the node. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class CpuBudget:
+    """CPUs of this node, those usable by this job, and one rank's share; `reason` says why."""
+
+    host: int
+    usable: int
+    per_rank: int
+    reason: str
+
+
+def cpu_budget(
+    local_world_size: int,
+    env: Mapping[str, str] | None = None,
+    *,
+    affinity: int | None = None,
+    host: int | None = None,
+    proc_cgroup: Path = Path("/proc/self/cgroup"),
+    cgroup_root: Path = Path("/sys/fs/cgroup"),
+) -> CpuBudget:
+    """Find the budget of one of `local_world_size` ranks; the keywords are for tests."""
+    env = os.environ if env is None else env
+    host = host or os.cpu_count() or 1
+    limits: dict[str, float] = {"all CPUs of the host": host}
+    limits["CPU affinity"] = affinity if affinity is not None else _affinity(host)
+    quota = cgroup_cpu_quota(proc_cgroup, cgroup_root)
+    if quota is not None:
+        limits["cgroup quota"] = quota
+    # What srun gave this one task, or the whole node's share of the job.
+    if env.get("SLURM_CPUS_PER_TASK", "").isdigit() and "SLURM_STEP_NUM_TASKS" in env:
+        limits["Slurm's grant"] = int(env["SLURM_CPUS_PER_TASK"]) * local_world_size
+    elif env.get("SLURM_CPUS_ON_NODE", "").isdigit():
+        limits["Slurm's grant"] = int(env["SLURM_CPUS_ON_NODE"])
+    # min() keeps the first of equals, so a limit that does not bite is not named as the reason.
+    reason = min(limits, key=lambda name: limits[name])
+    usable = max(1, int(limits[reason]))
+    note = reason if usable == host else f"{reason}; host has {host}"
+    return CpuBudget(host, usable, max(1, usable // local_world_size), note)
+
+
+def _affinity(host: int) -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return host
+
+
+def cgroup_cpu_quota(proc_cgroup: Path, root: Path) -> float | None:
+    """The smallest CPU quota on the way from this process's cgroup up to the root, in CPUs.
+
+    Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`); None where nothing limits.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+    """
+    quotas: list[float] = []
+    for folder in cgroup_folders(proc_cgroup, root, "cpu"):
+        for read in (_quota_v2, _quota_v1):
+            quota = read(folder)
+            if quota is not None:
+                quotas.append(quota)
+    return min(quotas, default=None)
+
+
+def cgroup_folders(proc_cgroup: Path, root: Path, controller: str) -> list[Path]:
+    """Folders of this process's cgroup for one controller, innermost first, the root included.
+
+    In a container `/proc/self/cgroup` may name a path of the host that is not mounted here; the
+    walk upwards then still ends at the mounted root, whose files hold the container's limits.
+    """
+    try:
+        lines = proc_cgroup.read_text().splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":  # v2, or the v2 part of a hybrid host
+            bases = [root, root / "unified"]
+        elif controller in controllers.split(","):
+            bases = [root / controllers, root / controller]
+        else:
+            continue
+        relative = Path(path.lstrip("/"))
+        for base in bases:
+            folders += [base / p for p in (relative, *relative.parents) if (base / p).is_dir()]
+    return list(dict.fromkeys(folders))
+
+
+def _quota_v2(folder: Path) -> float | None:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+        return quota / period if quota > 0 and period > 0 else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,144 @@
+"""Which rank of how many this process is, read from the environment; imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from launcher.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The place of this process among the ranks of its run.
+
+    `launched_by` is "torchrun", "srun" or "python"; only the first two make a process group.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    node_rank: int = 0
+    launched_by: str = "python"
+    master_addr: str = ""
+    master_port: int = 0
+    job_id: str = ""
+
+    @property
+    def distributed(self) -> bool:
+        return self.launched_by != "python"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        nodes = max(1, self.world_size // max(1, self.local_world_size))
+        return (
+            f"rank {self.rank} of {self.world_size} (local rank {self.local_rank} of "
+            f"{self.local_world_size}, {nodes} node{'s' * (nodes > 1)}, started by "
+            f"{self.launched_by})"
+        )
+
+
+def read_topology(env: Mapping[str, str]) -> Topology:
+    """Read torchrun's variables, else those of an srun step, else one process on its own.
+
+    Raises UsageError when the variables are incomplete or contradict each other.
+    Sources: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables and
+    https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
+        topology = _from_torchrun(env)
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        # The STEP variable exists only inside an srun step: a plain `python` in a batch script
+        # also sees SLURM_NTASKS, and would wait for ever for ranks that nobody started.
+        topology = _from_slurm(env)
+    else:
+        return Topology()
+    if not 0 <= topology.rank < topology.world_size:
+        raise UsageError(
+            f"RANK={topology.rank} does not fit WORLD_SIZE={topology.world_size}: ranks count "
+            "from 0 to WORLD_SIZE - 1. Start the run with torchrun, which sets both."
+        )
+    if not 0 <= topology.local_rank < topology.local_world_size <= topology.world_size:
+        raise UsageError(
+            f"LOCAL_RANK={topology.local_rank}, LOCAL_WORLD_SIZE={topology.local_world_size} and "
+            f"WORLD_SIZE={topology.world_size} contradict each other. Start the run with torchrun, "
+            "which sets them all."
+        )
+    return topology
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "")
+    if not text and default is not None:
+        return default
+    if not text:
+        raise UsageError(
+            f"{name} is not set though other variables of a distributed run are (RANK, WORLD_SIZE, "
+            "LOCAL_RANK). Start the run with torchrun, or unset them to run one process."
+        )
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{name}={text!r} is not a whole number.") from None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Topology:
+    world_size = _number(env, "WORLD_SIZE")
+    return Topology(
+        rank=_number(env, "RANK"),
+        local_rank=_number(env, "LOCAL_RANK"),
+        world_size=world_size,
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", world_size),
+        node_rank=_number(env, "GROUP_RANK", 0),
+        launched_by="torchrun",
+        master_addr=env.get("MASTER_ADDR", ""),
+        master_port=_number(env, "MASTER_PORT", 0),
+        job_id=env.get("TORCHELASTIC_RUN_ID", ""),
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> Topology:
+    world_size = _number(env, "SLURM_STEP_NUM_TASKS")
+    node_rank = _number(env, "SLURM_NODEID", 0)
+    tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
+    job_id = env.get("SLURM_JOB_ID", "")
+    # Every rank must find rank 0's node by itself. srun tells the address it was launched from,
+    # which need not be in the job; the first name of the node list is rank 0's node.
+    address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
+    # One port a job, the same on every rank, apart from those of jobs on the same node.
+    port = _number(env, "MASTER_PORT", 20000 + int(job_id or 0) % 20000)
+    return Topology(
+        rank=_number(env, "SLURM_PROCID"),
+        local_rank=_number(env, "SLURM_LOCALID"),
+        world_size=world_size,
+        local_world_size=tasks[node_rank] if node_rank < len(tasks) else world_size,
+        node_rank=node_rank,
+        launched_by="srun",
+        master_addr=address,
+        master_port=port,
+        job_id=job_id,
+    )
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Expand Slurm's notation: "2(x3),1" is [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise UsageError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not in Slurm's notation.")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: "gpu[07-09,12],x1" gives "gpu07"."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
+    if match is None:
+        raise UsageError(f"SLURM_STEP_NODELIST={nodelist!r} names no host.")
+    return match[1] + (match[2] or "") + (match[3] or "")

@@ -1,0 +1,107 @@
+"""From TASK.NAME to a task class."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+
+from launcher.errors import UsageError
+from launcher.tasks.task import Task
+
+# The tasks that ship. Their modules import torch where they use it, not when they are imported.
+BUILTIN = {"digits": "launcher.tasks.digits:Digits"}
+
+
+def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> type[Task] | None:
+    """The class named "digits", "package.module:Class" or "path/to/file.py:Class".
+
+    A file is sought in the folders of `search`, in order. With `builtin_only` nothing but the
+    tasks that ship is imported: None for any other name. Raises UsageError where there is no such
+    task, with the user's own mistake (a syntax error, say) and its line.
+    """
+    target = BUILTIN.get(name, name)
+    if builtin_only and name not in BUILTIN:
+        return None
+    place, colon, class_name = target.rpartition(":")
+    if not colon or not place or not class_name:
+        near = difflib.get_close_matches(name, BUILTIN, 1)
+        raise UsageError(
+            f"there is no task {name!r}; the tasks that ship are {', '.join(BUILTIN)}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + "; a task of your own is package.module:Class or path/to/file.py:Class"
+        )
+    module = _load_file(place, search) if place.endswith(".py") else _import(place)
+    task = getattr(module, class_name, None)
+    if not isinstance(task, type):
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and v is not Task]
+        near = difflib.get_close_matches(class_name, classes, 1, 0.5)
+        raise UsageError(
+            f"{place} has no class {class_name}" + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    missing = [
+        method
+        for method in ("build_model", "build_dataset", "train_step", "eval_step")
+        if getattr(task, method, None) in (None, getattr(Task, method))
+    ]
+    if missing:
+        raise UsageError(f"{place}:{class_name} is no task: it lacks {', '.join(missing)}")
+    return task
+
+
+def _load_file(place: str, search: list[Path]) -> ModuleType:
+    for folder in search:
+        path = (folder / place).resolve()
+        if path.is_file():
+            break
+    else:
+        tried = ", ".join(dict.fromkeys(str((f / place).resolve()) for f in search))
+        raise UsageError(f"there is no task file {place} (tried {tried})")
+    # Registered under the file's name, as if its folder were on the path, so that loader workers
+    # and the file's own imports of its neighbours find it.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    shadowed = sys.modules.get(path.stem)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(path.stem)
+        if shadowed is not None:
+            sys.modules[path.stem] = shadowed
+        if isinstance(error, Exception):
+            raise UsageError(f"the task file {place} {_told(error, str(path))}") from error
+        raise
+    return module
+
+
+def _import(place: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name and place.startswith(error.name):
+            raise UsageError(
+                f"there is no module {place} (install it, or set PYTHONPATH)"
+            ) from error
+        raise UsageError(f"the task module {place} {_told(error, place)}") from error
+    except Exception as error:
+        raise UsageError(f"the task module {place} {_told(error, place)}") from error
+
+
+def _told(error: Exception, place: str) -> str:
+    """Where in the user's file an import failed, and why."""
+    if isinstance(error, SyntaxError):
+        return f"has a syntax error in {error.filename}:{error.lineno}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == place] or frames[-1:]
+    return f"fails in {own[-1].filename}:{own[-1].lineno}: {type(error).__name__}: {error}"

@@ -1,0 +1,66 @@
+"""What users write: a model, data sets and two steps. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from yacs.config import CfgNode
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+class Task:
+    """A model and its data. The launcher moves batches to the device, wraps the model, seeds,
+    shards, logs and saves; a task never asks for its rank.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+
+    @classmethod
+    def defaults(cls) -> CfgNode:
+        """The task's own keys and their defaults; they become TASK.*."""
+        return CfgNode()
+
+    @classmethod
+    def metrics(cls) -> list[str] | None:
+        """The names that `eval_step` and `summarize` return, so that CHECKPOINT.METRIC is checked
+        before the start; None: not told, so checked at the first evaluation."""
+        return None
+
+    def build_model(self) -> nn.Module:
+        """The model, on the CPU; the launcher moves it."""
+        raise NotImplementedError
+
+    def build_dataset(self, split: str) -> Any:
+        """The data set of "train" or "val": `len()` and `[index]` for each sample."""
+        raise NotImplementedError
+
+    def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        """{"loss": scalar mean over the batch, ...other scalars to log}.
+
+        An optional "weight" (a scalar, say the number of tokens) takes the place of the number of
+        samples when gradients and means are put together over micro-batches and ranks.
+        """
+        raise NotImplementedError
+
+    def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        """{"loss": one value a sample, shape (B,), ...}, optionally "weight", shape (B,).
+
+        Floating-point and boolean values of shape (B,) are averaged over the split. Anything else
+        of shape (B, ...) is only handed to `summarize`.
+        """
+        raise NotImplementedError
+
+    def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics that are not a mean, from all outputs of `eval_step` over the whole split.
+
+        `outputs` holds CPU tensors of shape (N, ...) in the data set's order. Called on rank 0.
+        """
+        return {}
+
+    # Optional, found by name because their absence has a meaning of its own:
+    #   collate(self, samples) -> batch              default: torch's default_collate
+    #   build_optimizer(self, model) -> Optimizer    default: from OPTIM.*

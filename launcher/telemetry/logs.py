@@ -1,0 +1,88 @@
+"""Python logging: rank 0 on the console, every rank in a file of its own."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+
+from launcher.runtime.topology import Topology
+from launcher.telemetry.console import Console, ConsoleHandler
+
+logger = logging.getLogger("launcher")
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Logs:
+    """This process's log handlers. Lines wait in memory until the run directory exists."""
+
+    def __init__(self, topology: Topology, level: str, own_modules: list[str]) -> None:
+        self.topology = topology
+        self.console = ConsoleHandler()
+        self.console.setFormatter(logging.Formatter(self._console_format(), "%H:%M:%S"))
+        # Rank 0 speaks for all; what goes wrong elsewhere is heard with its rank.
+        self.console.setLevel(level if topology.is_main else logging.WARNING)
+        self.early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        self.file: logging.Handler | None = None
+        root = logging.getLogger()
+        for handler in (self.console, self.early):
+            root.addHandler(handler)
+        # The level is that of the launcher and of the user's own task; libraries keep theirs.
+        for name in ["launcher", *own_modules]:
+            logging.getLogger(name).setLevel(level)
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = _log_thread
+
+    def _console_format(self) -> str:
+        if self.topology.is_main:
+            return "%(asctime)s %(levelname).1s %(message)s"
+        return f"%(asctime)s %(levelname).1s rank {self.topology.rank}: %(message)s"
+
+    def open(self, directory: Path) -> None:
+        """Start logs/rank<K>.log with the lines logged so far."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"rank{self.topology.rank}.log"
+        self.file = logging.FileHandler(path, encoding="utf-8")
+        self.file.setFormatter(logging.Formatter(FORMAT))
+        root = logging.getLogger()
+        self.early.setTarget(self.file)
+        root.removeHandler(self.early)
+        self.early.close()
+        root.addHandler(self.file)
+
+    def attach(self, console: Console) -> None:
+        """Print above this progress bar from now on."""
+        self.console.console = console
+
+    def close(self) -> None:
+        root = logging.getLogger()
+        for handler in (self.console, self.early, self.file):
+            if handler is not None:
+                root.removeHandler(handler)
+                handler.close()
+        logging.captureWarnings(False)
+        sys.excepthook = sys.__excepthook__
+        threading.excepthook = threading.__excepthook__
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    logger.critical("uncaught exception", exc_info=(kind, error, trace))
+
+
+def _log_thread(args: threading.ExceptHookArgs) -> None:
+    name = args.thread.name if args.thread else "?"
+    if args.exc_value is not None:
+        logger.critical(
+            "uncaught exception in thread %s",
+            name,
+            exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
+        )

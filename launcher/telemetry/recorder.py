@@ -1,0 +1,92 @@
+"""One recorder of metrics. Values stay on the device and are summed there; once a period they are
+put together over the ranks and handed to the sinks on rank 0.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from launcher.runtime.process import Runtime
+
+# One metrics record: step, epoch, samples, time, and a number for each metric.
+Record = dict[str, Any]
+# Fields of a record that are no metrics.
+POSITION = ("step", "epoch", "samples", "time")
+
+
+class Sink(Protocol):
+    """Where records go. Rank 0 alone has sinks."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Recorder:
+    """Sums training values between records; `record` turns them into means over ranks and steps."""
+
+    def __init__(self, runtime: Runtime, sinks: Sequence[Sink] = ()) -> None:
+        self.runtime, self.sinks = runtime, sinks
+        # For each set of keys that was added together: weighted sums in float64 on the device, and
+        # the weight itself as the last element. One small kernel or two an addition.
+        self._sums: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
+        """Count scalars, means over a batch, with its weight. Never waits for the device."""
+        keys = tuple(values)
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        if (sums := self._sums.get(keys)) is None:
+            sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=stacked.device)
+            self._sums[keys] = sums
+        sums[:-1] += stacked * weight
+        sums[-1] += weight
+
+    def add_step(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Count scalars that are the same on all ranks, once a step."""
+        self.add(values, 1.0)
+
+    def record(self, position: Mapping[str, int], extra: Mapping[str, float]) -> None:
+        """Write one record of the means since the last one, and `extra` values of rank 0."""
+        # A collective, and the one place where training waits for the device to read values.
+        parts = self.runtime.gather(self.state())
+        self._sums.clear()
+        if parts is None:
+            return
+        means = {f"train/{key}": value for key, value in _means(parts).items()}
+        self.write(position, {**means, **extra})
+
+    def write(self, position: Mapping[str, int], values: Mapping[str, float]) -> None:
+        """Hand one record to the sinks."""
+        record = {**position, "time": time.time(), **values}
+        for sink in self.sinks:
+            sink.write(record)
+
+    def state(self) -> dict[str, list[float]]:
+        """The sums of this rank since the last record. Waits for the device."""
+        return {"\n".join(keys): sums.tolist() for keys, sums in self._sums.items()}
+
+    def add_state(self, state: Mapping[str, list[float]]) -> None:
+        """Go on from sums that `state` gave, besides those there are."""
+        for joined, values in state.items():
+            sums = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
+            keys = tuple(joined.split("\n"))
+            self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
+    """Means of every key over all ranks' sums, added up in rank order."""
+    totals: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        for joined, sums in part.items():
+            for key, value in zip(joined.split("\n"), sums, strict=False):
+                total, weight = totals.get(key, (0.0, 0.0))
+                totals[key] = (total + value, weight + sums[-1])
+    return {key: total / weight for key, (total, weight) in totals.items() if weight > 0}

@@ -1,0 +1,90 @@
+"""Where records go: JSON lines, TensorBoard, the console."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+
+from launcher.telemetry.console import Console, plain
+from launcher.telemetry.recorder import POSITION, Record
+
+logger = logging.getLogger(__name__)
+
+
+def strict(record: Record) -> Record:
+    """The record as strict JSON has it: NaN and infinity as null, their keys under `nonfinite`."""
+    bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
+    if not bad:
+        return record
+    return {**record, **dict.fromkeys(bad), "nonfinite": bad}
+
+
+class JsonLines:
+    """metrics.jsonl: a line a record, on disk as soon as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+        dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+        self.writer = jsonlines.Writer(self.file, dumps=dumps, flush=True)
+
+    def write(self, record: Record) -> None:
+        self.writer.write(strict(record))
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
+
+
+class TensorBoard:
+    """The same numbers under the same names as event files, in double precision."""
+
+    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # costs a second to import
+
+        self.writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        for key, value in record.items():
+            if key not in POSITION:
+                self.writer.add_scalar(
+                    key,
+                    value,
+                    record["step"],
+                    walltime=record["time"],
+                    new_style=True,
+                    double_precision=True,
+                )
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class ConsoleLines:
+    """A line a record in the log, and the same values beside the progress bar on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def write(self, record: Record) -> None:
+        line = summary(record)
+        evaluation = not any(key.startswith("train/") for key in record)
+        # On a terminal the bar shows training records; evaluations deserve a line there too.
+        logger.info(line, extra=plain(not evaluation and self.console.interactive))
+        self.console.update(record)
+
+    def close(self) -> None:
+        self.console.close()
+
+
+def summary(record: Record) -> str:
+    """One line of a record: `step 20  epoch 1  train/loss 1.234  ...`, system figures left out."""
+    parts = [f"step {record['step']}", f"epoch {record['epoch']}"]
+    for key, value in record.items():
+        if key not in POSITION and not key.startswith("system/"):
+            parts.append(f"{key.removeprefix('train/')} {value:.4g}")
+    return "  ".join(parts)

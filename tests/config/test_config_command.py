@@ -1,0 +1,101 @@
+"""`launcher config keys` and `launcher config diff`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.config import main, markdown
+from launcher.config import KEYS
+from launcher.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_key_reference_is_up_to_date() -> None:
+    advice = "run `launcher config keys --markdown > docs/config.md`"
+    assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == markdown(), advice
+
+
+def test_every_key_has_a_comment_of_one_line() -> None:
+    for key in KEYS:
+        assert key.comment and "\n" not in key.comment
+    assert len({key.name for key in KEYS}) == len(KEYS)
+
+
+def test_keys_say_where_each_value_came_from(here: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("x.yaml").write_text("SEED: 3\n")
+    words = ["DATALOADER.NUM_WORKERS", "-1", "--json", "LOG.LEVEL=DEBUG"]
+    assert main(["keys", "--config-file", "x.yaml", *words]) == 0
+    rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["SEED"]["value"] == 3
+    assert rows["SEED"]["origin"] == "x.yaml:1"
+    assert rows["LOG.LEVEL"]["origin"] == "command line"
+    assert rows["OPTIM.LR"] == {
+        "key": "OPTIM.LR",
+        "value": 0.1,
+        "origin": "default",
+        "comment": "Learning rate before warm-up and schedule",
+    }
+
+
+def test_a_piped_table_is_never_cut_off(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    path = "long/" * 60
+    assert main(["keys", "OUTPUT_DIR", path]) == 0
+    out = capsys.readouterr().out
+    assert path in out
+    assert all(key.comment in out for key in KEYS)
+
+
+def test_keys_shows_the_keys_of_the_task(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["keys", "TASK.NAME", "digits", "--json"]) == 0
+    rows = [row for row in json.loads(capsys.readouterr().out) if row["key"].startswith("TASK.")]
+    assert any("Declared by" in row["comment"] for row in rows)
+
+
+def test_keys_raises_the_report(here: Path) -> None:
+    with pytest.raises(UsageError, match=r"did you mean OPTIM\.LR"):
+        main(["keys", "LR", "1"])
+
+
+def test_diff_shows_both_values(here: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text("OUTPUT_DIR: o\nSEED: 1\nTASK: {WIDTH: 5}\n")
+    Path("b.yaml").write_text("OUTPUT_DIR: o\nSEED: 2\n")
+    assert main(["diff", "run", "b.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [
+        {"key": "SEED", "a": 1, "b": 2},
+        {"key": "TASK.WIDTH", "a": 5},
+    ]
+    assert main(["diff", "run", "b.yaml"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["key", "run", "b.yaml"],
+        ["SEED", "1", "2"],
+        ["TASK.WIDTH", "5", "(no", "such", "key)"],
+    ]
+    assert main(["diff", "run", "run"]) == 0
+    assert capsys.readouterr().out == "no key differs\n"
+
+
+def test_diff_of_what_is_no_run_or_file(here: Path) -> None:
+    Path("empty").mkdir()
+    with pytest.raises(UsageError, match="no run directory"):
+        main(["diff", "empty", "empty"])
+    with pytest.raises(UsageError, match="no such file"):
+        main(["diff", "gone.yaml", "gone.yaml"])
+
+
+def test_bad_usage_exits_2(capsys: pytest.CaptureFixture) -> None:
+    for argv in ([], ["sing"], ["keys", "--markdown", "SEED", "1"], ["diff", "one"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2

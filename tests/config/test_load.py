@@ -1,0 +1,529 @@
+"""Loading: the order of sources, the report of all mistakes, tasks, and config.yaml again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from launcher.config import KEYS, CfgNode, Config, ConfigError, Key, defaults, flatten, load_config
+from launcher.errors import UsageError
+
+
+class Toy:
+    """A task with a key of each kind."""
+
+    @classmethod
+    def defaults(cls) -> CfgNode:
+        nested = CfgNode({"DEPTH": 2, "EMPTY": CfgNode()})
+        return CfgNode({"WIDTH": 128, "NET": nested, "ANY": None, "SIZE": (1, 2)})
+
+    @classmethod
+    def metrics(cls) -> list[str] | None:
+        return ["loss", "accuracy"]
+
+
+def resolve(name: str, search: list[Path], builtin_only: bool) -> type | None:
+    if name == "toy":
+        return Toy
+    if name and builtin_only:
+        return None
+    if name.endswith(":Toy"):
+        return Toy
+    raise UsageError(f"no task {name!r}; the built-in tasks are: toy")
+
+
+def load(file: object = None, *words: str, **more: Any) -> Config:
+    more.setdefault("resolve_task", resolve)
+    return load_config(None if file is None else str(file), words, **more)
+
+
+def mistakes(file: object = None, *words: str, **more: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(file, *words, **more)
+    return caught.value
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: str, text: str) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
+    return path
+
+
+# --- sources and their order
+
+
+def test_defaults_alone_are_the_keys() -> None:
+    config = load_config(None, require_task=False)
+    assert flatten(config.cfg) == {key.name: key.default for key in KEYS}
+    assert set(config.origins.values()) == {"default"}
+    assert config.cfg.is_frozen()
+    with pytest.raises(AttributeError):
+        config.cfg.TRAIN.BATCH_SIZE = 1
+
+
+def test_default_lists_are_not_shared_between_configs() -> None:
+    defaults().OPTIM.BETAS.append(0.5)
+    assert defaults().OPTIM.BETAS == [0.9, 0.999]
+
+
+def test_every_value_knows_where_it_came_from(here: Path) -> None:
+    write("base.yaml", "TASK: {NAME: toy}\nOPTIM:\n  LR: 1e-3\n")
+    write("c/x.yaml", "_BASE_: ../base.yaml\n\nTRAIN.BATCH_SIZE: 8\nTASK:\n  WIDTH: 64.0\n")
+    config = load("c/x.yaml", "SEED=7", "LOG.LEVEL", "DEBUG", "SEED", "8")
+    assert config.cfg.OPTIM.LR == 1e-3
+    assert config.cfg.TRAIN.BATCH_SIZE == 8
+    assert config.cfg.SEED == 8
+    assert config.cfg.TASK.WIDTH == 64
+    assert config.task is Toy
+    assert config.origins["OPTIM.LR"] == "base.yaml:3"
+    assert config.origins["TRAIN.BATCH_SIZE"] == "c/x.yaml:3"
+    assert config.origins["TASK.WIDTH"] == "c/x.yaml:5"
+    assert config.origins["SEED"] == "command line"
+    assert config.origins["TASK.ANY"] == "default"
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    sources=st.lists(
+        st.dictionaries(
+            st.sampled_from(["SEED", "TRAIN.BATCH_SIZE", "EVAL.BATCH_SIZE"]), st.integers(1, 99)
+        ),
+        min_size=5,
+        max_size=5,
+    ),
+    nested=st.booleans(),
+)
+def test_the_last_one_wins(here: Path, sources: list[dict[str, int]], nested: bool) -> None:
+    def yaml_of(values: dict[str, int]) -> str:
+        if not nested:
+            return "".join(f"{key}: {value}\n" for key, value in values.items())
+        tree = defaults()
+        tree.clear()
+        for key, value in values.items():
+            section, _, last = key.rpartition(".")
+            (tree.setdefault(section, CfgNode()) if section else tree)[last] = value
+        return str(tree.dump()) if values else ""
+
+    oldest, first, second, own, line = sources
+    write("oldest.yaml", yaml_of(oldest))
+    write("first.yaml", yaml_of(first) + "_BASE_: oldest.yaml\n")
+    write("second.yaml", yaml_of(second))
+    write("own.yaml", yaml_of(own) + "_BASE_: [first.yaml, second.yaml]\n")
+    words = [word for key, value in line.items() for word in (key, str(value))]
+    config = load("own.yaml", *words, require_task=False)
+    found = flatten(config.cfg)
+    expected = {key: value for source in sources for key, value in source.items()}
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_anchors_and_merge_keys_work_and_keep_their_lines(here: Path) -> None:
+    write(
+        "x.yaml",
+        "TASK: {NAME: toy}\nTRAIN: &a\n  BATCH_SIZE: &n 8\nEVAL:\n  <<: *a\n  EVERY: 2ep\n"
+        "SEED: *n\n",
+    )
+    config = load("x.yaml")
+    assert (config.cfg.EVAL.BATCH_SIZE, config.cfg.EVAL.EVERY, config.cfg.SEED) == (8, "2ep", 8)
+    assert config.origins["EVAL.BATCH_SIZE"] == "x.yaml:3"
+
+
+def test_own_keys_win_over_merged_ones(here: Path) -> None:
+    write("x.yaml", "TRAIN: &a {BATCH_SIZE: 8}\nEVAL: {<<: *a, BATCH_SIZE: 9}\n")
+    assert load("x.yaml", require_task=False).cfg.EVAL.BATCH_SIZE == 9
+
+
+def test_the_first_of_several_merged_sections_wins(here: Path) -> None:
+    write("x.yaml", "TRAIN: &a {BATCH_SIZE: 8}\nEVAL: {<<: [*a, {BATCH_SIZE: 9, EVERY: 2ep}]}\n")
+    evaluation = load("x.yaml", require_task=False).cfg.EVAL
+    assert (evaluation.BATCH_SIZE, evaluation.EVERY) == (8, "2ep")
+
+
+def test_an_empty_file_and_a_bom_are_fine(here: Path) -> None:
+    write("empty.yaml", "")
+    Path("bom.yaml").write_bytes(b"\xef\xbb\xbfSEED: 3\n")
+    assert load("empty.yaml", require_task=False).cfg.SEED == 0
+    assert load("bom.yaml", require_task=False).cfg.SEED == 3
+
+
+def test_output_dir_follows_the_config_file_or_the_task(here: Path) -> None:
+    write("configs/digits.v2.yaml", "TASK.NAME: toy")
+    assert load("configs/digits.v2.yaml").cfg.OUTPUT_DIR == "runs/digits.v2"
+    assert load(None, "TASK.NAME", "toy").cfg.OUTPUT_DIR == "runs/toy"
+    assert load(None, "TASK.NAME", "pkg.mod:Toy").cfg.OUTPUT_DIR == "runs/Toy"
+    assert load(None, "TASK.NAME", "toy", "OUTPUT_DIR", "a").cfg.OUTPUT_DIR == "a"
+
+
+def test_a_task_file_beside_the_config_is_named_from_the_working_directory(here: Path) -> None:
+    write("configs/mine.py", "")
+    write("configs/x.yaml", "TASK.NAME: mine.py:Toy")
+    config = load("configs/x.yaml")
+    assert config.cfg.TASK.NAME == "configs/mine.py:Toy"
+    write("runs/x/config.yaml", config.cfg.dump())
+    assert load("runs/x/config.yaml").cfg == config.cfg
+
+
+def test_tasks_are_sought_beside_the_config_then_here(here: Path) -> None:
+    asked: list[tuple[str, list[Path], bool]] = []
+
+    def spy(name: str, search: list[Path], builtin_only: bool) -> type | None:
+        asked.append((name, search, builtin_only))
+        return Toy
+
+    write("configs/x.yaml", "TASK.NAME: mine.py:Toy")
+    load("configs/x.yaml", resolve_task=spy)
+    assert asked == [("mine.py:Toy", [Path("configs"), Path.cwd()], False)]
+
+
+# --- the report
+
+
+def test_the_report_holds_every_mistake_with_place_and_hint(here: Path) -> None:
+    write("x.yaml", "TASK.NAME: toy\nTRAIN:\n  BATCHSIZE: 8\n  PRECISION: FP16\n")
+    error = mistakes("x.yaml", "OPTIM.LR", "abc", "TRAIN.LR=1", "TASK.WIDHT=3", "SEED")
+    assert error.exit_code == 2
+    assert str(error).splitlines() == [
+        "6 mistakes in the config:",
+        "  command line  SEED: has no value; write KEY VALUE or KEY=VALUE",
+        "  x.yaml:3      TRAIN.BATCHSIZE: unknown key (did you mean TRAIN.BATCH_SIZE?)",
+        "  x.yaml:4      TRAIN.PRECISION: 'FP16' is not one of fp32, tf32, bf16, fp16"
+        " (did you mean fp16?)",
+        "  command line  OPTIM.LR: 'abc' is not a number",
+        "  command line  TRAIN.LR: unknown key (did you mean OPTIM.LR?)",
+        "  command line  TASK.WIDHT: unknown key (did you mean TASK.WIDTH?)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("TRAIN.LR", "OPTIM.LR"),
+        ("lr", "OPTIM.LR"),
+        ("train.batch_size", "TRAIN.BATCH_SIZE"),
+        ("TRIAN.BATCH_SIZE", "TRAIN.BATCH_SIZE"),
+        ("TRAIN.NESTROV", "OPTIM.NESTEROV"),
+        ("OPTIM.LEVEL", "LOG.LEVEL"),
+        ("OPTIM.MODE", "CHECKPOINT.MODE"),
+        ("XYZZY", ""),
+    ],
+)
+def test_the_nearest_key_is_named(name: str, hint: str) -> None:
+    (problem,) = mistakes(None, name, "1", require_task=False).problems
+    assert (problem.key, problem.message, problem.hint) == (name, "unknown key", hint)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "says"),
+    [
+        ("TRAIN.BATCH_SIZE 0", "TRAIN.BATCH_SIZE", "must be at least 1"),
+        ("OPTIM.MOMENTUM 1", "OPTIM.MOMENTUM", "below 1"),
+        ("OPTIM.LR 0", "OPTIM.LR", "above 0"),
+        ("OPTIM.BETAS [0.9]", "OPTIM.BETAS", "takes 2 values, not 1"),
+        ("OPTIM.BETAS [0.9,1]", "OPTIM.BETAS", "below 1"),
+        ("TRAIN.DURATION 24h", "TRAIN.DURATION", "a time limit is not the duration"),
+        ("TRAIN.DURATION=", "TRAIN.DURATION", "must not be empty"),
+        ("LOG.EVERY=", "LOG.EVERY", "must not be empty"),
+        ("LOG.EVERY 10", "LOG.EVERY", "has no unit"),
+        ("DIST.INIT_TIMEOUT 5ep", "DIST.INIT_TIMEOUT", "this is a time; write for example 90s"),
+        ("CHECKPOINT.KEEP_EVERY 1h", "CHECKPOINT.KEEP_EVERY", "makes no sense"),
+        ("OPTIM.MILESTONES 5ep", "OPTIM.MILESTONES", "is not a list"),
+        ("OPTIM.MILESTONES [5ep,3ep]", "OPTIM.MILESTONES", "rising order"),
+        ("OPTIM.MILESTONES [5ep,5ep]", "OPTIM.MILESTONES", "rising order"),
+        ("OPTIM.MILESTONES [5h]", "OPTIM.MILESTONES", "makes no sense"),
+        ("OPTIM.SCHEDULE step", "OPTIM.SCHEDULE", "needs OPTIM.MILESTONES"),
+        ("OPTIM.NESTEROV true OPTIM.MOMENTUM 0", "OPTIM.NESTEROV", "above 0"),
+        ("OPTIM.NESTEROV true OPTIM.NAME adamw", "OPTIM.NESTEROV", "sgd"),
+        ("OPTIM.WARMUP 11ep", "OPTIM.WARMUP", "longer than TRAIN.DURATION"),
+        ("DIST.BACKEND nccl DIST.DEVICE cpu", "DIST.BACKEND", "CUDA only"),
+        ("CHECKPOINT.METRIC val/acuracy", "CHECKPOINT.METRIC", "not among what the task returns"),
+        ("TRAIN 5", "TRAIN", "is a section"),
+        ("TASK digits", "TASK", "such as TASK.NAME"),
+        ("SEED.X 5", "SEED.X", "lies below a key"),
+        ("OUTPUT_DIR null", "OUTPUT_DIR", 'write "" for none'),
+        ("TASK.SIZE [1,x]", "TASK.SIZE", "not a whole number"),
+        ("TASK.NET 1", "TASK.NET", "is a section"),
+    ],
+)
+def test_each_rule_is_one_problem(words: str, key: str, says: str) -> None:
+    (problem,) = mistakes(None, "TASK.NAME", "toy", *words.split()).problems
+    assert (problem.where, problem.key) == ("command line", key)
+    assert says in problem.message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "TRAIN.BATCH_SIZE 8 TRAIN.MICRO_BATCH_SIZE 16",
+        "OPTIM.WARMUP 500step",
+        "OPTIM.SCHEDULE step OPTIM.MILESTONES [5ep,500step,8ep]",
+        "CHECKPOINT.METRIC val/f1 CHECKPOINT.KEEP_BEST 0",
+        "CHECKPOINT.METRIC val/f1 EVAL.EVERY=",
+        "CHECKPOINT.METRIC val/accuracy",
+        "EVAL.EVERY 30min",
+        "OPTIM.FINAL_FACTOR 1",
+        f"SEED {2**32 - 1}",
+        "DATALOADER.NUM_WORKERS -1",
+    ],
+)
+def test_what_is_no_mistake(words: str) -> None:
+    load(None, "TASK.NAME", "toy", *words.split())
+
+
+def test_a_mistake_is_not_reported_again_by_the_checks_that_build_on_it() -> None:
+    words = ("OPTIM.SCHEDULE", "step", "OPTIM.MILESTONES", "[5h]")
+    assert len(mistakes(None, "TASK.NAME", "toy", *words).problems) == 1
+
+
+def test_an_overridden_mistake_is_still_reported(here: Path) -> None:
+    write("x.yaml", "SEED: abc\nTASK.NAME: toy\n")
+    assert [p.where for p in mistakes("x.yaml", "SEED", "1").problems] == ["x.yaml:1"]
+
+
+def test_a_key_is_not_taken_for_the_value_of_the_one_before() -> None:
+    words = ("TASK.NAME", "toy", "TRAIN.BATCH_SIZE", "OPTIM.LR", "0.5")
+    (problem,) = mistakes(None, *words).problems
+    assert (problem.key, problem.message[:12]) == ("TRAIN.BATCH_SIZE", "has no value")
+
+
+# --- files
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "says"),
+    [
+        ("SEED: 1\nTRAIN: [", "x.yaml:2", "not valid YAML"),
+        ("SEED: 1\nSEED: 2", "x.yaml:2", "given twice, in lines 1 and 2"),
+        ("TRAIN:\n  BATCH_SIZE: 1\nTRAIN.BATCH_SIZE: 2", "x.yaml:3", "in lines 2 and 3"),
+        ("- SEED", "x.yaml:1", "a config is a mapping"),
+        ("just text", "x.yaml:1", "a config is a mapping"),
+        ("SEED: 1\n---\nSEED: 2", "x.yaml:2", "not valid YAML"),
+        ("SEED: *nowhere", "x.yaml:1", "undefined alias"),
+        ("TRAIN: &a\n  EVAL: *a", "x.yaml:1", "inside its own anchor"),
+        ("? [a]\n: b", "x.yaml:1", "a key is a name"),
+        ("TRAIN:\n  <<: 5", "x.yaml:2", "merges sections"),
+        ("TRAIN:\n", "x.yaml:1", "is a section"),
+        ("SEED: {A: 1}", "x.yaml:1", "lies below a key"),
+        ("SEED: !!set {a}", "x.yaml:1", "tag !!set is not allowed"),
+        ("_BASE_: {a: b}", "x.yaml:1", "unknown key"),
+        ("_BASE_:", "x.yaml:1", "takes a path or a list of paths"),
+        ("_BASE_: gone.yaml", "x.yaml:1", "gone.yaml: no such file"),
+        ("_BASE_: x.yaml", "x.yaml:1", "x.yaml -> x.yaml goes round in a circle"),
+        ("SEED: " + "[" * 3000, "x.yaml", "nested too deeply"),
+    ],
+)
+def test_each_broken_file_is_one_problem(here: Path, text: str, where: str, says: str) -> None:
+    write("x.yaml", text)
+    (problem,) = mistakes("x.yaml", require_task=False).problems
+    assert problem.where == where
+    assert says in problem.message
+
+
+def test_files_that_cannot_be_read(here: Path) -> None:
+    write("configs/digits.yaml", "")
+    Path("latin.yaml").write_bytes(b"OUTPUT_DIR: caf\xe9")
+    for name, says in {
+        "configs/digit.yaml": "no such file (did you mean configs/digits.yaml?)",
+        "configs": "is a directory",
+        "latin.yaml": "not UTF-8 text",
+        "nul\0.yaml": "is not the name of a file",
+        "": "is not the name of a file",
+    }.items():
+        (problem,) = mistakes(name).problems  # and no word of a missing TASK.NAME
+        assert says in str(problem)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_without_read_permission(here: Path) -> None:
+    os.chmod(write("x.yaml", ""), 0)
+    assert "Permission denied" in str(mistakes("x.yaml"))
+
+
+def test_circles_and_gaps_among_bases_show_the_chain_and_hide_nothing_else(here: Path) -> None:
+    write("a.yaml", "_BASE_: b.yaml\nSEED: x\n")
+    write("b.yaml", "_BASE_: [a.yaml, gone.yaml]\n")
+    error = mistakes("a.yaml")
+    assert [problem.where for problem in error.problems] == ["b.yaml:1", "b.yaml:1", "a.yaml:2"]
+    assert "a.yaml -> b.yaml -> a.yaml" in error.problems[0].message
+    assert "gone.yaml: no such file (a.yaml -> b.yaml -> gone.yaml)" in error.problems[1].message
+
+
+def test_a_base_that_two_files_share_is_no_circle_and_reports_once(here: Path) -> None:
+    write("root.yaml", "SEED: x")
+    write("a.yaml", "_BASE_: root.yaml")
+    write("b.yaml", "_BASE_: root.yaml")
+    write("c.yaml", "_BASE_: [a.yaml, b.yaml]")
+    assert len(mistakes("c.yaml", require_task=False).problems) == 1
+
+
+def test_nothing_runs_from_a_file(here: Path) -> None:
+    write("evil.py", "open('marker', 'w')\ncfg = {}\n")
+    assert "not run" in str(mistakes("evil.py"))
+    for tag in ("!!python/object/apply:os.mkdir [marker]", "!!python/name:os.mkdir ''", "!mine 3"):
+        write("x.yaml", f"SEED: {tag}\nOPTIM.LR: [1, {tag}]\nTASK.NAME: toy\n")
+        problems = mistakes("x.yaml").problems
+        assert [problem.where for problem in problems] == ["x.yaml:1", "x.yaml:2"]
+        assert all("is not allowed" in problem.message for problem in problems)
+        word = mistakes(None, "TASK.NAME", "toy", "TASK.ANY", tag).problems[0]
+        assert "is not allowed" in word.message
+    write("x.yaml", "_BASE_: evil.py")
+    assert "not run" in str(mistakes("x.yaml"))
+    assert not Path("marker").exists()
+
+
+def test_loading_imports_no_torch() -> None:
+    code = (
+        "import sys; from launcher.config import load_config; import launcher.cli.config;"
+        "load_config(None, require_task=False);"
+        "sys.exit(', '.join({'torch', 'numpy', 'rich'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- tasks
+
+
+def test_a_missing_task_names_the_built_in_ones() -> None:
+    (problem,) = mistakes().problems
+    assert problem.key == "TASK.NAME"
+    assert "toy" in problem.message
+
+
+def test_an_unknown_task_is_a_problem_where_it_was_named(here: Path) -> None:
+    write("x.yaml", "TASK:\n  NAME: tyo\n")
+    (problem,) = mistakes("x.yaml").problems
+    assert (problem.where, problem.key) == ("x.yaml:2", "TASK.NAME")
+
+
+def test_a_mistake_in_a_built_in_key_keeps_foreign_tasks_unloaded() -> None:
+    def spy(name: str, search: list[Path], builtin_only: bool) -> type | None:
+        assert builtin_only, "a user's task would be imported"
+        return None
+
+    words = ("TASK.NAME", "my.py:Toy", "TASK.WIDHT", "3", "SEED", "x")
+    error = mistakes(None, *words, resolve_task=spy)
+    assert [problem.key for problem in error.problems] == ["SEED"]
+    assert str(error).splitlines()[-1].startswith("Keys under TASK are not checked yet")
+
+
+def test_without_a_resolver_task_keys_are_kept_as_they_are(here: Path) -> None:
+    write("x.yaml", "TASK:\n  NAME: gone\n  WIDTH: 5\n  NET: {DEPTH: 1.5, EMPTY: {}}\n")
+    config = load("x.yaml", "TASK.TAGS", "[a, 1]", resolve_task=None)
+    assert config.task is None
+    task = {"NAME": "gone", "WIDTH": 5, "NET.DEPTH": 1.5, "TAGS": ["a", 1]}
+    assert flatten(config.cfg.TASK) == task
+    assert "lies below" in str(load_error("x.yaml", "TASK.WIDTH.X", "1"))
+    assert "lies below" in str(load_error("x.yaml", "TASK.WIDTH.X.Y", "1"))
+
+
+def load_error(*words: str) -> ConfigError:
+    return mistakes(*words, resolve_task=None)
+
+
+def broken(returned: object) -> type:
+    def answer(cls: type) -> object:
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    return type("Broken", (), {"defaults": classmethod(answer)})
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (RuntimeError("boom"), r"Broken.defaults\(\) fails: RuntimeError: boom"),
+        (None, "returns NoneType, not a CfgNode"),
+        ({"X": object()}, "fails: AssertionError"),
+        ({"NAME": "x"}, "declares NAME"),
+        ({"A": {"B.C": 1}}, "'B.C' is not a key"),
+        ({"X": float("inf")}, "X cannot be written as YAML"),
+        ({"X": [object()]}, "X cannot be written as YAML"),
+    ],
+)
+def test_tasks_with_broken_defaults(returned: object, says: str) -> None:
+    error = mistakes(None, "TASK.NAME", "b", resolve_task=lambda *_: broken(returned))
+    (problem,) = error.problems
+    assert problem.key == "TASK.NAME"
+    with pytest.raises(ConfigError, match=says):
+        raise error
+
+
+def test_a_task_may_declare_nothing() -> None:
+    config = load(None, "TASK.NAME", "object", resolve_task=lambda *_: object)
+    assert flatten(config.cfg.TASK) == {"NAME": "object"}
+
+
+# --- config.yaml
+
+
+def value_of(key: Key) -> st.SearchStrategy[Any]:
+    """Any value that the key takes."""
+    if key.unit:
+        text = st.builds("{}{}".format, st.integers(1, 99), st.sampled_from(key.unit))
+        if isinstance(key.default, list):
+            return st.integers(1, 99).map(lambda n: [f"{n}ep", f"{n}step", f"{n + 1}ep"])
+        return text | st.just("") if key.never else text
+    if key.choices:
+        return st.sampled_from(key.choices)
+    if isinstance(key.default, bool):
+        return st.booleans()
+    if isinstance(key.default, int):
+        return st.integers(int(key.at_least or 0), int(key.at_most or 10**30))
+    if isinstance(key.default, str):
+        return st.text(min_size=1)
+    number = st.floats(
+        key.at_least if key.at_least is not None else key.above,
+        key.at_most if key.at_most is not None else key.below,
+        exclude_min=key.above is not None,
+        exclude_max=key.below is not None,
+        allow_nan=False,
+        allow_infinity=False,
+    )
+    return st.lists(number, min_size=2, max_size=2) if key.length else number
+
+
+@st.composite
+def whole_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """A value for every key, such that the keys agree with each other."""
+    values = {key.name: draw(value_of(key), label=key.name) for key in KEYS}
+    values["CHECKPOINT.METRIC"] = draw(st.sampled_from(["val/loss", "val/accuracy"]))
+    values["TASK.WIDTH"] = draw(st.integers())
+    values["TASK.ANY"] = draw(st.none() | st.text() | st.lists(st.integers()))
+    values["TASK.SIZE"] = draw(st.tuples(st.integers(), st.integers()))
+    values["TRAIN.DURATION"] = "100ep"
+    values["OPTIM.NESTEROV"] &= values["OPTIM.NAME"] == "sgd" and values["OPTIM.MOMENTUM"] > 0
+    if values["DIST.BACKEND"] == "nccl":
+        values["DIST.DEVICE"] = "cuda"
+    return values
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(values=whole_configs())
+def test_config_yaml_loads_back_to_the_same_config(here: Path, values: dict[str, Any]) -> None:
+    tree = CfgNode()
+    for name, value in values.items():
+        section, _, last = name.rpartition(".")
+        (tree.setdefault(section, CfgNode()) if section else tree)[last] = value
+    more: dict[str, Any] = {"resolve_task": lambda *_: Toy}
+    first = load(write("x.yaml", tree.dump()), **more)
+    found = flatten(first.cfg)
+    assert {name: found[name] for name in values} == values
+    again = load(write("run/config.yaml", first.cfg.dump()), **more)
+    assert again.cfg == first.cfg
+    assert str(again.cfg) == str(first.cfg)  # 1 == 1.0 == True, but their texts differ
+    assert "default" not in set(again.origins.values())
