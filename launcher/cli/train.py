@@ -35,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
         help="set the old run directory aside as DIR.old-<UTC time>, then start",
     )
     p.add_argument(
+        "--allow",
+        metavar="KEY[,KEY]",
+        action="append",
+        default=[],
+        help="accept these differences to the checkpoint at --resume (also DATASET_LENGTH)",
+    )
+    p.add_argument(
         "--check",
         action="store_true",
         help="report every mistake in the config, or print the resolved config, and exit",
@@ -52,6 +59,7 @@ def train(argv: list[str]) -> int:
         return 0
     directory = RunDirectory(config.cfg.OUTPUT_DIR)
     resume = options.resume
+    allow = frozenset(key for text in options.allow for key in text.split(","))
     if topology.is_main:
         refuse(directory, allowed=resume or options.overwrite)
 
@@ -68,7 +76,7 @@ def train(argv: list[str]) -> int:
     recorded = record(run)
     try:
         with start(topology, config.cfg) as runtime:
-            recorded(config.cfg, config.task, runtime, logs, directory, sys.argv, resume)
+            recorded(config.cfg, config.task, runtime, logs, directory, sys.argv, resume, allow)
     except UsageError:
         raise
     except Exception:

@@ -1,4 +1,4 @@
-"""Loaders: a DataLoader that is told (epoch, indices) and answers with collated batches.
+"""Loaders: a DataLoader that is handed requests and answers with batches.
 
 One iterator serves a whole attempt. Epochs are part of the requests, so workers live on across
 them, the next epoch's first batch is fetched before this one ends, and nobody calls `set_epoch`.
@@ -6,61 +6,26 @@ them, the next epoch's first batch is fetched before this one ends, and nobody c
 
 from __future__ import annotations
 
+import os
+import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from launcher.data.order import Indices
+from launcher.data.fetch import Request
+from launcher.data.iterable import STATE_EVERY, Span
+from launcher.data.order import Order
 from launcher.data.plan import Plan
-from launcher.data.transfer import to_device
 from launcher.errors import RunError
+from launcher.runtime.memory import memory_budget, oom_kills
 
-Order = Callable[[int, Indices], Indices]
 # Indices are computed for about this many positions at a time: numpy's cost a call is then shared.
 POSITIONS_AT_ONCE = 4096
-
-
-class Request(NamedTuple):
-    """What a loader worker is asked for: samples of an epoch, as one batch."""
-
-    epoch: int
-    indices: list[int]
-
-
-class Fetcher(Dataset):
-    """The user's data set as a map from a Request to a collated batch; runs in the workers."""
-
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any] | None) -> None:
-        self.dataset = dataset
-        self.collate = collate or default_collate
-        # A data set that makes a batch by itself is asked for it, unless the task collates.
-        self.whole = getattr(dataset, "batch", None) if collate is None else None
-
-    def __getitem__(self, request: Request) -> Any:
-        if self.whole is not None:
-            return self.whole(request.indices)
-        samples = []
-        for index in request.indices:
-            try:
-                samples.append(self.dataset[index])
-            except Exception as error:
-                name = type(self.dataset).__name__
-                raise RunError(
-                    f"sample {index} of data set {name} failed: {type(error).__name__}: {error}"
-                ) from error
-        return self.collate(samples)
-
-
-class _Requests(Sampler):
-    def __init__(self, make: Callable[[], Iterable[Request]]) -> None:
-        self.make = make
-
-    def __iter__(self) -> Iterator[Request]:
-        return iter(self.make())
 
 
 def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -> Iterator[Request]:
@@ -85,43 +50,115 @@ def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -
         step += count
 
 
-def eval_requests(plan: Plan, rank: int) -> Iterator[Request]:
-    """A rank's batches of an evaluation: whole batches dealt in turn, nothing padded or dropped.
+def stream_requests(plan: Plan, rank: int, first: int, last: int) -> Iterator[Span]:
+    """The same for an iterable data set, whose order is its own."""
+    for step in range(first, last):
+        epoch, k = divmod(step, plan.steps_per_epoch)
+        for i, (start, stop) in enumerate(plan.micro_batches(k, rank)):
+            yield Span(epoch, start, stop, state=rank == 0 and i == 0 and k % STATE_EVERY == 0)
+
+
+def eval_batches(plan: Plan, rank: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of a rank's batches of an evaluation: whole batches dealt in turn, nothing
+    padded or dropped.
 
     A batch holds the same samples at any number of ranks, so each sample's result is the same to
     the last bit.
     """
-    for k in range(rank, plan.steps_per_epoch, plan.world_size):
-        yield Request(0, list(range(*plan.batch(k))))
+    return (plan.batch(k) for k in range(rank, plan.steps_per_epoch, plan.world_size))
 
 
-def make_loader(
-    fetcher: Fetcher,
-    requests: Callable[[], Iterable[Request]],
+class _Requests(Sampler):
+    """Hands out the requests once, and remembers those not answered yet."""
+
+    def __init__(self, requests: Iterator[Any]) -> None:
+        self.requests = requests
+        self.pending: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        for request in self.requests:
+            self.pending.append(request)
+            yield request
+
+
+def load(
+    fetcher: Dataset,
+    requests: Iterable[Any],
     workers: int,
     prefetch: int,
     pin_memory: bool,
-) -> DataLoader:
-    """A DataLoader over requests. Its workers leave when its iterator is dropped."""
-    return DataLoader(
+    timeout_s: float,
+) -> Iterator[Any]:
+    """The answers to the requests, in order, fetched by `workers` processes ahead of their use.
+
+    Raises RunError that names the samples for a worker that failed, was killed, or took longer
+    than `timeout_s` for one batch.
+    """
+    sampler = _Requests(iter(requests))
+    loader = DataLoader(
         fetcher,
-        sampler=_Requests(requests),
+        sampler=sampler,
         batch_size=None,  # a request is a whole batch already
         collate_fn=_as_is,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        timeout=timeout_s if workers else 0,
         # Its base seed must not be drawn from the global generator: a resumed run would draw it
         # at another moment than the uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
+    killed_before = oom_kills()
+    iterator = iter(loader)
+    while True:
+        try:
+            answer = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            said = _explain(str(error), fetcher, sampler.pending, timeout_s, killed_before)
+            if said is None:
+                raise
+            raise RunError(said) from error
+        sampler.pending.popleft()
+        yield answer
 
 
-def batches(loader: DataLoader, device: torch.device) -> Iterator[Any]:
-    """The loader's batches on the device."""
-    for batch in loader:
-        yield to_device(batch, device)
+def _explain(
+    error: str, fetcher: Any, pending: deque[Any], timeout_s: float, killed_before: int
+) -> str | None:
+    """What a DataLoader's own error means; None for an error that is not about its workers."""
+    name = type(getattr(fetcher, "dataset", fetcher)).__name__
+    waiting = _samples(pending[0]) if pending else "its batch"
+    if "timed out" in error:
+        return (
+            f"a loader worker took longer than {timeout_s:g} s (DIST.TRAIN_TIMEOUT) for {waiting} "
+            f"of data set {name}: is a file or a server it reads from stuck?"
+        )
+    if "exited unexpectedly" not in error and "killed by signal" not in error:
+        return None
+    memory = memory_budget()
+    signal_name = re.search(r"killed by signal: ([^.]*)", error)
+    cause = f"signal: {signal_name[1].strip()}" if signal_name else "it exited by itself"
+    if oom_kills() > killed_before:
+        cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
+    elif "Bus error" in error:
+        cause = "bus error: /dev/shm is full"
+    shm = "" if memory.shm is None else f", /dev/shm {memory.shm / 2**30:.2f} GiB"
+    return (
+        f"a loader worker died while {waiting} of data set {name} was waited for: {cause}. Free "
+        f"now: memory {memory.available / 2**30:.1f} GiB{shm}. Fewer DATALOADER.NUM_WORKERS or a "
+        "smaller DATALOADER.PREFETCH_FACTOR need less of both."
+    )
+
+
+def _samples(request: Any) -> str:
+    if isinstance(request, Request):
+        shown = ", ".join(map(str, request.indices[:8]))
+        more = f", ... ({len(request.indices)} in all)" if len(request.indices) > 8 else ""
+        return f"samples {shown}{more}"
+    return f"samples {request.start} to {request.stop - 1}"
 
 
 def _as_is(batch: Any) -> Any:
@@ -132,3 +169,5 @@ def _start_worker(worker_id: int) -> None:
     # A stop request is for the rank, which ends its workers itself once it has saved.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)
+    # torch itself gives a worker one thread; libraries that it loads later get one too.
+    os.environ["OMP_NUM_THREADS"] = "1"

@@ -6,10 +6,17 @@ free, memory is constant, and an epoch over 10^9 samples starts at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from launcher.errors import UsageError
+
 Indices = npt.NDArray[np.int64]
+# (epoch, positions in the global order) -> sample indices
+Order = Callable[[int, Indices], Indices]
 _U64 = npt.NDArray[np.uint64]
 
 # Rounds of the shuffle. tests/data/test_order.py measures its quality at this number.
@@ -23,9 +30,9 @@ def mix(x: _U64) -> _U64:
     return x ^ (x >> np.uint64(31))
 
 
-def keys(seed: int, epoch: int, count: int) -> _U64:
-    """`count` independent 64-bit keys for an epoch."""
-    words = np.random.SeedSequence([seed, epoch]).generate_state(count, np.uint64)
+def keys(seed: int, epoch: int, count: int, use: int = 0) -> _U64:
+    """`count` independent 64-bit keys for an epoch, others for every `use`."""
+    words = np.random.SeedSequence([seed, epoch, use]).generate_state(count, np.uint64)
     return words.astype(np.uint64, copy=False)
 
 
@@ -72,3 +79,63 @@ class Sequential:
     def __call__(self, epoch: int, positions: Indices) -> Indices:
         """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
         return positions
+
+
+class Replacement:
+    """Independent uniform draws: a sample may stand several times in an epoch, or not at all."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+
+    def __call__(self, epoch: int, positions: Indices) -> Indices:
+        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
+        return (uniform(self.seed, epoch, positions) * self.length).astype(np.int64)
+
+
+class Weighted:
+    """Independent draws in proportion to a weight a sample.
+
+    Keeps the running sum of the weights: 8 bytes a sample, the one order that needs memory.
+    """
+
+    def __init__(self, weights: npt.ArrayLike, seed: int) -> None:
+        values = np.asarray(weights, dtype=np.float64)
+        if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
+            raise UsageError("sample weights must be one finite number of at least 0 a sample")
+        self.ends = np.cumsum(values)
+        self.seed = seed
+        if self.ends[-1] <= 0:
+            raise UsageError("sample weights are all zero")
+
+    def __call__(self, epoch: int, positions: Indices) -> Indices:
+        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
+        drawn = uniform(self.seed, epoch, positions) * self.ends[-1]
+        # Right: a draw on the end of one sample's interval is the next sample's, and a weight of
+        # zero has no interval. Rounding may put a draw on the very end: the last one with weight.
+        last = np.searchsorted(self.ends, self.ends[-1], side="left")
+        return np.minimum(np.searchsorted(self.ends, drawn, side="right"), last)
+
+
+def uniform(seed: int, epoch: int, positions: Indices) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), one a position, each on its own."""
+    first, second = keys(seed, epoch, 2)
+    words = mix(mix(positions.astype(np.uint64) + first) ^ second)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
+    """The order that TRAIN.SAMPLER names; `weighted` needs the data set's `weights`."""
+    if sampler == "sequential":
+        return Sequential(length)
+    if sampler == "replacement":
+        return Replacement(length, seed)
+    if sampler == "weighted":
+        weights = getattr(dataset, "weights", None)
+        if weights is None or len(weights) != length:
+            raise UsageError(
+                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`, one number a "
+                f"sample; {type(dataset).__name__} has "
+                + ("none." if weights is None else f"{len(weights)} for {length} samples.")
+            )
+        return Weighted(weights, seed)
+    return Shuffle(length, seed)

@@ -6,9 +6,7 @@ config -> task -> data set -> order -> loader -> device -> step -> recorder and 
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.config import CfgNode, parse_duration
-from launcher.data.loader import Fetcher, batches, eval_requests, make_loader, train_requests
-from launcher.data.order import Shuffle
-from launcher.data.plan import Plan
-from launcher.data.workers import choose_workers
+from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
 from launcher.engine.optim import build_optimizer
 from launcher.engine.schedule import Schedule, build_schedule
@@ -47,6 +42,7 @@ def run(
     directory: RunDirectory,
     argv: list[str],
     resume: bool,
+    allow: frozenset[str],
 ) -> None:
     """Train `task_class` as the config says. Called by every rank.
 
@@ -61,10 +57,12 @@ def run(
     # A collective: rank 0 alone need see the checkpoints, so it sends what it found.
     found = runtime.broadcast(store.newest() if resume and runtime.is_main else None)
     if found is not None:
+        check_length(found[1]["dataset_length"], data, allow)
         state.restore(found[1], runtime)
         if state.progress.reached(duration_of(cfg)):
             logger.info("this run is complete: step %d. Nothing to do.", state.progress.step)
             return
+    data.start(state.progress.samples, found[1]["stream"] if found is not None else None)
     step = TrainStep(cfg, task, state, runtime)
     open_directory(cfg, directory, runtime, logs, state.progress, data, argv, resumed=bool(found))
     console = Console(schedule.total_steps, enabled=runtime.is_main)
@@ -90,70 +88,14 @@ def run(
                 state.progress.step, state.progress.epoch, directory.path)  # fmt: skip
 
 
-class Data:
-    """The two splits with their plans, and the streams of batches over them."""
-
-    def __init__(self, cfg: CfgNode, task: Any, runtime: Runtime) -> None:
-        self.cfg, self.runtime = cfg, runtime
-        self.pin = runtime.device.type == "cuda"
-        train, val = task.build_dataset("train"), task.build_dataset("val")
-        self.train_plan = Plan(
-            length_of(train, "train"),
-            cfg.TRAIN.BATCH_SIZE,
-            cfg.TRAIN.DROP_LAST,
-            runtime.world_size,
-            cfg.TRAIN.MICRO_BATCH_SIZE,
-        )
-        self.val_plan = Plan(
-            length_of(val, "val"), cfg.EVAL.BATCH_SIZE, world_size=runtime.world_size
-        )
-        self.order = Shuffle(len(train), cfg.SEED)
-        collate = getattr(task, "collate", None)
-        self.train, self.val = Fetcher(train, collate), Fetcher(val, collate)
-        self.workers = choose_workers(
-            cfg.DATALOADER.NUM_WORKERS,
-            [train, val],
-            runtime.cpu,
-            runtime.topology.local_world_size,
-            on_cpu=runtime.device.type == "cpu",
-        )
-        logger.info(self.workers.reason)
-        if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it; a user's own value wins
-            torch.set_num_threads(self.workers.threads)
-
-    def training(self, first: int) -> Iterator[Any]:
-        """This rank's micro-batches from global batch `first` on, to the end of the run."""
-        plan, duration = self.train_plan, duration_of(self.cfg)
-        # Steps that the gradient scaler skips are taken again from later data, so a run counted in
-        # steps has no last batch that could be known beforehand.
-        last = int(duration.amount) * plan.steps_per_epoch if duration.unit == "ep" else 1 << 62
-        return self._stream(
-            self.train, lambda: train_requests(plan, self.order, self.runtime.rank, first, last)
-        )
-
-    def evaluation(self) -> Iterator[Any]:
-        """This rank's batches of the val split."""
-        return self._stream(self.val, lambda: eval_requests(self.val_plan, self.runtime.rank))
-
-    def _stream(self, fetcher: Fetcher, requests: Any) -> Iterator[Any]:
-        loader = make_loader(
-            fetcher, requests, self.workers.count, self.cfg.DATALOADER.PREFETCH_FACTOR, self.pin
-        )
-        return batches(loader, self.runtime.device)
-
-
-def length_of(dataset: Any, split: str) -> int:
-    """The length of a data set. Raises UsageError where it has none or is empty."""
-    try:
-        length = len(dataset)
-    except TypeError:
+def check_length(saved: int, data: Data, allow: frozenset[str]) -> None:
+    """Refuse to go on with a data set of another length: the order of its samples is another."""
+    now = data.train_plan.length
+    if saved != now and "DATASET_LENGTH" not in allow:
         raise UsageError(
-            f"build_dataset({split!r}) returned a {type(dataset).__name__} without a length; "
-            "return a data set with len() and [index]"
-        ) from None
-    if length == 0:
-        raise UsageError(f"build_dataset({split!r}) returned an empty data set.")
-    return length
+            f"The training data set has {now} samples; the checkpoint was made with {saved}, so "
+            "the run cannot go on exactly. To go on all the same: --allow DATASET_LENGTH"
+        )
 
 
 def duration_of(cfg: CfgNode) -> Any:
@@ -205,7 +147,7 @@ def open_directory(
                 "job": runtime.topology.job_id,
                 "launched_by": runtime.topology.launched_by,
                 "ranks": ranks,
-                "cpu": {**vars(runtime.cpu), "loader": data.workers.reason},
+                "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
             }
         )
         directory.write_status("running", progress.as_dict())
@@ -224,7 +166,7 @@ def make_sinks(cfg: CfgNode, directory: RunDirectory, console: Console, step: in
 
 @dataclass
 class StopWatch:
-    """Where the time since the last record went, in seconds."""
+    """Where this rank's time since the last record went, in seconds."""
 
     started: float
     data: float = 0.0
@@ -232,13 +174,32 @@ class StopWatch:
     samples: int = 0
     steps: int = 0
 
+    def seconds(self, now: float) -> float:
+        """Time in steps, evaluations and saves left out."""
+        return max(now - self.started - self.away, 1e-9)
+
     def figures(self, now: float) -> dict[str, float]:
-        seconds = max(now - self.started - self.away, 1e-9)
+        seconds = self.seconds(now)
         return {
             "perf/step_s": seconds / self.steps,
             "perf/data_s": self.data / self.steps,
             "perf/samples_per_s": self.samples / seconds,
         }
+
+
+def advise(watch: StopWatch, now: float, data: Data) -> None:
+    """One line, once an attempt, where training waits for data more than a fifth of its time."""
+    share = watch.data / watch.seconds(now)
+    if share > 0.2 and not data.advised and watch.seconds(now) > 1:
+        data.advised = True
+        logger.warning(
+            "training waits for data %.0f %% of its time (perf/data_s %.4f of perf/step_s %.4f, "
+            "%s). `launcher tune-loader` finds better settings.",
+            100 * share,
+            watch.data / watch.steps,
+            watch.seconds(now) / watch.steps,
+            data.size.reason if data.size else "",
+        )
 
 
 def train(
@@ -263,13 +224,12 @@ def train(
         logger.info("EVAL.EVERY is never: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
     figures = SystemFigures(runtime.device)
     figures.read(time.monotonic())
-    stream = data.training(first=plan.batches_in(progress.samples))
     watch = StopWatch(time.monotonic())
     done_at: dict[str, int] = {}
 
     def next_batch() -> Any:
         began = time.monotonic()
-        batch = next(stream)
+        batch = data.next_batch()
         watch.data += time.monotonic() - began
         return batch
 
@@ -301,6 +261,7 @@ def train(
             now = time.monotonic()
             extra = {"train/lr": rate, **watch.figures(now), **figures.read(now)}
             state.recorder.record(progress.as_dict(), extra)
+            advise(watch, now, data)
             watch = StopWatch(time.monotonic())
             if runtime.is_main:
                 directory.write_status("running", progress.as_dict())
@@ -312,7 +273,7 @@ def train(
             best = run_evaluation(cfg, task, runtime, data, state, store)
         if due("checkpoint") or best:
             done_at["checkpoint"] = progress.step
-            save(runtime, state, store, directory)
+            save(runtime, state, data, store, directory)
         watch.away += time.monotonic() - began
 
 
@@ -339,7 +300,11 @@ def run_evaluation(
 
 
 def save(
-    runtime: Runtime, state: TrainingState, store: CheckpointStore, directory: RunDirectory
+    runtime: Runtime,
+    state: TrainingState,
+    data: Data,
+    store: CheckpointStore,
+    directory: RunDirectory,
 ) -> None:
     """Commit a checkpoint of this step boundary. A collective."""
     began = time.monotonic()
@@ -347,6 +312,8 @@ def save(
     if captured is None:
         return
     position = state.progress.as_dict()
+    captured["dataset_length"] = data.train_plan.length
+    captured["stream"] = data.stream_state(state.progress.samples)
     manifest = {
         **position,
         "world_size": runtime.world_size,

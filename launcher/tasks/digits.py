@@ -36,8 +36,7 @@ class Digits(Task):
 
     def build_dataset(self, split: str) -> Any:
         import torch
-
-        from launcher.data.datasets import TensorData
+        from torch.utils.data import TensorDataset
 
         try:
             from sklearn.datasets import load_digits
@@ -53,7 +52,7 @@ class Digits(Task):
         images, labels = parts[split == "val" :: 2]
         # Pixels are 0 to 16; to about zero mean and unit variance.
         pixels = torch.tensor(images, dtype=torch.float32).unsqueeze(1) / 16
-        return TensorData((pixels - 0.3) / 0.38, torch.tensor(labels, dtype=torch.int64))
+        return TensorDataset((pixels - 0.3) / 0.38, torch.tensor(labels, dtype=torch.int64))
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         from torch.nn.functional import cross_entropy
