@@ -28,6 +28,7 @@ class TrainingState:
     progress: Progress
     recorder: Recorder
     metrics: dict[str, float]  # of the last evaluation, under their recorded names
+    threads: int = 0  # that this rank computed with before; sums depend on it
 
     def capture(self, runtime: Runtime) -> dict[str, Any] | None:
         """The state as rank 0 saves it; None on the other ranks. A collective.
@@ -35,7 +36,13 @@ class TrainingState:
         Everything but the random states and the recorder's sums is equal on all ranks, so only
         those are gathered (about 10 kB a rank). Tensors are those of the live objects, not copies.
         """
-        ranks = runtime.gather({"random": random_state(), "recorder": self.recorder.state()})
+        ranks = runtime.gather(
+            {
+                "random": random_state(),
+                "recorder": self.recorder.state(),
+                "threads": torch.get_num_threads(),
+            }
+        )
         if ranks is None:
             return None
         return {
@@ -64,6 +71,7 @@ class TrainingState:
         ranks = saved["ranks"]
         if runtime.rank < len(ranks):
             set_random_state(ranks[runtime.rank]["random"])
+            self.threads = ranks[runtime.rank]["threads"]
         if len(ranks) == runtime.world_size:
             self.recorder.add_state(ranks[runtime.rank]["recorder"])
         elif runtime.is_main:

@@ -16,9 +16,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, BinaryIO, cast
 
 from launcher.config import CfgNode, parse_duration
 from launcher.errors import RunError
@@ -35,11 +33,11 @@ class DamagedCheckpoint(Exception):
 class Retention:
     """Which checkpoints are kept: the newest, the best by a metric, and one a period."""
 
-    last: int
-    best: int
-    every: str
-    metric: str
-    mode: str
+    last: int = 1
+    best: int = 0
+    every: str = ""
+    metric: str = ""
+    mode: str = "min"
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> Retention:
@@ -75,11 +73,41 @@ class Retention:
         return kept
 
 
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint's step and state, and the damaged ones passed over with what is wrong."""
+
+    step: int
+    state: dict[str, Any]
+    damaged: dict[int, str]
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint directory (verified by its manifest) or in a file, on the CPU.
+
+    Nothing in it is executed. Raises DamagedCheckpoint where it is not what it should be.
+    """
+    if path.is_dir():
+        match = re.fullmatch(r"step_(\d+)", path.resolve().name)
+        if match is None:
+            raise DamagedCheckpoint(f"{path} is no checkpoint: its name is not step_<N>")
+        store = CheckpointStore(path.resolve().parent)
+        return store.load(int(match[1]))
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
+    except Exception as error:
+        raise DamagedCheckpoint(f"{path}: {error}") from error
+
+
 class CheckpointStore:
     """Reads and writes the checkpoints of one run. Rank 0 alone has one."""
 
-    def __init__(self, directory: Path, retention: Retention) -> None:
-        self.directory, self.retention = directory, retention
+    def __init__(self, directory: Path, retention: Retention | None = None) -> None:
+        self.directory, self.retention = directory, retention or Retention()
 
     def steps(self) -> list[int]:
         """Steps of the committed checkpoints, oldest first, valid or not."""
@@ -107,20 +135,26 @@ class CheckpointStore:
         Everything is written and synced in a temporary directory beside its place; one rename
         makes it a checkpoint.
         """
+        import torch  # here, so that reading manifests needs none
+
         target = self.path(manifest["step"])
         temporary = self.directory / f".tmp_{target.name}_{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             with (temporary / STATE).open("wb") as file:
-                torch.save(state, file)
+                hashing = _HashingFile(file)
+                torch.save(state, cast(BinaryIO, hashing))
+                file.flush()
                 os.fsync(file.fileno())
-            files = {STATE: _fingerprint(temporary / STATE)}
+            files = {STATE: hashing.fingerprint()}
             with (temporary / MANIFEST).open("w", encoding="utf-8") as text:
                 json.dump({**manifest, "files": files}, text, indent=2, default=str)
                 text.flush()
                 os.fsync(text.fileno())
             _sync_directory(temporary)
+            # What is on the disk is read back before anything older may go.
+            self._compare(temporary, files)
             if target.exists():  # the same step, saved again after a damaged one was passed over
                 shutil.rmtree(target)
             temporary.rename(target)
@@ -132,18 +166,20 @@ class CheckpointStore:
         self._retain()
         return target
 
-    def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest checkpoint that is valid; None where there are none at all.
+    def newest(self) -> Found | None:
+        """The newest checkpoint that is valid; None where there are none at all.
 
         Raises RunError when there are checkpoints but none is valid: starting afresh over their
         remains would lose the run.
         """
         steps = self.steps()
+        damaged: dict[int, str] = {}
         for step in reversed(steps):
             try:
-                return step, self.load(step)
+                return Found(step, self.load(step), damaged)
             except DamagedCheckpoint as error:
-                logger.warning("checkpoint %s is damaged (%s); trying an older one", step, error)
+                damaged[step] = str(error)
+                logger.warning("checkpoint step_%s is damaged, passed over: %s", step, error)
         if steps:
             raise RunError(
                 f"None of the {len(steps)} checkpoints in {self.directory} is valid. Nothing was "
@@ -151,11 +187,28 @@ class CheckpointStore:
             )
         return None
 
+    def clean(self, damaged: Iterable[int] = ()) -> None:
+        """Remove what a crash left half written, and move damaged checkpoints out of the way as
+        `damaged_step_<N>`, so that they count for nothing; for the run's live owner only."""
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.glob(".tmp_*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for step in damaged:
+            target = self.directory / f"damaged_step_{step}"
+            shutil.rmtree(target, ignore_errors=True)
+            self.path(step).rename(target)
+
     def verify(self, step: int) -> dict[str, Any]:
         """The manifest of a checkpoint whose files are all as it says, else DamagedCheckpoint."""
         manifest = self.manifest(step)
-        for name, expected in manifest["files"].items():
-            path = self.path(step) / name
+        self._compare(self.path(step), manifest["files"])
+        return manifest
+
+    @staticmethod
+    def _compare(directory: Path, files: dict[str, Any]) -> None:
+        for name, expected in files.items():
+            path = directory / name
             try:
                 found = _fingerprint(path)
             except OSError as error:
@@ -165,25 +218,22 @@ class CheckpointStore:
                 raise DamagedCheckpoint(
                     f"{name}: its {what} is {found[what]}, the manifest says {expected.get(what)}"
                 )
-        return manifest
 
     def load(self, step: int) -> dict[str, Any]:
         """The verified state of a checkpoint, on the CPU. Nothing in the file is executed."""
         self.verify(step)
-        try:
-            return torch.load(self.path(step) / STATE, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DamagedCheckpoint(f"{STATE}: {error}") from error
+        return load_file(self.path(step) / STATE)
 
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether these metrics beat those of every checkpoint that is kept."""
+    def is_best(self, metrics: dict[str, float], pending: dict[str, Any] | None = None) -> bool:
+        """Whether these metrics beat those of every checkpoint kept, and of one being written."""
         score = self.retention.score({"metrics": metrics})
         if score is None or self.retention.best == 0:
             return False
-        others = (self.retention.score(m) for m in self._manifests())
-        return all(other is None or score > other for other in others)
+        others = [*self.manifests(), *([pending] if pending else [])]
+        return all((s := self.retention.score(m)) is None or score > s for m in others)
 
-    def _manifests(self) -> list[dict[str, Any]]:
+    def manifests(self) -> list[dict[str, Any]]:
+        """Readable manifests, oldest first."""
         manifests = []
         for step in self.steps():
             try:
@@ -193,7 +243,7 @@ class CheckpointStore:
         return manifests
 
     def _retain(self) -> None:
-        manifests = self._manifests()
+        manifests = self.manifests()
         ranked = self.retention.ranked(manifests)
         if ranked and self.retention.best:
             self._link("best", self.path(ranked[0]).name)
@@ -211,6 +261,25 @@ class CheckpointStore:
             temporary.replace(self.directory / name)
         except OSError as error:  # a file system without links is no reason to stop
             logger.debug("no link %s: %s", name, error)
+
+
+class _HashingFile:
+    """A file to write that keeps the size and SHA-256 of what it was given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        written = self.file.write(data)
+        self.size += written
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"size": self.size, "sha256": self.digest.hexdigest()}
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

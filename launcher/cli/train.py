@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
@@ -28,6 +29,23 @@ def parser() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="go on from the newest valid checkpoint in the run directory; start if there is none",
+    )
+    p.add_argument(
+        "--resume-from",
+        metavar="CKPT",
+        type=Path,
+        help="start a new run directory with the full state of any checkpoint of any run",
+    )
+    p.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate a checkpoint, print the metrics and write evaluations/<UTC time>.json",
+    )
+    p.add_argument(
+        "--checkpoint",
+        metavar="last|best|PATH",
+        default="last",
+        help="the checkpoint that --eval-only evaluates (default: last)",
     )
     p.add_argument(
         "--overwrite",
@@ -58,25 +76,32 @@ def train(argv: list[str]) -> int:
         print(config.cfg.dump(), end="")
         return 0
     directory = RunDirectory(config.cfg.OUTPUT_DIR)
-    resume = options.resume
-    allow = frozenset(key for text in options.allow for key in text.split(","))
-    if topology.is_main:
-        refuse(directory, allowed=resume or options.overwrite)
+    if topology.is_main and not options.eval_only:
+        refuse(directory, options.resume, options.overwrite)
 
     # From here on torch is needed, which takes seconds to import.
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from launcher.engine.run import run
+    from launcher.engine.run import Start, evaluate_only, run
     from launcher.runtime.process import start
     from launcher.telemetry.logs import Logs
 
+    how = Start(
+        sys.argv,
+        options.resume,
+        options.resume_from,
+        frozenset(key for text in options.allow for key in text.split(",")),
+    )
     assert config.task is not None  # load_config demands one
     logs = Logs(topology, config.cfg.LOG.LEVEL, [config.task.__module__.split(".")[0]])
-    # torchrun shows the first failing rank's traceback from the file that @record writes.
-    recorded = record(run)
+    parts = (config.cfg, config.task)
     try:
         with start(topology, config.cfg) as runtime:
-            recorded(config.cfg, config.task, runtime, logs, directory, sys.argv, resume, allow)
+            # torchrun shows the first failing rank's traceback from the file that @record writes.
+            if options.eval_only:
+                record(evaluate_only)(*parts, runtime, logs, directory, options.checkpoint)
+            else:
+                record(run)(*parts, runtime, logs, directory, how)
     except UsageError:
         raise
     except Exception:
@@ -87,11 +112,16 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def refuse(directory: RunDirectory, allowed: bool) -> None:
-    """Refuse a directory that cannot be written or holds a run. Rank 0 alone asks."""
+def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:
+    """Refuse a directory that cannot be written, is in use or holds a run. Rank 0 alone asks."""
     directory.check_writable()
-    if directory.holds_run() and not allowed:
+    if not directory.holds_run():
+        return
+    if not resume and not overwrite:
         raise UsageError(
-            f"{directory.path} already holds a run. Go on with it with --resume, start over with "
-            "--overwrite (the old one is set aside), or choose another with OUTPUT_DIR DIR."
+            f"{directory.path} already holds a run. Go on with it with --resume, start a new one "
+            "from a checkpoint with --resume-from CKPT and another OUTPUT_DIR, or start over with "
+            "--overwrite (the old one is set aside)."
         )
+    # An owner that is just leaving, as at a restart, gets time to do so.
+    directory.claim(wait_s=10.0 if resume else 0.0)

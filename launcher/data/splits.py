@@ -102,10 +102,11 @@ class Data:
                 f"files? {told}"
             )
 
-    def start(self, consumed: int, saved: dict[str, Any] | None = None) -> None:
+    def start(self, consumed: int, saved: dict[str, Any] | None = None, threads: int = 0) -> None:
         """Fetch this rank's first micro-batch after `consumed` samples and size the loader by it.
 
-        `saved` is the state of an iterable data set, from a checkpoint.
+        `saved` is the state of an iterable data set, from a checkpoint; `threads` what this rank
+        computed with before, or 0. A user's OMP_NUM_THREADS wins.
         """
         cfg, plan, dataset = self.cfg, self.train_plan, self.datasets["train"]
         first, duration = plan.batches_in(consumed), parse_duration(cfg.TRAIN.DURATION)
@@ -135,10 +136,19 @@ class Data:
         self.size = self._choose(first_answers, seconds)
         logger.info(self.size.reason)
         if not threads_set_by_user(os.environ):
-            torch.set_num_threads(self.size.threads)
+            torch.set_num_threads(threads or self.size.threads)
         rest = self._load(fetcher, requests, self.size.workers)
         answers = itertools.chain(first_answers, rest)
         self._training = on_device(self._unwrapped(answers), self.runtime.device)
+
+    def start_evaluation(self) -> None:
+        """Size the loader by a first batch of the val split, where nothing is trained."""
+        dataset, answers = self.datasets["val"], []
+        began = time.monotonic()
+        if not isinstance(dataset, IterableDataset):
+            for start, stop in itertools.islice(eval_batches(self.val_plan, self.runtime.rank), 1):
+                answers.append(self._fetcher("val")[Request(0, list(range(start, stop)))])
+        self.size = self._choose(answers, time.monotonic() - began)
 
     def next_batch(self) -> Any:
         """This rank's next micro-batch, on the device."""

@@ -85,7 +85,10 @@ class TrainStep:
         task: Any,
         state: TrainingState,
         runtime: Runtime,
+        before_update: Callable[[], None] | None = None,
     ) -> None:
+        """`before_update` is called before each update: a checkpoint may still copy the weights."""
+        self.before_update = before_update
         self.model, self.optimizer, self.ema = state.model, state.optimizer, state.ema
         self.scaler, self.recorder, self.clip = state.scaler, state.recorder, cfg.TRAIN.GRAD_CLIP
         self.agreement = Agreement(runtime.device, runtime.world_size)
@@ -162,6 +165,8 @@ class TrainStep:
         norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
+        if self.before_update is not None:
+            self.before_update()
         skipped = False
         if self.scaler.is_enabled():
             # The scaler itself reads a flag back from the device to decide, once a step.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,11 +77,59 @@ class Runtime:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def broadcast_state(self, value: Any = None) -> Any:
+        """Rank 0's nest of values and tensors, on every rank; tensors on the CPU.
+
+        Tensors are sent one by one, so no rank holds more than one extra. Collectives: one, and
+        one a tensor.
+        """
+        if not self.distributed:
+            return value
+        tensors: list[torch.Tensor] = []
+        skeleton = self.broadcast(_take_out(value, tensors) if self.is_main else None)
+        shapes = self.broadcast([(t.shape, t.dtype) for t in tensors] if self.is_main else None)
+        received = []
+        for i, (shape, dtype) in enumerate(shapes):
+            # NCCL sends only what lies on a GPU.
+            on_device = (
+                tensors[i].to(self.device).contiguous()
+                if self.is_main
+                else torch.empty(shape, dtype=dtype, device=self.device)
+            )
+            dist.broadcast(on_device, src=0)
+            received.append(tensors[i] if self.is_main else on_device.cpu())
+        return _put_back(skeleton, received)
+
     def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Make tensors equal to rank 0's, in place. One collective a tensor."""
         if self.distributed:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+
+
+class _Tensor(int):
+    """The place of a tensor that is sent by itself."""
+
+
+def _take_out(value: Any, tensors: list[torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return _Tensor(len(tensors) - 1)
+    if isinstance(value, dict):
+        return {key: _take_out(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_take_out(item, tensors) for item in value])
+    return value
+
+
+def _put_back(value: Any, tensors: list[torch.Tensor]) -> Any:
+    if isinstance(value, _Tensor):
+        return tensors[value]
+    if isinstance(value, dict):
+        return {key: _put_back(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_put_back(item, tensors) for item in value])
+    return value
 
 
 def choose_device(topology: Topology, choice: str) -> torch.device:
@@ -102,6 +153,8 @@ def choose_device(topology: Topology, choice: str) -> torch.device:
 @contextmanager
 def start(topology: Topology, cfg: CfgNode) -> Iterator[Runtime]:
     """Set this process up from its config, and take the process group down on every way out."""
+    if topology.launched_by == "torchrun":
+        _end_with_parent()
     device = choose_device(topology, cfg.DIST.DEVICE)
     budget = cpu_budget(topology.local_world_size)
     _set_precision(cfg)
@@ -113,6 +166,17 @@ def start(topology: Topology, cfg: CfgNode) -> Iterator[Runtime]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when torchrun dies (Linux; prctl(2), PR_SET_PDEATHSIG).
+
+    Ranks that outlive a killed torchrun would go on beside the run's successor.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() == 1:  # it died before the call
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> None:

@@ -23,6 +23,8 @@ class Sink(Protocol):
 
     def write(self, record: Record) -> None: ...
 
+    def flush(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -75,6 +77,11 @@ class Recorder:
             sums = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
             keys = tuple(joined.split("\n"))
             self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
+
+    def flush(self) -> None:
+        """Have everything written so far in the files."""
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -10,11 +13,17 @@ import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jsonlines
+import psutil
 
 from launcher.errors import UsageError
+
+logger = logging.getLogger(__name__)
+LOCK = ".lock"
+# On a file system without locks: an owner on another host that has not written for so long is dead.
+STALE_S = 120.0
 
 
 class RunDirectory:
@@ -30,7 +39,10 @@ class RunDirectory:
         self.failure = self.path / "failure.json"
         self.logs = self.path / "logs"
         self.tensorboard = self.path / "tensorboard"
+        self.rewound = self.path / "metrics.rewound.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.evaluations = self.path / "evaluations"
+        self._lock: TextIO | None = None
 
     def holds_run(self) -> bool:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
@@ -52,20 +64,14 @@ class RunDirectory:
                 "Choose another with OUTPUT_DIR DIR."
             ) from error
 
-    def create(self) -> None:
-        """Make the directory. Raises UsageError where that fails."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"OUTPUT_DIR {self.path} cannot be made: {error.strerror}") from error
-
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Replace environment.json."""
         replace_json(self.environment, environment)
 
     def set_aside(self) -> Path:
-        """Rename the directory to DIR.old-<UTC time>, and return that."""
-        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        """Rename the directory to DIR.old-<UTC time>, and return that. The claim ends."""
+        self.release()
+        stamp = utc_now()
         target = self.path.with_name(f"{self.path.name}.old-{stamp}")
         count = 1
         while target.exists():  # twice within one second
@@ -74,13 +80,97 @@ class RunDirectory:
         self.path.rename(target)
         return target
 
+    def claim(self, wait_s: float = 0.0) -> None:
+        """Become the one live job of this directory, for as long as this process lives.
+
+        The claim is a lock of the kernel's, so that of a dead owner is gone with it. Raises
+        UsageError, naming host and pid, where another job still holds it after `wait_s` seconds.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"OUTPUT_DIR {self.path} cannot be made: {error.strerror}") from error
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                # A POSIX lock: unlike flock's, loader workers forked from here do not share it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                # On a file system without locks the owner's own word has to do.
+                refused = error.errno in (errno.EACCES, errno.EAGAIN)
+                if not refused and self._owner_seems_dead():
+                    break
+                if time.monotonic() < deadline:
+                    time.sleep(0.2)
+                    continue
+                owner = _read_json(self.path / LOCK)
+                file.close()
+                raise UsageError(
+                    f"{self.path} is in use by another job: host {owner.get('host', '?')}, pid "
+                    f"{owner.get('pid', '?')}. Wait for it, or stop it first."
+                ) from None
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
+        file.flush()
+        self._lock = file
+
+    def release(self) -> None:
+        """Give the claim up; a process that ends does so by itself."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _owner_seems_dead(self) -> bool:
+        owner = _read_json(self.path / LOCK)
+        if owner.get("host") == socket.gethostname():
+            return not psutil.pid_exists(int(owner.get("pid", 0)))
+        return time.time() - self.read_status().get("updated", 0) > STALE_S
+
+    def positions(self) -> dict[str, int]:
+        """Lengths in bytes of the files that grow with the records, for `rewind`."""
+        files = [self.metrics, *self.tensorboard.glob("*tfevents*")]
+        return {str(p.relative_to(self.path)): p.stat().st_size for p in files if p.exists()}
+
+    def rewind(self, positions: Mapping[str, int], step: int, damaged: Mapping[int, str]) -> None:
+        """Cut the records back to where a checkpoint was made; what is cut off is kept aside.
+
+        The steps after the checkpoint are done, and recorded, once more.
+        """
+        cut = _cut(self.metrics, positions.get("metrics.jsonl", 0), self.rewound)
+        for path in sorted(self.tensorboard.glob("*tfevents*")):
+            # Under a name, and in a folder, that TensorBoard does not take for a run's events.
+            aside = self.path / "tensorboard.rewound" / path.name.replace("tfevents", "rewound")
+            cut += _cut(path, positions.get(str(path.relative_to(self.path)), 0), aside)
+        if cut or damaged:
+            told = {f"step_{number}": why for number, why in damaged.items()}
+            self.write_history("rewind", step, bytes=cut, **({"damaged": told} if told else {}))
+
+    def saved(self, manifest: Mapping[str, Any], seconds: float, error: Exception | None) -> None:
+        """Tell of a checkpoint that was committed, or could not be."""
+        step, name = manifest["step"], f"step_{manifest['step']}"
+        if error is None:
+            logger.info("checkpoint %s (%.2f s)", name, seconds)
+            self.write_history("checkpoint", step, path=name, seconds=seconds)
+            return
+        reason = f"{type(error).__name__}: {error}"
+        logger.warning(
+            "checkpoint %s could not be saved: %s. Training goes on; the next save is tried when "
+            "it is due.",
+            name,
+            reason,
+        )
+        try:
+            self.write_history("checkpoint", step, path=name, failed=reason)
+        except OSError as full:
+            logger.warning("history.jsonl could not be written either: %s", full)
+
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} where there is none that can be read."""
-        try:
-            status = json.loads(self.status.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return status if isinstance(status, dict) else {}
+        return _read_json(self.status)
 
     def write_status(self, state: str, position: Mapping[str, int], reason: str = "") -> None:
         """Replace status.json: state, step, epoch, reason, host, pid, updated."""
@@ -97,10 +187,47 @@ class RunDirectory:
             },
         )
 
+    def write_evaluation(self, result: Mapping[str, Any]) -> None:
+        """Write evaluations/<UTC time>.json."""
+        self.evaluations.mkdir(parents=True, exist_ok=True)
+        replace_json(self.evaluations / f"{utc_now()}.json", result)
+
     def write_history(self, event: str, step: int, **details: Any) -> None:
         """Append one record of what happened to history.jsonl."""
         with jsonlines.open(self.history, "a", dumps=_strict_dumps) as writer:
             writer.write({"event": event, "step": step, "time": time.time(), **details})
+
+
+def utc_now() -> str:
+    """The time as it stands in file names: 20260102T030405Z."""
+    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+
+
+def _cut(path: Path, length: int, aside: Path) -> int:
+    """Cut a file to `length` bytes and append the rest to `aside`; returns how much that was."""
+    if not path.exists() or path.stat().st_size <= length:
+        return 0
+    with path.open("r+b") as file:
+        file.seek(length)
+        tail = file.read()
+        aside.parent.mkdir(exist_ok=True)
+        with aside.open("ab") as kept:
+            kept.write(tail)
+            kept.flush()
+            os.fsync(kept.fileno())
+        file.truncate(length)
+    if length == 0:
+        path.unlink()
+    return len(tail)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _strict_dumps(value: Any) -> str:

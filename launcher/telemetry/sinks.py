@@ -35,6 +35,9 @@ class JsonLines:
     def write(self, record: Record) -> None:
         self.writer.write(strict(record))
 
+    def flush(self) -> None:
+        self.file.flush()
+
     def close(self) -> None:
         self.writer.close()
         self.file.close()
@@ -58,6 +61,9 @@ class TensorBoard:
                     key, value, record["step"], walltime=record["time"], new_style=True
                 )
 
+    def flush(self) -> None:
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
 
@@ -74,6 +80,9 @@ class ConsoleLines:
         # On a terminal the bar shows training records; evaluations deserve a line there too.
         logger.info(line, extra=plain(not evaluation and self.console.interactive))
         self.console.update(record)
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         self.console.close()

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import psutil
@@ -60,24 +61,27 @@ def this_rank(device: torch.device) -> dict[str, Any]:
 
 def describe(argv: Sequence[str]) -> dict[str, Any]:
     """Command line, versions and git state, for environment.json."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from launcher import __version__
-
-    versions = {"launcher": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "yacs", "tensorboard", "jsonlines", "psutil", "rich"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
     return {
         "command": [sys.executable, *argv],
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": versions(),
         "git": _git(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, the launcher and the packages that a run depends on."""
+    from launcher import __version__
+
+    found = {"launcher": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "yacs", "tensorboard", "jsonlines", "psutil", "rich"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
 
 
 def _git() -> dict[str, Any] | None:

@@ -1,0 +1,198 @@
+"""The training loop: one global batch after the other, and after each what is due."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.state import TrainingState
+from launcher.checkpoint.store import CheckpointStore
+from launcher.config import CfgNode, parse_duration
+from launcher.data.splits import Data
+from launcher.engine.evaluate import evaluate
+from launcher.engine.schedule import Schedule
+from launcher.engine.step import TrainStep
+from launcher.errors import RunError
+from launcher.runtime.process import Runtime
+from launcher.runtime.progress import Every
+from launcher.telemetry.rundir import RunDirectory
+from launcher.telemetry.system import SystemFigures, versions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class StopWatch:
+    """Where this rank's time since the last record went, in seconds."""
+
+    started: float
+    data: float = 0.0
+    away: float = 0.0  # evaluating and saving
+    samples: int = 0
+    steps: int = 0
+
+    def seconds(self, now: float) -> float:
+        """Time in steps, evaluations and saves left out."""
+        return max(now - self.started - self.away, 1e-9)
+
+    def figures(self, now: float) -> dict[str, float]:
+        seconds = self.seconds(now)
+        return {
+            "perf/step_s": seconds / self.steps,
+            "perf/data_s": self.data / self.steps,
+            "perf/samples_per_s": self.samples / seconds,
+        }
+
+
+class Loop:
+    """Trains to TRAIN.DURATION. Every rank runs it and takes the same turns."""
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        task: Any,
+        runtime: Runtime,
+        directory: RunDirectory,
+        data: Data,
+        state: TrainingState,
+        schedule: Schedule,
+        step: TrainStep,
+        store: CheckpointStore,
+        saver: Saver | None,
+    ) -> None:
+        self.cfg, self.task, self.runtime, self.directory = cfg, task, runtime, directory
+        self.data, self.state, self.schedule, self.step = data, state, schedule, step
+        self.store, self.saver = store, saver
+        self.periods = {
+            "record": Every(cfg.LOG.EVERY),
+            "evaluate": Every(cfg.EVAL.EVERY),
+            "checkpoint": Every(cfg.CHECKPOINT.EVERY),
+        }
+        self.figures = SystemFigures(runtime.device)
+        self.watch = StopWatch(time.monotonic())
+        self.advised = False
+
+    def train(self) -> None:
+        """One global batch after the other, and after each what is due, in this order: the record,
+        the evaluation, the checkpoint."""
+        cfg, plan, progress = self.cfg, self.data.train_plan, self.state.progress
+        duration = parse_duration(cfg.TRAIN.DURATION)
+        assert duration is not None  # the config check demands one
+        if not cfg.EVAL.EVERY and cfg.CHECKPOINT.KEEP_BEST:
+            logger.info("never evaluated: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
+        self.figures.read(time.monotonic())
+        self.watch = StopWatch(time.monotonic())
+        finished = False
+        while not finished:
+            before = progress.copy()
+            k = plan.batches_in(progress.samples) % plan.steps_per_epoch
+            start, stop = plan.batch(k)
+            sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
+            rate = self.schedule.apply(self.state.optimizer, progress.step)
+            skipped, seen = self.step(self._next_batch, sizes, stop - start, self._requests())
+            progress.advance(stop - start, plan.samples_per_epoch, skipped)
+            finished = progress.reached(duration)
+            self.watch.steps += 1
+            self.watch.samples += stop - start
+            if skipped and not finished:
+                continue  # no new step: nothing is due that was not due before
+
+            due = seen | {name for name, p in self.periods.items() if p.due(before, progress)}
+            if "record" in due or finished:
+                self.record(rate)
+            began = time.monotonic()
+            best = False
+            if "evaluate" in due or (finished and cfg.EVAL.EVERY):
+                best = self.evaluate()
+            if "checkpoint" in due or best or finished:
+                self.save(last=finished)
+            self.watch.away += time.monotonic() - began
+
+    def _next_batch(self) -> Any:
+        began = time.monotonic()
+        batch = self.data.next_batch()
+        self.watch.data += time.monotonic() - began
+        return batch
+
+    def _requests(self) -> frozenset[str]:
+        """What is due by rank 0's clock; all ranks see it after the step."""
+        if not self.runtime.is_main:
+            return frozenset()
+        return frozenset(name for name, period in self.periods.items() if period.elapsed())
+
+    def record(self, rate: float) -> None:
+        """Write the means since the last record. A collective."""
+        now = time.monotonic()
+        extra = {"train/lr": rate, **self.watch.figures(now), **self.figures.read(now)}
+        self.state.recorder.record(self.state.progress.as_dict(), extra)
+        self._advise(now)
+        self.watch = StopWatch(time.monotonic())
+        if self.runtime.is_main:
+            self.directory.write_status("running", self.state.progress.as_dict())
+
+    def _advise(self, now: float) -> None:
+        """One line, once an attempt, where over a fifth of the time is spent waiting for data."""
+        seconds, steps = self.watch.seconds(now), self.watch.steps
+        if self.advised or seconds < 1 or self.watch.data < 0.2 * seconds:
+            return
+        self.advised = True
+        logger.warning(
+            "training waits for data %.0f %% of its time (perf/data_s %.4f of perf/step_s %.4f; "
+            "%s). `launcher tune-loader` finds better settings.",
+            100 * self.watch.data / seconds,
+            self.watch.data / steps,
+            seconds / steps,
+            self.data.size.reason if self.data.size else "",
+        )
+
+    def evaluate(self) -> bool:
+        """Evaluate, with the averaged weights where there are, and say whether it is a new best.
+        A collective."""
+        cfg, state = self.cfg, self.state
+        model = state.model if state.ema is None else state.ema.module
+        metrics = evaluate(
+            cfg, self.task, model, self.data.evaluation(), self.data.val_plan, self.runtime
+        )
+        state.metrics = {f"val/{key}": value for key, value in metrics.items()}
+        state.recorder.write(state.progress.as_dict(), state.metrics)
+        if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in state.metrics:
+            raise RunError(
+                f"CHECKPOINT.METRIC {cfg.CHECKPOINT.METRIC} is none of what the evaluation gave: "
+                f"{', '.join(state.metrics)}. Set it to one of these, or CHECKPOINT.KEEP_BEST 0."
+            )
+        best = None
+        if self.saver is not None:
+            best = self.store.is_best(state.metrics, self.saver.pending)
+        # A collective: rank 0 alone sees the checkpoints.
+        return self.runtime.broadcast(best)
+
+    def save(self, last: bool = False) -> None:
+        """Start to save this step boundary; the last save is waited for. A collective."""
+        state = self.state
+        captured = state.capture(self.runtime)
+        if captured is None or self.saver is None:
+            return
+        state.recorder.flush()
+        position = state.progress.as_dict()
+        captured |= {
+            "config": self.cfg.dump(),
+            "dataset_length": self.data.train_plan.length,
+            "stream": self.data.stream_state(state.progress.samples),
+            "files": self.directory.positions(),
+        }
+        manifest = {
+            **position,
+            "world_size": self.runtime.world_size,
+            "metrics": state.metrics,
+            "time": time.time(),
+            "versions": versions(),
+        }
+        self.saver.save(captured, manifest, changing=list(state.model.buffers()))
+        if last and self.saver.wait() is not None:
+            # Nothing comes after it that could be tried instead.
+            self.saver.save(captured, manifest, changing=list(state.model.buffers()))
+            if (error := self.saver.wait()) is not None:
+                raise RunError(f"the last checkpoint could not be saved: {error}") from error

@@ -1,0 +1,107 @@
+"""Going on from a checkpoint: which one, and whether this config may."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import yaml
+
+from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint, Found, load_file
+from launcher.config import CfgNode, flatten
+from launcher.errors import RunError, UsageError
+from launcher.runtime.process import Runtime
+
+logger = logging.getLogger(__name__)
+
+# Keys that say where and how much to log, save and evaluate, or how to load: the steps of a run do
+# not depend on them.
+FREE = (
+    "OUTPUT_DIR",
+    "LOG.",
+    "CHECKPOINT.",
+    "EVAL.",
+    "DIST.",
+    "DATALOADER.NUM_WORKERS",
+    "DATALOADER.PREFETCH_FACTOR",
+    "DATALOADER.PIN_MEMORY",
+    "MODEL.WEIGHTS",
+)
+
+
+def find(
+    store: CheckpointStore, resume: bool, resume_from: Path | None, runtime: Runtime
+) -> Found | None:
+    """The checkpoint to go on from, on every rank; None to start afresh. A collective.
+
+    Rank 0 alone need see the checkpoints: it loads and sends, so all ranks have the same one.
+    """
+    found = None
+    if runtime.is_main and resume_from is not None:
+        try:
+            found = Found(0, load_file(resume_from), {})
+        except DamagedCheckpoint as error:
+            raise RunError(f"--resume-from {resume_from}: {error}") from error
+        if "progress" not in found.state:
+            raise UsageError(
+                f"--resume-from {resume_from} holds no training state. To start from weights "
+                "alone use MODEL.WEIGHTS."
+            )
+    elif runtime.is_main and resume:
+        found = store.newest()
+    # Collectives. A Found is taken apart: only plain values and tensors are sent.
+    parts = runtime.broadcast_state(None if found is None else list(vars(found).values()))
+    return None if parts is None else Found(*parts)
+
+
+def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
+    """The path of the newest valid checkpoint ("last"), the valid one with the best metric
+    ("best"), or the path given. Raises UsageError where there is none."""
+    if which not in ("last", "best"):
+        return Path(which)
+    manifests = store.manifests()
+    steps = [manifest["step"] for manifest in reversed(manifests)]
+    if which == "best":
+        steps = store.retention.ranked(manifests)
+    for step in steps:
+        try:
+            store.verify(step)
+            return store.path(step)
+        except DamagedCheckpoint as error:
+            logger.warning("checkpoint step_%s is damaged, passed over: %s", step, error)
+    told = f" with a {store.retention.metric}" if which == "best" else ""
+    raise UsageError(f"there is no valid checkpoint{told} in {store.directory}")
+
+
+def check_config(saved: str, cfg: CfgNode, allow: frozenset[str], runtime: Runtime) -> None:
+    """Print how the config differs from the checkpoint's; refuse what would break exactness.
+
+    Raises UsageError unless every such key is in `allow`.
+    """
+    old, new = flatten(CfgNode(yaml.safe_load(saved))), flatten(cfg)
+    changed = [
+        key for key in sorted(old.keys() | new.keys()) if _plain(old, key) != _plain(new, key)
+    ]
+    for key in changed:
+        logger.info("changed since the checkpoint: %s %r -> %r", key, old.get(key), new.get(key))
+    refused = [key for key in changed if not key.startswith(FREE) and key not in allow]
+    if refused:
+        told = "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in refused)
+        raise UsageError(
+            f"This config differs from the checkpoint's, so the run cannot go on exactly:\n{told}\n"
+            f"To go on all the same: --allow {','.join(refused)}"
+        )
+
+
+def _plain(flat: dict[str, object], key: str) -> object:
+    value = flat.get(key)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_length(saved: int, now: int, allow: frozenset[str]) -> None:
+    """Refuse to go on with a data set of another length: the order of its samples is another."""
+    if saved != now and "DATASET_LENGTH" not in allow:
+        raise UsageError(
+            f"The training data set has {now} samples; the checkpoint was made with {saved}, so "
+            "the run cannot go on exactly. To go on all the same: --allow DATASET_LENGTH"
+        )
