@@ -27,7 +27,6 @@ class TrainingState:
     ema: AveragedModel | None
     progress: Progress
     recorder: Recorder
-    metrics: dict[str, float]  # of the last evaluation, under their recorded names
     threads: int = 0  # that this rank computed with before; sums depend on it
 
     def capture(self, runtime: Runtime) -> dict[str, Any] | None:
@@ -51,7 +50,6 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "progress": self.progress.as_dict(),
-            "metrics": self.metrics,
             "ranks": ranks,
         }
 
@@ -67,7 +65,6 @@ class TrainingState:
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
         self.progress.__dict__.update(saved["progress"])
-        self.metrics = dict(saved["metrics"])
         ranks = saved["ranks"]
         if runtime.rank < len(ranks):
             set_random_state(ranks[runtime.rank]["random"])

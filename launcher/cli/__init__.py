@@ -11,6 +11,7 @@ from launcher.errors import UsageError
 
 COMMANDS = {
     "train": "train a task from a config, alone or under torchrun or srun",
+    "checkpoint": "list, verify and export the checkpoints of a run",
     "config": "list a config's keys and where their values come from; compare two configs",
 }
 # How long another rank lets rank 0 speak and leave first: torchrun ends the rest at the first exit.
@@ -44,6 +45,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.train import train
 
         return train
+    if name == "checkpoint":
+        from launcher.cli.checkpoint import main as checkpoint
+
+        return checkpoint
     from launcher.cli.config import main as config
 
     return config

@@ -6,6 +6,7 @@ them, the next epoch's first batch is fetched before this one ends, and nobody c
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -109,20 +110,27 @@ def load(
         # at another moment than the uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
-    killed_before = oom_kills()
+    killed_before, others = oom_kills(), set(multiprocessing.active_children())
     iterator = iter(loader)
-    while True:
-        try:
-            answer = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            said = _explain(str(error), fetcher, sampler.pending, timeout_s, killed_before)
-            if said is None:
-                raise
-            raise RunError(said) from error
-        sampler.pending.popleft()
-        yield answer
+    processes = set(multiprocessing.active_children()) - others
+    try:
+        while True:
+            try:
+                answer = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                said = _explain(str(error), fetcher, sampler.pending, timeout_s, killed_before)
+                if said is None:
+                    raise
+                raise RunError(said) from error
+            sampler.pending.popleft()
+            yield answer
+    finally:
+        del iterator  # tells its workers to leave, and waits for them a while
+        for process in processes:
+            if process.is_alive():  # stuck in a read, say; it ignores SIGTERM
+                process.kill()
 
 
 def _explain(

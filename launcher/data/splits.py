@@ -154,6 +154,10 @@ class Data:
         """This rank's next micro-batch, on the device."""
         return next(self._training)
 
+    def close(self) -> None:
+        """End the loader workers."""
+        self._training = iter(())
+
     def evaluation(self) -> Iterator[Any]:
         """This rank's batches of the val split, on the device. Its workers live as long as it, and
         meanwhile those of the training wait with full queues."""

@@ -19,6 +19,7 @@ from launcher.errors import RunError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
 from launcher.telemetry.rundir import RunDirectory
+from launcher.telemetry.sinks import strict
 from launcher.telemetry.system import SystemFigures, versions
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Loop:
         self.figures = SystemFigures(runtime.device)
         self.watch = StopWatch(time.monotonic())
         self.advised = False
+        self.metrics: dict[str, float] = {}  # of an evaluation at this very step
 
     def train(self) -> None:
         """One global batch after the other, and after each what is due, in this order: the record,
@@ -87,7 +89,7 @@ class Loop:
         self.watch = StopWatch(time.monotonic())
         finished = False
         while not finished:
-            before = progress.copy()
+            before, self.metrics = progress.copy(), {}
             k = plan.batches_in(progress.samples) % plan.steps_per_epoch
             start, stop = plan.batch(k)
             sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
@@ -156,16 +158,16 @@ class Loop:
         metrics = evaluate(
             cfg, self.task, model, self.data.evaluation(), self.data.val_plan, self.runtime
         )
-        state.metrics = {f"val/{key}": value for key, value in metrics.items()}
-        state.recorder.write(state.progress.as_dict(), state.metrics)
-        if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in state.metrics:
+        self.metrics = {f"val/{key}": value for key, value in metrics.items()}
+        state.recorder.write(state.progress.as_dict(), self.metrics)
+        if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in self.metrics:
             raise RunError(
                 f"CHECKPOINT.METRIC {cfg.CHECKPOINT.METRIC} is none of what the evaluation gave: "
-                f"{', '.join(state.metrics)}. Set it to one of these, or CHECKPOINT.KEEP_BEST 0."
+                f"{', '.join(self.metrics)}. Set it to one of these, or CHECKPOINT.KEEP_BEST 0."
             )
         best = None
         if self.saver is not None:
-            best = self.store.is_best(state.metrics, self.saver.pending)
+            best = self.store.is_best(self.metrics, self.saver.pending)
         # A collective: rank 0 alone sees the checkpoints.
         return self.runtime.broadcast(best)
 
@@ -186,7 +188,7 @@ class Loop:
         manifest = {
             **position,
             "world_size": self.runtime.world_size,
-            "metrics": state.metrics,
+            "metrics": strict(self.metrics),
             "time": time.time(),
             "versions": versions(),
         }

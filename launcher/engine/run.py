@@ -108,6 +108,7 @@ def run(
             directory.write_history("failure", state.progress.step, reason=reason)
         raise
     finally:
+        data.close()
         if saver is not None:
             saver.close()
         state.recorder.close()
@@ -168,7 +169,6 @@ def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
         ema=ema,
         progress=Progress(),
         recorder=Recorder(runtime),
-        metrics={},
     )
 
 
