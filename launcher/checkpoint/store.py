@@ -22,6 +22,7 @@ from launcher.config import CfgNode, parse_duration
 from launcher.errors import RunError
 
 logger = logging.getLogger(__name__)
+REPLACED = ".tmp_replaced_"
 STATE, MANIFEST = "state.pt", "manifest.json"
 
 
@@ -155,9 +156,7 @@ class CheckpointStore:
             _sync_directory(temporary)
             # What is on the disk is read back before anything older may go.
             self._compare(temporary, files)
-            if target.exists():  # the same step, saved again after a damaged one was passed over
-                shutil.rmtree(target)
-            temporary.rename(target)
+            self._put(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -165,6 +164,19 @@ class CheckpointStore:
         self._link("last", target.name)
         self._retain()
         return target
+
+    def _put(self, temporary: Path, target: Path) -> None:
+        """Rename, where the step was saved before in place of the old one, which goes last."""
+        replaced = self.directory / f"{REPLACED}{target.name}"
+        if target.exists():
+            target.rename(replaced)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def newest(self) -> Found | None:
         """The newest checkpoint that is valid; None where there are none at all.
@@ -192,6 +204,9 @@ class CheckpointStore:
         `damaged_step_<N>`, so that they count for nothing; for the run's live owner only."""
         if not self.directory.is_dir():
             return
+        for path in self.directory.glob(f"{REPLACED}*"):
+            if not (target := path.with_name(path.name.removeprefix(REPLACED))).exists():
+                path.rename(target)  # the crash came between the two renames
         for path in self.directory.glob(".tmp_*"):
             shutil.rmtree(path, ignore_errors=True)
         for step in damaged:
