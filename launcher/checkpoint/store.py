@@ -124,10 +124,12 @@ class CheckpointStore:
         """A checkpoint's manifest. Raises DamagedCheckpoint where it cannot be read."""
         try:
             manifest = json.loads((self.path(step) / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["step"] != step or not isinstance(manifest["files"], dict):
-                raise ValueError("it describes another checkpoint")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedCheckpoint(f"no readable {MANIFEST}: {error}") from error
+            if manifest.pop("digest") != _digest(manifest):
+                raise ValueError("it is not as it was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DamagedCheckpoint(f"no readable {MANIFEST}: {error!r}") from error
+        if manifest["step"] != step or STATE not in manifest["files"]:
+            raise DamagedCheckpoint(f"{MANIFEST} describes another checkpoint")
         return manifest
 
     def commit(self, state: dict[str, Any], manifest: dict[str, Any]) -> Path:
@@ -149,8 +151,9 @@ class CheckpointStore:
                 file.flush()
                 os.fsync(file.fileno())
             files = {STATE: hashing.fingerprint()}
+            whole = {**manifest, "files": files}
             with (temporary / MANIFEST).open("w", encoding="utf-8") as text:
-                json.dump({**manifest, "files": files}, text, indent=2, default=str)
+                json.dump({**whole, "digest": _digest(whole)}, text, indent=2)
                 text.flush()
                 os.fsync(text.fileno())
             _sync_directory(temporary)
@@ -276,6 +279,12 @@ class CheckpointStore:
             temporary.replace(self.directory / name)
         except OSError as error:  # a file system without links is no reason to stop
             logger.debug("no link %s: %s", name, error)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, so that a flipped bit in a metric shows as well."""
+    canonical = json.dumps(manifest, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class _HashingFile:

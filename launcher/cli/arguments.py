@@ -16,20 +16,17 @@ def split_overrides(
     actions = parser._option_string_actions
     options: list[str] = []
     overrides: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
+    tokens = list(reversed(argv))
+    while tokens:
+        token = tokens.pop()
         if token.startswith("-"):
             options.append(token)
             action = actions.get(token)
             if action is not None and action.nargs is None:
-                options += [value for value in [next(tokens, None)] if value is not None]
+                options += [tokens.pop()] if tokens else []
         else:
             overrides.append(token)
-            if "=" not in token:
-                # The value, whatever it looks like, unless it is one of the options.
-                value = next(tokens, None)
-                if value is not None and value in actions:
-                    tokens = iter([value, *tokens])
-                elif value is not None:
-                    overrides.append(value)
+            # The value, whatever it looks like, unless it is one of the options.
+            if "=" not in token and tokens and tokens[-1] not in actions:
+                overrides.append(tokens.pop())
     return parser.parse_args(options), overrides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ def map_tensors(batch: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(batch, torch.Tensor):
         return change(batch)
     if isinstance(batch, dict):
-        return type(batch)({key: map_tensors(value, change) for key, value in batch.items()})
+        changed = copy.copy(batch)  # a defaultdict stays one
+        changed.update({key: map_tensors(value, change) for key, value in batch.items()})
+        return changed
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(value, change) for value in batch))
     if isinstance(batch, (list, tuple)):

@@ -56,6 +56,11 @@ def _metrics(task: Any, batches: list[dict[str, torch.Tensor]], length: int) -> 
                 f"{length} samples of the split: one a sample is needed"
             )
     weight = outputs.pop("weight", None)
+    if weight is not None and weight.dim() != 1:
+        raise RunError(
+            f"{type(task).__name__}.eval_step must return a 'weight' of shape (B,), one a sample; "
+            f"its shape is {('B', *weight.shape[1:])}"
+        )
     metrics = {}
     for key, value in outputs.items():
         if value.dim() == 1 and (value.is_floating_point() or value.dtype == torch.bool):

@@ -93,8 +93,9 @@ def run(
             store.clean()
         state.recorder.sinks = [JsonLines(directory.metrics), ConsoleLines(console)]
         if cfg.LOG.TENSORBOARD:
-            purge = state.progress.step + 1 if resumed else None
-            state.recorder.sinks.append(TensorBoard(directory.tensorboard, purge))
+            state.recorder.sinks.append(
+                TensorBoard(directory.tensorboard, purge_step=state.progress.step + 1)
+            )
         saver = Saver(store, runtime.device, directory.saved)
     try:
         console.start(state.progress.step)

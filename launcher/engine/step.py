@@ -48,32 +48,35 @@ class StepModule(nn.Module):
         self.carrier = agreement.carrier
         self.autocast = autocast(cfg, agreement.carrier.device)
 
-    def forward(
-        self, batch: Any, samples: int, count: int, before: Any, requests: frozenset[str]
-    ) -> MicroBatch:
-        """`samples` of the global batch's `count`; `before` is the weight of this rank's earlier
-        micro-batches. A rank without samples passes no batch: every gradient is zero then."""
+    def forward(self, batch: Any, samples: int, count: int, requests: frozenset[str]) -> MicroBatch:
+        """`samples` of the global batch's `count`. A rank without samples passes no batch: every
+        gradient is zero then."""
         if samples == 0:
             loss = torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad])
             term = self.agreement.loss_term(requests, 0.0, False)
             return MicroBatch(loss.sum() * 0.0, term, {}, 0.0)
         with self.autocast:
-            values = dict(self._checked(self.task.train_step(self.model, batch)))
+            values = self._checked(self.task.train_step(self.model, batch))
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"].float() * (weight * (self.agreement.world_size / count))
-        term = self.agreement.loss_term(requests, before + weight, weighted)
+        term = self.agreement.loss_term(requests, weight, weighted)
         return MicroBatch(loss, term, values, weight)
 
     def _checked(self, values: Any) -> dict[str, torch.Tensor]:
         name = f"{type(self.task).__name__}.train_step"
         if not isinstance(values, dict) or "loss" not in values:
             raise RunError(f"{name} must return a dict with a 'loss', not {type(values).__name__}")
+        device = self.carrier.device
+        scalars = {}
         for key, value in values.items():
+            if isinstance(value, (int, float)):
+                value = torch.tensor(value, dtype=torch.float32, device=device)
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
-                raise RunError(f"{name} must return scalar tensors; {key!r} is {shape}")
-        return values
+                raise RunError(f"{name} must return scalars; {key!r} is {shape}")
+            scalars[key] = value
+        return scalars
 
 
 class TrainStep:
@@ -109,7 +112,7 @@ class TrainStep:
         in which order gloo and NCCL sum. Done here, each attempt's first real step already has the
         final layout, so a resumed run sums as the uninterrupted one did.
         """
-        out = self.module(None, 0, 1, 0.0, frozenset())
+        out = self.module(None, 0, 1, frozenset())
         (out.loss + out.term).backward()
         self.module.zero_grad()
 
@@ -125,18 +128,18 @@ class TrainStep:
         Returns whether the gradient scaler skipped the update, and the requests all ranks saw.
         """
         self.module.train()
-        weight: float | torch.Tensor = 0.0
+        weighted = False
         for i, samples in enumerate(sizes or [0]):
             batch = next_batch() if samples else None
             last = i >= len(sizes) - 1
             # Gradients cross the ranks once a step: with the last micro-batch.
             with contextlib.nullcontext() if last else self._no_sync():
-                out = self.module(batch, samples, count, weight, requests)
+                out = self.module(batch, samples, count, requests)
                 (self.scaler.scale(out.loss) + out.term).backward()
             if samples:
-                weight = weight + out.weight
+                weighted = isinstance(out.weight, torch.Tensor)
                 self.recorder.add(out.values, out.weight)
-        self._normalise(count, isinstance(weight, torch.Tensor), idle=not sizes)
+        self._normalise(count, weighted, idle=not sizes)
         skipped = self._update()
         seen = self.agreement.seen()
         self.module.zero_grad()
@@ -155,8 +158,9 @@ class TrainStep:
             # waits for the device, in the rare steps that have fewer samples than ranks.
             weighted = self.agreement.any_weighted()
         if weighted:
-            total = self.agreement.total_weight.clamp_min(torch.finfo(torch.float32).tiny)
-            torch._foreach_mul_(self._gradients(), count / total)
+            total = self.agreement.total_weight
+            # A global batch of weight 0 has gradients of 0, and keeps them.
+            torch._foreach_mul_(self._gradients(), torch.where(total > 0, count / total, 0.0))
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]

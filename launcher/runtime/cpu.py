@@ -42,7 +42,9 @@ def cpu_budget(
         limits["cgroup quota"] = quota
     # What srun gave this one task, or the whole node's share of the job.
     if env.get("SLURM_CPUS_PER_TASK", "").isdigit() and "SLURM_STEP_NUM_TASKS" in env:
-        limits["Slurm's grant"] = int(env["SLURM_CPUS_PER_TASK"]) * local_world_size
+        # A task of the step is a rank, or torchrun with all ranks of the node.
+        tasks = 1 if "RANK" in env else local_world_size
+        limits["Slurm's grant"] = int(env["SLURM_CPUS_PER_TASK"]) * tasks
     elif env.get("SLURM_CPUS_ON_NODE", "").isdigit():
         limits["Slurm's grant"] = int(env["SLURM_CPUS_ON_NODE"])
     # min() keeps the first of equals, so a limit that does not bite is not named as the reason.

@@ -43,6 +43,18 @@ class Topology:
         )
 
 
+# Rank, local rank, world size and local world size, as the two starters name them.
+NAMES = {
+    "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    "srun": (
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_STEP_TASKS_PER_NODE",
+    ),
+}
+
+
 def read_topology(env: Mapping[str, str]) -> Topology:
     """Read torchrun's variables, else those of an srun step, else one process on its own.
 
@@ -58,16 +70,18 @@ def read_topology(env: Mapping[str, str]) -> Topology:
         topology = _from_slurm(env)
     else:
         return Topology()
+    by = topology.launched_by
+    rank, local, world, local_world = NAMES[by]
     if not 0 <= topology.rank < topology.world_size:
         raise UsageError(
-            f"RANK={topology.rank} does not fit WORLD_SIZE={topology.world_size}: ranks count "
-            "from 0 to WORLD_SIZE - 1. Start the run with torchrun, which sets both."
+            f"{rank}={topology.rank} does not fit {world}={topology.world_size}: ranks count from "
+            f"0 to {world} - 1. Start the run with {by}, which sets both."
         )
     if not 0 <= topology.local_rank < topology.local_world_size <= topology.world_size:
         raise UsageError(
-            f"LOCAL_RANK={topology.local_rank}, LOCAL_WORLD_SIZE={topology.local_world_size} and "
-            f"WORLD_SIZE={topology.world_size} contradict each other. Start the run with torchrun, "
-            "which sets them all."
+            f"{local}={topology.local_rank}, {local_world}={topology.local_world_size} and "
+            f"{world}={topology.world_size} contradict each other. Start the run with {by}, which "
+            "sets them all."
         )
     return topology
 
@@ -111,7 +125,7 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
     # which need not be in the job; the first name of the node list is rank 0's node.
     address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
     # One port a job, the same on every rank, apart from those of jobs on the same node.
-    port = _number(env, "MASTER_PORT", 20000 + int(job_id or 0) % 20000)
+    port = _number(env, "MASTER_PORT", 20000 + _number(env, "SLURM_JOB_ID", 0) % 20000)
     return Topology(
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
@@ -138,7 +152,8 @@ def tasks_per_node(text: str) -> list[int]:
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: "gpu[07-09,12],x1" gives "gpu07"."""
-    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    if match is None:
+    # Up to the first comma outside brackets.
+    match = re.match(r"(?:[^,\[\]]+|\[\w[^\]]*\])+", nodelist)
+    if match is None or match[0].startswith("["):
         raise UsageError(f"SLURM_STEP_NODELIST={nodelist!r} names no host.")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])

@@ -89,7 +89,7 @@ def _import(place: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        if error.name and place.startswith(error.name):
+        if error.name and f"{place}.".startswith(f"{error.name}."):
             raise UsageError(
                 f"there is no module {place} (install it, or set PYTHONPATH)"
             ) from error

@@ -34,6 +34,7 @@ class Logs:
         for name in ["launcher", *own_modules]:
             logging.getLogger(name).setLevel(level)
         logging.captureWarnings(True)
+        self.hooks = sys.excepthook, threading.excepthook
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_thread
 
@@ -65,8 +66,7 @@ class Logs:
                 root.removeHandler(handler)
                 handler.close()
         logging.captureWarnings(False)
-        sys.excepthook = sys.__excepthook__
-        threading.excepthook = threading.__excepthook__
+        sys.excepthook, threading.excepthook = self.hooks
 
 
 def _log_uncaught(

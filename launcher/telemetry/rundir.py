@@ -50,18 +50,17 @@ class RunDirectory:
 
     def check_writable(self) -> None:
         """Raise UsageError where the directory could not be made or written; touches nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"OUTPUT_DIR {self.path} is a file; choose a directory.")
-        existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not existing.is_dir():
-            raise UsageError(f"OUTPUT_DIR {self.path}: {existing} is a file; choose another.")
         try:
+            # exists() itself fails for a name that is too long, or in a closed folder.
+            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+            if not existing.is_dir():
+                raise UsageError(f"OUTPUT_DIR {self.path}: {existing} is a file; choose another.")
             # Trying is the only test that holds for root, read-only mounts and full quotas alike.
             tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:
             raise UsageError(
-                f"OUTPUT_DIR {self.path} cannot be written: {error.strerror} ({existing}). "
-                "Choose another with OUTPUT_DIR DIR."
+                f"OUTPUT_DIR {self.path} cannot be written: {error.strerror}. Choose another with "
+                "OUTPUT_DIR DIR."
             ) from error
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:

@@ -47,9 +47,11 @@ class TensorBoard:
     """The same numbers under the same names as event files, in single precision.
 
     TensorBoard's fast loader shows no scalars stored in double precision, so none are.
+    `purge_step` is the first step to come, also in a run's first attempt: a viewer that is running
+    drops what it has of it and after when an attempt that resumes starts its own file.
     """
 
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+    def __init__(self, directory: Path, purge_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # costs a second to import
 
         self.writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
