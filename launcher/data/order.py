@@ -65,7 +65,7 @@ class Shuffle:
     def _permute(self, x: _U64, round_keys: _U64) -> _U64:
         high, low = np.divmod(x, self.b)
         for i in range(0, 2 * ROUNDS, 2):
-            # The hash is reduced before it is added: a sum that wrapped at 2^64 could not be undone.
+            # The hash is reduced before it is added: a sum that wraps at 2^64 cannot be undone.
             high = (high + mix(low + round_keys[i]) % self.a) % self.a
             low = (low + mix(high + round_keys[i + 1]) % self.b) % self.b
         return high * self.b + low
