@@ -1,0 +1,118 @@
+"""Which checkpoints are kept: laws over any history of steps and scores."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.checkpoint.store import Retention
+from launcher.config import load_config
+
+law = settings(deadline=None, max_examples=150)
+STEPS_PER_EPOCH = 7
+scores = st.one_of(st.none(), st.floats(), st.integers(-5, 5))
+histories = st.dictionaries(st.integers(1, 300), scores, max_size=15)
+
+
+def manifests(history: dict[int, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "epoch": step // STEPS_PER_EPOCH,
+            "metrics": {} if score is None else {"val/x": score},
+        }
+        for step, score in history.items()
+    ]
+
+
+def rule(last: int = 1, best: int = 0, every: str = "", mode: str = "min") -> Retention:
+    return Retention(last, best, every, "val/x", mode)
+
+
+modes = st.sampled_from(["min", "max"])
+
+
+@law
+@given(
+    history=histories,
+    last=st.integers(1, 5),
+    best=st.integers(0, 5),
+    every=st.sampled_from(["", "20step", "2ep"]),
+    mode=modes,
+)
+def test_the_newest_and_the_best_are_always_kept_and_not_more_than_asked(
+    history: dict[int, Any], last: int, best: int, every: str, mode: str
+) -> None:
+    kept = rule(last, best, every, mode).keep(manifests(history))
+    assert kept <= history.keys()
+    assert kept >= set(sorted(history)[-last:])
+    finite = {s: v for s, v in history.items() if v is not None and math.isfinite(v)}
+    sign = 1 if mode == "min" else -1
+    top = sorted(finite, key=lambda step: (sign * finite[step], step))[:best]
+    assert kept >= set(top)
+    if not every:
+        assert kept == set(sorted(history)[-last:]) | set(top)
+
+
+@law
+@given(history=histories, mode=modes)
+def test_what_is_not_a_finite_number_is_never_best(history: dict[int, Any], mode: str) -> None:
+    ranked = rule(best=3, mode=mode).ranked(manifests(history))
+    assert all(history[step] is not None and math.isfinite(history[step]) for step in ranked)
+
+
+@law
+@given(history=histories, period=st.integers(1, 60), unit=st.sampled_from(["step", "ep"]))
+def test_one_a_period_is_kept_for_good(history: dict[int, Any], period: int, unit: str) -> None:
+    """Of each period that began and has a checkpoint, the first one stays."""
+    kept = rule(every=f"{period}{unit}").keep(manifests(history))
+    first: dict[int, int] = {}
+    for step in sorted(history):
+        count = step if unit == "step" else step // STEPS_PER_EPOCH
+        if count >= period:
+            first.setdefault(count // period, step)
+    assert kept == set(first.values()) | set(sorted(history)[-1:])
+
+
+@law
+@given(history=histories, last=st.integers(1, 3), every=st.sampled_from(["", "20step", "2ep"]))
+def test_dropping_as_one_goes_keeps_what_dropping_at_the_end_keeps(
+    history: dict[int, Any], last: int, every: str
+) -> None:
+    rules = rule(last, 2, every)
+    living: dict[int, Any] = {}
+    for step in sorted(history):
+        living[step] = history[step]
+        living = {s: living[s] for s in rules.keep(manifests(living))}
+    assert living.keys() == rules.keep(manifests(history))
+
+
+@law
+@given(history=histories, mode=modes)
+def test_of_equals_the_earlier_is_better(history: dict[int, Any], mode: str) -> None:
+    ranked = rule(mode=mode).ranked(manifests(dict.fromkeys(history, 0.5)))
+    assert ranked == sorted(history)
+
+
+@pytest.mark.parametrize(
+    ("value", "score"),
+    [(2, 2), (0.5, 0.5), (None, None), (math.nan, None), (math.inf, None), ("3", None)],
+)
+def test_score(value: Any, score: float | None) -> None:
+    manifest = {"metrics": {"val/x": value}}
+    assert rule(mode="max").score(manifest) == score
+    assert rule(mode="min").score(manifest) == (None if score is None else -score)
+
+
+def test_from_config() -> None:
+    words = [
+        "CHECKPOINT.KEEP_LAST=3",
+        "CHECKPOINT.KEEP_BEST=2",
+        "CHECKPOINT.KEEP_EVERY=5ep",
+        "CHECKPOINT.METRIC=val/accuracy",
+        "CHECKPOINT.MODE=max",
+    ]
+    cfg = load_config(None, words, require_task=False).cfg
+    assert Retention.from_config(cfg) == Retention(3, 2, "5ep", "val/accuracy", "max")

@@ -1,0 +1,146 @@
+"""The training state: what is captured comes back, random draws included."""
+
+import io
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.checkpoint.state import TrainingState, random_state, set_random_state
+from launcher.engine.run import build_state
+from launcher.runtime.cpu import CpuBudget
+from launcher.runtime.process import Runtime
+from launcher.runtime.topology import Topology
+from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, config
+
+WORDS = ("MODEL.EMA_DECAY", 0.9, "TRAIN.PRECISION", "fp16", "OPTIM.NAME", "adamw")
+
+
+def through_a_file(value: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def draws() -> list[float]:
+    return [
+        torch.rand(()).item(),
+        torch.randn(()).item(),
+        np.random.rand(),
+        np.random.standard_normal(),
+        random.random(),
+        random.gauss(0, 1),
+    ]
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
+def test_draws_after_a_restore_are_equal(odd: bool) -> None:
+    """Also where numpy and random hold back the second of a pair of normal numbers."""
+    if odd:
+        np.random.standard_normal()
+        random.gauss(0, 1)
+    saved = through_a_file(random_state())
+    expected = [draws() for _ in range(3)]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+    set_random_state(saved)
+    assert [draws() for _ in range(3)] == expected
+
+
+def captured(state: TrainingState) -> dict[str, Any]:
+    whole = state.capture(ALONE)
+    assert whole is not None
+    return through_a_file(whole)
+
+
+def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
+    whole = Trainer(Regression(), *WORDS)
+    whole.run(3)
+    whole.state.progress.advance(24, 23, skipped=False)
+    whole.state.metrics = {"val/loss": 0.25}
+    whole.step.scaler.update(new_scale=128.0)
+    saved = captured(whole.state)
+
+    resumed = Trainer(Regression(), *WORDS)
+    resumed.one(0)  # something to be overwritten
+    resumed.state.recorder._sums.clear()
+    resumed.state.restore(saved, ALONE)
+    assert resumed.state.progress == whole.state.progress
+    assert resumed.state.metrics == {"val/loss": 0.25}
+    assert resumed.state.scaler.get_scale() == 128.0
+    assert resumed.state.recorder.state() == whole.state.recorder.state()
+    expected = draws()
+    resumed.state.restore(captured(whole.state), ALONE)
+    resumed.state.recorder._sums.clear()
+    resumed.state.restore(saved, ALONE)
+    assert draws() == expected
+    for trainer in (whole, resumed):
+        trainer.one(3)
+    for a, b in zip(whole.weights, resumed.weights, strict=True):
+        assert torch.equal(a, b)
+    assert whole.state.ema is not None and resumed.state.ema is not None
+    for name, value in whole.state.ema.state_dict().items():
+        assert torch.equal(value, resumed.state.ema.state_dict()[name])
+    assert resumed.state.recorder.state() == whole.state.recorder.state()
+
+
+def rank(of: int, world_size: int) -> Runtime:
+    topology = Topology(of, of, world_size, world_size, launched_by="torchrun")
+    return Runtime(topology, torch.device("cpu"), CpuBudget(1, 1, 1, ""))
+
+
+def saved_by_two_ranks() -> dict[str, Any]:
+    """What rank 0 of two saves: sums 3 of weight 1 on rank 0, and 10 of weight 2 on rank 1."""
+    trainer = Trainer(Regression())
+    saved = captured(trainer.state)
+    torch.manual_seed(0)
+    other = random_state()
+    saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
+    saved["ranks"].append({"random": other, "recorder": {"loss": [10.0, 2.0]}})
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("runtime", "sums"),
+    [
+        (rank(0, 2), {"loss": [3.0, 1.0]}),
+        (rank(1, 2), {"loss": [10.0, 2.0]}),
+        (rank(0, 1), {"loss": [13.0, 3.0]}),
+        (rank(0, 3), {"loss": [13.0, 3.0]}),
+        (rank(2, 3), {}),
+    ],
+    ids=lambda value: str(getattr(value, "topology", "")),
+)
+def test_sums_of_the_interrupted_period_survive_any_number_of_ranks(
+    runtime: Runtime, sums: dict[str, list[float]]
+) -> None:
+    state = build_state(config(), Regression(), ALONE)
+    state.restore(saved_by_two_ranks(), runtime)
+    assert state.recorder.state() == sums
+
+
+def test_a_rank_has_its_own_random_state_and_a_new_rank_keeps_its_seed() -> None:
+    saved = saved_by_two_ranks()
+    expected = {}
+    for of in (0, 1):
+        set_random_state(saved["ranks"][of]["random"])
+        expected[of] = torch.rand(3)
+    torch.manual_seed(77)
+    expected[2] = torch.rand(3)
+    for of in range(3):
+        state = build_state(config(), Regression(), ALONE)
+        torch.manual_seed(77)
+        state.restore(saved, rank(of, 3))
+        assert torch.equal(torch.rand(3), expected[of])
+
+
+def test_a_state_saved_without_an_average_loads_into_a_run_without() -> None:
+    trainer = Trainer(Regression())
+    trainer.run(2)
+    fresh = Trainer(Regression())
+    fresh.state.restore(captured(trainer.state), ALONE)
+    assert_close(fresh.weights, trainer.weights)

@@ -1,0 +1,164 @@
+"""The command: help, exit codes, refusals, and what answers without importing torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import __version__, cli
+from launcher.errors import RunError, UsageError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "digits.yaml")
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No launcher's variables, and no run directory in the checkout."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"], []])
+def test_help_lists_the_commands(argv: list[str], capsys: Captured) -> None:
+    assert cli.main(argv) == (0 if argv else 2)
+    out = capsys.readouterr().out
+    assert out.startswith("usage: launcher COMMAND")
+    assert all(f"  {name}" in out for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"launcher {command}" in capsys.readouterr().out
+
+
+def test_version(capsys: Captured) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"launcher {__version__}\n"
+
+
+@pytest.mark.parametrize(("name", "hint"), [("trian", " (did you mean train?)"), ("zzz", "")])
+def test_an_unknown_command(name: str, hint: str, capsys: Captured) -> None:
+    assert cli.main([name]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == (
+        "",
+        f"launcher: there is no command {name!r}{hint}; see launcher --help\n",
+    )
+
+
+@pytest.mark.parametrize(("kind", "code"), [(UsageError, 2), (RunError, 1)])
+@pytest.mark.parametrize("rank", [None, "0", "3"])
+def test_a_mistake_is_one_message_and_a_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+    kind: type[UsageError],
+    code: int,
+    rank: str | None,
+) -> None:
+    """Rank 0 speaks first: the others wait until it has left."""
+    waited: list[float] = []
+    monkeypatch.setattr("launcher.cli.time.sleep", waited.append)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+
+    def command(argv: list[str]) -> int:
+        raise kind("mend this")
+
+    assert cli.call(command, []) == code
+    prefix = "launcher: rank 3" if rank == "3" else "launcher"
+    assert capsys.readouterr().err == f"{prefix}: mend this\n"
+    assert waited == ([cli.GRACE_S] if rank == "3" else [])
+
+
+def train(*words: str) -> int:
+    return cli.main(["train", "--config-file", CONFIG, *words])
+
+
+def test_check_prints_the_config_and_makes_nothing(tmp_path: Path, capsys: Captured) -> None:
+    assert train("--check", "OPTIM.LR", "1e-3") == 0
+    out = capsys.readouterr().out
+    assert "LR: 0.001\n" in out and "OUTPUT_DIR: runs/digits\n" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["OPTIM.LRR", "1"], ["OPTIM.LRR", "unknown key", "OPTIM.LR"]),
+        (["OPTIM.LR", "fast", "SEED=-1"], ["OPTIM.LR", "SEED"]),
+        (["OPTIM.LR", "--check"], ["OPTIM.LR", "command line"]),
+        (["TASK.NAME", "digit"], ["TASK.NAME", "did you mean digits"]),
+        (["--config-file", "absent.yaml"], ["absent.yaml"]),
+    ],
+)
+def test_mistakes_exit_with_2(
+    words: list[str], told: list[str], tmp_path: Path, capsys: Captured
+) -> None:
+    assert train(*words) == 2
+    err = capsys.readouterr().err
+    assert all(text in err for text in told) and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_holds_a_run_is_refused_untouched(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("SEED: 1\n")
+    assert train("OUTPUT_DIR", "run") == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in ("already holds a run", "--resume", "--overwrite"))
+    assert [p.name for p in tmp_path.rglob("*")] == ["run", "config.yaml"]
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "file").touch()
+    assert train("OUTPUT_DIR", "file/run") == 2
+    assert "OUTPUT_DIR file/run" in capsys.readouterr().err
+
+
+WITHOUT_TORCH = {
+    "help": (["--help"], 0),
+    "train help": (["train", "--help"], 0),
+    "check": (["train", "--config-file", CONFIG, "--check"], 0),
+    "mistake in a key": (["train", "--config-file", CONFIG, "OPTIM.LRR", "1"], 2),
+    "mistake in a value": (["train", "--config-file", CONFIG, "SEED", "x"], 2),
+    "mistake in a task's key": (["train", "--config-file", CONFIG, "TASK.MODLE", "x"], 2),
+    "run exists": (["train", "--config-file", CONFIG, "OUTPUT_DIR", "run"], 2),
+    "config keys": (["config", "keys"], 0),
+}
+
+
+@pytest.mark.parametrize(("argv", "code"), WITHOUT_TORCH.values(), ids=WITHOUT_TORCH)
+def test_answers_without_torch(tmp_path: Path, argv: list[str], code: int) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "launcher", *argv],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
+    }
+    assert "yacs" in imported  # the list was read
+    assert not imported & {"torch", "numpy", "sklearn", "tensorboard"}
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, launcher; launcher.Task; launcher.CfgNode; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,153 @@
+"""The global order of samples: a permutation, evenly random, found at any position by itself."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.data import order
+from launcher.data.order import Indices, Sequential, Shuffle
+
+law = settings(deadline=None, max_examples=60)
+seeds = st.integers(0, 2**32 - 1)
+epochs = st.integers(0, 10**6)
+
+
+def whole(length: int, seed: int = 0, epoch: int = 0) -> Indices:
+    return Shuffle(length, seed)(epoch, np.arange(length))
+
+
+def assert_permutation(indices: Indices, length: int) -> None:
+    assert indices.dtype == np.int64
+    assert np.array_equal(np.sort(indices), np.arange(length))
+
+
+def chi_square_fits(statistic: float, freedom: int) -> bool:
+    """Within five standard deviations of what even chances give; the seeds are fixed."""
+    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_permutation_at_every_small_length(seed: int) -> None:
+    for length in range(301):
+        assert_permutation(whole(length, seed, epoch=length), length)
+
+
+@pytest.mark.parametrize(
+    "length", [997, 1024, 9_973, 10_000, 65_536, 65_537, 99_855, 99_856, 99_857, 1_000_003]
+)
+def test_permutation_at_large_prime_and_square_lengths(length: int) -> None:
+    assert_permutation(whole(length), length)
+
+
+@law
+@given(length=st.integers(0, 3000), seed=seeds, epoch=epochs)
+def test_permutation(length: int, seed: int, epoch: int) -> None:
+    assert_permutation(whole(length, seed, epoch), length)
+
+
+@pytest.mark.parametrize("length", [2, 9, 289, 10_000])
+@pytest.mark.parametrize("low_bits", [0, 7, 63])
+def test_permutation_whatever_the_hash_gives(
+    monkeypatch: pytest.MonkeyPatch, length: int, low_bits: int
+) -> None:
+    """Every round can be undone for any hash, also one close to 2^64, where sums wrap around."""
+    monkeypatch.setattr(order, "mix", lambda x: ~(x & np.uint64(low_bits)))
+    assert_permutation(whole(length), length)
+
+
+@law
+@given(length=st.integers(1, 2000), seed=seeds, epoch=epochs, data=st.data())
+def test_positions_stand_alone(length: int, seed: int, epoch: int, data: st.DataObject) -> None:
+    """Seeking equals a slice of the whole, and how positions are batched changes nothing."""
+    shuffle = Shuffle(length, seed)
+    everything = whole(length, seed, epoch)
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=5)))
+    for start, stop in itertools.pairwise([0, *cuts, length]):
+        assert np.array_equal(shuffle(epoch, np.arange(start, stop)), everything[start:stop])
+    some = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=9)), dtype=np.int64)
+    assert np.array_equal(shuffle(epoch, some), everything[some])
+
+
+def test_the_positions_asked_for_are_not_changed() -> None:
+    positions = np.arange(10)
+    Shuffle(10, 0)(0, positions)
+    assert positions.tolist() == list(range(10))
+
+
+@law
+@given(length=st.integers(40, 500), seed=seeds, epoch=epochs)
+def test_epochs_and_seeds_differ(length: int, seed: int, epoch: int) -> None:
+    first = whole(length, seed, epoch)
+    assert not np.array_equal(first, whole(length, seed, epoch + 1))
+    assert not np.array_equal(first, whole(length, (seed + 1) % 2**32, epoch))
+    assert not np.array_equal(first, np.arange(length))
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 12, 16, 31])
+def test_every_sample_comes_to_every_position_equally_often(length: int) -> None:
+    many = 1500
+    counts = np.zeros((length, length))
+    for epoch in range(many):
+        counts[np.arange(length), whole(length, 7, epoch)] += 1
+    expected = many / length
+    # Rows and columns of the table are fixed: hence (n - 1)^2 degrees of freedom and the factor.
+    statistic = ((counts - expected) ** 2 / expected).sum() * (length - 1) / length
+    assert chi_square_fits(statistic, (length - 1) ** 2)
+
+
+@pytest.mark.parametrize("length", [3, 4, 5])
+def test_every_order_of_a_few_samples_comes_equally_often(length: int) -> None:
+    many = 2400
+    counts = dict.fromkeys(itertools.permutations(range(length)), 0)
+    for epoch in range(many):
+        counts[tuple(whole(length, 7, epoch).tolist())] += 1
+    expected = many / len(counts)
+    statistic = sum((count - expected) ** 2 / expected for count in counts.values())
+    assert chi_square_fits(statistic, len(counts) - 1)
+
+
+@pytest.mark.parametrize(("length", "bins"), [(50, 50), (1797, 30), (10**9, 50)])
+def test_any_sample_may_come_first(length: int, bins: int) -> None:
+    many = 2500
+    shuffle, zero = Shuffle(length, 3), np.zeros(1, dtype=np.int64)
+    first = np.array([shuffle(epoch, zero)[0] for epoch in range(many)])
+    # Bins of a length that they do not divide differ in size.
+    sizes = np.bincount(np.arange(length) * bins // length) if length < 10**6 else None
+    expected = many * (sizes / length if sizes is not None else np.full(bins, 1 / bins))
+    counts = np.bincount(first * bins // length, minlength=bins)
+    assert chi_square_fits(((counts - expected) ** 2 / expected).sum(), bins - 1)
+
+
+@pytest.mark.parametrize("length", [1000, 1024])
+@pytest.mark.parametrize("lag", [1, 2, 32])
+def test_no_correlation_between_positions_or_epochs(length: int, lag: int) -> None:
+    many = 100
+    orders = [whole(length, 5, epoch) for epoch in range(many + 1)]
+
+    def correlation(pairs: list[tuple[Indices, Indices]]) -> np.ndarray:
+        return np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
+
+    neighbours = correlation([(o[:-lag], o[lag:]) for o in orders[:many]])
+    successors = correlation(list(itertools.pairwise(orders)))
+    for found in (neighbours, successors):
+        deviation = 1 / math.sqrt(length)
+        assert abs(found.mean()) < 5 * deviation / math.sqrt(many)
+        assert np.abs(found).max() < 5 * deviation
+
+
+@pytest.mark.parametrize("length", [10**9, 10**9 + 7, 2**31, 2**40 + 1, 10**12])
+def test_huge_lengths_give_distinct_values_in_range(length: int) -> None:
+    """No list of indices is made: these would not fit into memory."""
+    shuffle = Shuffle(length, 0)
+    for start in (0, length // 2, length - 20_000):
+        indices = shuffle(1, np.arange(start, start + 20_000))
+        assert indices.min() >= 0 and indices.max() < length
+        assert len(np.unique(indices)) == 20_000
+
+
+def test_sequential_is_the_data_sets_own_order() -> None:
+    assert Sequential(10)(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]

@@ -1,0 +1,100 @@
+"""One rank of tests/engine/test_ranks.py: `python -m tests.engine.ranks RANK FOLDER PORT...`.
+
+The same processes make one group after the other, of 3 and then of 2 ranks, one for each port.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.data.plan import Plan
+from launcher.engine.evaluate import evaluate
+from launcher.runtime.process import Runtime, start
+from launcher.runtime.topology import Topology
+from tests.engine.helpers import LENGTH, Regression, Trainer, config
+
+WORLDS = (3, 2)
+STEPS = 3
+# (batch size, micro-batch size): 1 and 2 are fewer samples than ranks, and so is an epoch's last
+# batch of 11, which has one.
+CASES = [(8, 0), (8, 2), (7, 1), (11, 3), (2, 0), (1, 0)]
+# What ranks ask for, by (step, rank).
+ASKED = {(1, 1): frozenset({"stop"}), (2, 0): frozenset({"checkpoint"})}
+
+
+class Shifted(Regression):
+    """Each rank's model has a buffer of its own, as batch norm's are after a step."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__(weighted=True)
+        self.shift = shift
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.register_buffer("shift", torch.tensor(self.shift))
+        return model
+
+    def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        values = super().eval_step(model, batch)
+        assert isinstance(model.shift, torch.Tensor)
+        return {**values, "loss": values["loss"] + model.shift}
+
+    def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        ramp = torch.arange(len(outputs["x"]))
+        return {"order": (outputs["x"][:, 0] * ramp).sum()}
+
+
+def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float]:
+    """The metrics of a split over the ranks of a group."""
+    task = Shifted(float(runtime.rank))
+    plan = Plan(LENGTH, batch_size, world_size=runtime.world_size)
+    batches = [
+        task.build_dataset().batch(range(*plan.batch(k)))
+        for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
+    ]
+    return evaluate(config(), task, task.build_model(), batches, plan, runtime)
+
+
+def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> dict[str, Any]:
+    """Weights after some steps, the requests seen after each, and the record of all of them."""
+    trainer = Trainer(
+        Regression(weighted), runtime=runtime, batch_size=batch_size, micro_batch_size=micro
+    )
+    asked = {step: names for (step, rank), names in ASKED.items() if rank == runtime.rank}
+    seen = [seen for _, seen in trainer.run(STEPS, asked)]
+    written: list[dict[str, Any]] = []
+
+    class Sink:
+        write = staticmethod(written.append)
+
+        def close(self) -> None: ...
+
+    trainer.state.recorder.sinks = [Sink()] if runtime.is_main else []
+    trainer.state.recorder.record({"step": STEPS, "epoch": 0, "samples": 0}, {})
+    return {"weights": trainer.weights, "seen": [sorted(s) for s in seen], "written": written}
+
+
+def main(rank: int, folder: Path, ports: list[str]) -> None:
+    torch.set_num_threads(1)
+    results: dict[int, dict[Any, Any]] = {}
+    for world_size, port in zip(WORLDS, ports, strict=True):
+        if rank >= world_size:
+            break
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        topology = Topology(rank, rank, world_size, world_size, launched_by="torchrun")
+        with start(topology, config("DIST.DEVICE", "cpu")) as runtime:
+            results[world_size] = {
+                (*case, weighted): trained(runtime, *case, weighted)
+                for case in CASES
+                for weighted in (False, True)
+            }
+            results[world_size]["evaluated"] = evaluated(runtime)
+    torch.save(results, folder / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,111 @@
+"""Evaluation: every sample once, in the data set's order, at any number of ranks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.data.plan import Plan
+from launcher.engine.evaluate import evaluate
+from launcher.errors import RunError
+from tests.engine.helpers import ALONE, config
+
+N = 10
+X = torch.arange(N, dtype=torch.float32) ** 2 / 7
+
+
+class Table:
+    """Answers with a table of outputs, a row a sample."""
+
+    def __init__(self, **columns: Any) -> None:
+        self.columns = columns
+
+    def eval_step(self, model: nn.Module, batch: slice) -> Any:
+        return {key: value[batch] for key, value in self.columns.items()}
+
+
+class Summed(Table):
+    def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self.outputs = outputs
+        return {"largest": outputs["loss"].max()}
+
+
+class Always(Table):
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def eval_step(self, model: nn.Module, batch: slice) -> Any:
+        return self.answer
+
+
+def run(task: Any, batch_size: int = 4, model: nn.Module | None = None) -> dict[str, float]:
+    plan = Plan(N, batch_size)
+    batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
+    return evaluate(config(), task, model or nn.Linear(1, 1), batches, plan, ALONE)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 99])
+def test_means_count_every_sample_once_at_any_batch_size(batch_size: int) -> None:
+    """A mean of the batches' means would be wrong at 3 and 4, whose last batch is smaller."""
+    metrics = run(Table(loss=X, right=X > 3, label=torch.arange(N)), batch_size)
+    assert metrics == {"loss": X.double().mean().item(), "right": (X > 3).double().mean().item()}
+
+
+def test_weights_are_those_of_samples() -> None:
+    weight = torch.arange(N)  # one sample has weight 0
+    metrics = run(Table(loss=X, right=X > 3, weight=weight))
+    assert metrics == {
+        "loss": pytest.approx((X * weight).sum().item() / 45, rel=1e-6),
+        "right": pytest.approx(((X > 3) * weight).sum().item() / 45, rel=1e-6),
+    }
+
+
+def test_summarize_gets_the_whole_split_in_order() -> None:
+    rows = torch.randn(N, 3)
+    task = Summed(loss=X, rows=rows, label=torch.arange(N))
+    assert run(task, 3)["largest"] == X.max().item()
+    assert torch.equal(task.outputs["rows"], rows)
+    assert torch.equal(task.outputs["label"], torch.arange(N))
+
+
+def test_float16_values_are_averaged_in_double_precision() -> None:
+    x = torch.full((N,), 60_000.0, dtype=torch.float16)  # their sum is beyond float16
+    assert run(Table(loss=x))["loss"] == x[0].item()
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (torch.zeros(4), "must return a dict of tensors, not Tensor"),
+        ({}, "must return a dict of tensors"),
+        ({"loss": torch.tensor(1.0)}, r"\{'loss': \(\)\}.*reduction='none'"),
+        ({"loss": 1.0}, "{'loss': 'float'}.*reduction='none'"),
+        ({"loss": torch.zeros(4), "x": torch.zeros(3)}, r"\(4,\).*\(3,\).*reduction='none'"),
+        ({"loss": torch.zeros(1)}, "returned 3 values of 'loss' for the 10 samples"),
+    ],
+)
+def test_wrong_shapes_are_told_with_the_remedy(answer: Any, told: str) -> None:
+    with pytest.raises(RunError, match=rf"Always\.eval_step .*{told}"):
+        run(Always(answer))
+
+
+def test_a_weight_with_a_second_dimension_is_told() -> None:
+    """(B,) times (B, 1) is (B, B): a wrong number that looks like one."""
+    with pytest.raises(RunError, match="weight"):
+        run(Table(loss=X, weight=torch.ones(N, 1)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_evaluates_without_gradients_and_is_put_back(training: bool) -> None:
+    seen = []
+
+    class Looks(Table):
+        def eval_step(self, model: nn.Module, batch: slice) -> Any:
+            seen.append((model.training, torch.is_grad_enabled()))
+            return super().eval_step(model, batch)
+
+    model = nn.Linear(1, 1).train(training)
+    run(Looks(loss=X), model=model)
+    assert set(seen) == {(False, False)}
+    assert model.training is training and torch.is_grad_enabled()

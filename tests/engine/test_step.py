@@ -1,0 +1,214 @@
+"""The step: the weights of one large batch, whatever it is cut into; what spoils a step."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.errors import RunError
+from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, rows
+
+SGD = {"lr": 0.1, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 7, 8, 23, 64])
+def test_weights_are_those_of_one_large_batch(
+    batch_size: int, micro_batch_size: int, weighted: bool
+) -> None:
+    """Four steps reach an epoch's last, smaller batch and the next epoch."""
+    task = Regression(weighted)
+    trainer = Trainer(task, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    trainer.run(4)
+    assert_close(trainer.weights, by_hand(task, batch_size, 4, **SGD))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [0, 3])
+def test_recorded_values_are_means_over_the_large_batch(
+    micro_batch_size: int, weighted: bool
+) -> None:
+    task = Regression(weighted)
+    trainer = Trainer(task, batch_size=8, micro_batch_size=micro_batch_size)
+    written = collect(trainer)
+    x, y, w = task.build_dataset().batch(rows(0, 0, 8))
+    errors = ((trainer.state.model(x) - y) ** 2).squeeze(1)
+    loss = ((errors * w).sum() / w.sum()).item()
+    trainer.run(1)
+    trainer.state.recorder.record({"step": 1, "epoch": 0, "samples": 8}, {})
+    assert written[0]["train/loss"] == pytest.approx(loss, rel=1e-6)
+    assert written[0]["train/error"] == pytest.approx(loss, rel=1e-6)
+
+
+def collect(trainer: Trainer) -> list[dict[str, Any]]:
+    """The list in which the trainer's records arrive."""
+    written: list[dict[str, Any]] = []
+
+    class Sink:
+        write = staticmethod(written.append)
+
+        def close(self) -> None: ...
+
+    trainer.state.recorder.sinks = [Sink()]
+    return written
+
+
+def test_micro_batches_without_weight_do_not_count() -> None:
+    task = Regression(weighted=True)
+    task.w = (torch.arange(23) % 4 == 0).float() * 2
+    trainer = Trainer(task, batch_size=23, micro_batch_size=2)
+    trainer.run(2)
+    assert_close(trainer.weights, by_hand(task, 23, 2, **SGD))
+
+
+def test_a_batch_without_weight_changes_nothing() -> None:
+    """A batch of padding alone: weight 0 and loss 0. No gradient comes of it, not even a NaN."""
+    task = Regression(weighted=True)
+    task.w = torch.zeros_like(task.w)
+    trainer = Trainer(task, "OPTIM.MOMENTUM", 0, micro_batch_size=3)
+    before = trainer.weights
+    trainer.run(1)
+    assert_close(trainer.weights, before)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.5, 1e6])
+def test_clipping_is_torchs(clip: float) -> None:
+    task = Regression()
+    trainer = Trainer(
+        task, "TRAIN.GRAD_CLIP", clip, "OPTIM.MOMENTUM", 0, "OPTIM.LR", 1, micro_batch_size=3
+    )
+    model = copy.deepcopy(trainer.state.model)
+    x, y, _ = task.build_dataset().batch(rows(0, 0, 8))
+    ((model(x) - y) ** 2).mean().backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    written = collect(trainer)
+    trainer.run(1)
+    assert_close(
+        trainer.weights, [p.detach() - p.grad for p in model.parameters() if p.grad is not None]
+    )
+    trainer.state.recorder.record({"step": 1, "epoch": 0, "samples": 8}, {})
+    # What is recorded is the norm before clipping.
+    assert written[0]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_average_of_the_weights() -> None:
+    """The first update copies the weights, as torch's AveragedModel does; then the formula."""
+    trainer = Trainer(Regression(), "MODEL.EMA_DECAY", 0.9)
+    average: list[torch.Tensor] = []
+    for step in range(4):
+        trainer.one(step)
+        weights = trainer.weights
+        average = (
+            [0.9 * a + 0.1 * w for a, w in zip(average, weights, strict=True)]
+            if average
+            else weights
+        )
+    assert trainer.state.ema is not None
+    assert_close([p.detach() for p in trainer.state.ema.module.parameters()], average)
+
+
+class Overflow(Regression):
+    """The loss of chosen steps is infinite."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__()
+        self.bad, self.calls = bad, 0
+
+    def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        values = super().train_step(model, batch)
+        self.calls += 1
+        if self.calls - 1 in self.bad:
+            values["loss"] = values["loss"] * torch.inf
+        return values
+
+
+def test_a_step_skipped_by_the_scaler_changes_nothing() -> None:
+    trainer = Trainer(Overflow({1}), "TRAIN.PRECISION", "fp16", "MODEL.EMA_DECAY", 0.9)
+    ema = trainer.state.ema
+    assert ema is not None
+    assert trainer.one(0)[0] is False
+    before = copy.deepcopy(
+        (trainer.weights, trainer.state.optimizer.state_dict(), ema.state_dict())
+    )
+    assert trainer.one(1, frozenset({"stop"})) == (True, {"stop"})
+    after = (trainer.weights, trainer.state.optimizer.state_dict(), ema.state_dict())
+    assert same(before, after)
+    assert trainer.one(2)[0] is False
+    assert not same(before[0], trainer.weights)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def test_a_skipped_step_is_not_counted_into_the_norm() -> None:
+    trainer = Trainer(Overflow({1}), "TRAIN.PRECISION", "fp16")
+    written = collect(trainer)
+    trainer.run(3)
+    trainer.state.recorder.record({"step": 2, "epoch": 0, "samples": 24}, {})
+    assert 0 < written[0]["train/grad_norm"] < float("inf")
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_other_precisions_come_close(precision: str, weighted: bool) -> None:
+    task = Regression(weighted)
+    trainer = Trainer(task, "TRAIN.PRECISION", precision, micro_batch_size=3)
+    # torch's first scale is meant to be too large at first; this one is not.
+    trainer.step.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=precision == "fp16")
+    assert [skipped for skipped, _ in trainer.run(2)] == [False, False]
+    assert all(w.dtype == torch.float32 for w in trainer.weights)
+    expected = by_hand(task, 8, 2, **SGD)
+    for a, b in zip(trainer.weights, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+
+
+class Says(Regression):
+    """Returns what it is told to."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def train_step(self, model: nn.Module, batch: Any) -> Any:
+        return self.answer(model(batch[0]).squeeze(1))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (lambda out: out.mean(), "must return a dict with a 'loss', not Tensor"),
+        (lambda out: None, "must return a dict with a 'loss', not NoneType"),
+        (lambda out: {"error": out.mean()}, "must return a dict with a 'loss'"),
+        (lambda out: {"loss": out}, r"scalar tensors; 'loss' is \(8,\)"),
+        (lambda out: {"loss": out.mean(), "acc": out}, r"scalar tensors; 'acc' is \(8,\)"),
+        (lambda out: {"loss": 1.0}, "scalar tensors; 'loss' is .*float"),
+    ],
+)
+def test_a_bad_train_step_is_told(answer: Any, told: str) -> None:
+    with pytest.raises(RunError, match=rf"Says\.train_step .*{told}") as caught:
+        Trainer(Says(answer)).run(1)
+    assert caught.value.exit_code == 1
+
+
+def test_requests_come_back_once() -> None:
+    asked = {1: frozenset({"stop", "record"}), 2: frozenset({"checkpoint"})}
+    trainer = Trainer(Regression(), micro_batch_size=3)
+    seen = [seen for _, seen in trainer.run(4, asked)]
+    assert seen == [frozenset(), asked[1], asked[2], frozenset()]
+
+
+def test_the_model_is_in_training_mode_after_an_evaluation() -> None:
+    trainer = Trainer(Regression())
+    trainer.state.model.eval()
+    trainer.run(1)
+    assert trainer.state.model.training

@@ -1,0 +1,73 @@
+"""Seeds, the device of a rank, and the collectives of one process."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.errors import UsageError
+from launcher.runtime.cpu import CpuBudget
+from launcher.runtime.process import Runtime, choose_device, seed_everything
+from launcher.runtime.topology import Topology
+
+ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
+
+
+def draws(seed: int, rank: int) -> tuple[float, float, float]:
+    seed_everything(seed, rank)
+    return torch.rand(()).item(), np.random.rand(), random.random()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
+def test_seeding_twice_gives_the_same_draws(seed: int) -> None:
+    assert draws(seed, 3) == draws(seed, 3)
+
+
+def test_each_generator_depends_on_seed_and_rank() -> None:
+    """No two (seed, rank) share a stream, not even (0, 1) and (1, 0) as seed + rank would."""
+    pairs = [(seed, rank) for seed in range(4) for rank in range(4)]
+    for generator in zip(*(draws(*pair) for pair in pairs), strict=True):
+        assert len(set(generator)) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks", "gpus", "told"),
+    [
+        ("auto", 4, 2, ["4 ranks", "2 CUDA devices", "--nproc-per-node=2", "DIST.DEVICE cpu"]),
+        ("cuda", 2, 1, ["2 ranks", "1 CUDA device:", "--nproc-per-node=1"]),
+        ("cuda", 1, 0, ["0 CUDA devices", "DIST.DEVICE cpu"]),
+    ],
+)
+def test_more_ranks_than_devices(
+    monkeypatch: pytest.MonkeyPatch, choice: str, ranks: int, gpus: int, told: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UsageError) as caught:
+        choose_device(Topology(world_size=ranks, local_world_size=ranks), choice)
+    assert "\n" not in str(caught.value)
+    for words in told:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("choice", "gpus"), [("cpu", 8), ("auto", 0), ("cpu", 0)])
+def test_the_cpu(monkeypatch: pytest.MonkeyPatch, choice: str, gpus: int) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    topology = Topology(world_size=64, local_world_size=64)
+    assert choose_device(topology, choice) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("choice", ["auto", "cuda"])
+def test_one_gpu_a_local_rank_bound_at_once(monkeypatch: pytest.MonkeyPatch, choice: str) -> None:
+    bound: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    topology = Topology(rank=7, local_rank=3, world_size=8, local_world_size=4)
+    assert choose_device(topology, choice) == torch.device("cuda", 3)
+    assert bound == [3]
+
+
+def test_collectives_of_one_process_give_back_what_they_get() -> None:
+    assert ALONE.gather("x") == ["x"] and ALONE.all_gather("x") == ["x"]
+    assert ALONE.broadcast("x") == "x"
+    assert ALONE.all_reduce(torch.ones(2)).tolist() == [1, 1]

@@ -1,0 +1,118 @@
+"""Progress is three integers; Every reads them."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.config import Duration
+from launcher.data.plan import Plan
+from launcher.runtime.progress import Every, Progress, in_steps
+
+law = settings(deadline=None, max_examples=100)
+
+
+@law
+@given(
+    length=st.integers(1, 60),
+    batch_size=st.integers(1, 20),
+    drop_last=st.booleans(),
+    skips=st.sets(st.integers(0, 40)),
+)
+def test_advance_follows_the_plan(
+    length: int, batch_size: int, drop_last: bool, skips: set[int]
+) -> None:
+    """Samples and epochs count every global batch; steps only those that were not skipped."""
+    plan = Plan(length, batch_size, drop_last and length >= batch_size)
+    progress = Progress()
+    for i in range(3 * plan.steps_per_epoch):
+        assert plan.batches_in(progress.samples) == i
+        start, stop = plan.batch(i % plan.steps_per_epoch)
+        progress.advance(stop - start, plan.samples_per_epoch, skipped=i in skips)
+        assert progress.step == i + 1 - len([s for s in skips if s <= i])
+        assert progress.epoch == (i + 1) // plan.steps_per_epoch
+    assert progress.samples == 3 * plan.samples_per_epoch
+
+
+@pytest.mark.parametrize(
+    ("progress", "duration", "reached"),
+    [
+        (Progress(step=99, epoch=2), Duration(2, "ep"), True),
+        (Progress(step=99, epoch=2), Duration(3, "ep"), False),
+        (Progress(step=99, epoch=2), Duration(99, "step"), True),
+        (Progress(step=99, epoch=2), Duration(100, "step"), False),
+    ],
+)
+def test_reached(progress: Progress, duration: Duration, reached: bool) -> None:
+    assert progress.reached(duration) is reached
+
+
+def test_copy_stays_behind() -> None:
+    progress = Progress(1, 0, 8)
+    before = progress.copy()
+    progress.advance(8, 16, skipped=False)
+    assert before.as_dict() == {"step": 1, "epoch": 0, "samples": 8}
+    assert progress.as_dict() == {"step": 2, "epoch": 1, "samples": 16}
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("", 0), ("3ep", 30), ("7step", 7)], ids=["never", "epochs", "steps"]
+)
+def test_in_steps(text: str, steps: int) -> None:
+    assert in_steps(text, steps_per_epoch=10) == steps
+
+
+def due_at(text: str, steps_per_epoch: int, steps: int, skips: frozenset[int]) -> list[int]:
+    """The batches after which a period is due, counted from 1."""
+    every, progress, due = Every(text), Progress(), []
+    for i in range(1, steps + 1):
+        before = progress.copy()
+        progress.advance(1, steps_per_epoch, skipped=i in skips)
+        if every.due(before, progress):
+            due.append(i)
+    return due
+
+
+@pytest.mark.parametrize(
+    ("text", "skips", "due"),
+    [
+        ("", (), []),
+        ("10s", (), []),  # by the clock, not by progress
+        ("1step", (), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
+        ("4step", (), [4, 8]),
+        ("1ep", (), [3, 6, 9]),
+        ("2ep", (), [6]),
+        # A step that the scaler skips takes its samples but is no step: due once, and later.
+        ("4step", (2, 4), [6, 10]),
+        ("4step", (5,), [4, 9]),
+        ("1step", (1, 2), [3, 4, 5, 6, 7, 8, 9, 10]),
+        ("1ep", (3,), [3, 6, 9]),
+    ],
+)
+def test_every(text: str, skips: tuple[int, ...], due: list[int]) -> None:
+    assert due_at(text, 3, 10, frozenset(skips)) == due
+
+
+def test_every_is_due_once_where_a_stride_passes_it() -> None:
+    assert Every("10step").due(Progress(step=8), Progress(step=31))
+
+
+def test_every_in_seconds_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    every = Every("1min")
+    assert every.timed and not every.elapsed()
+    now = 159.9
+    assert not every.elapsed()
+    now = 160.0
+    assert every.elapsed() and not every.elapsed()
+    now = 219.9
+    assert not every.elapsed()
+    now = 400.0
+    assert every.elapsed() and not every.elapsed()
+
+
+@pytest.mark.parametrize("text", ["", "1step", "1ep"])
+def test_only_seconds_elapse(text: str) -> None:
+    assert not Every(text).timed and not Every(text).elapsed()

@@ -1,0 +1,166 @@
+"""Which rank this process is: torchrun's variables, an srun step's, or none."""
+
+import pytest
+
+from launcher.errors import UsageError
+from launcher.runtime.topology import Topology, first_host, read_topology, tasks_per_node
+
+TORCHRUN = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "node0",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_RUN_ID": "job7",
+}
+# Rank 4 of 7: four nodes with 2, 2, 2 and 1 tasks.
+SRUN = {
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+    "SLURM_JOB_ID": "1234567",
+}
+
+
+def refusal(env: dict[str, str]) -> str:
+    with pytest.raises(UsageError) as caught:
+        read_topology(env)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_torchrun_variables() -> None:
+    assert read_topology(TORCHRUN) == Topology(
+        5, 1, 8, 4, 1, "torchrun", master_addr="node0", master_port=29500, job_id="job7"
+    )
+
+
+def test_torchrun_wins_over_the_srun_step_that_started_it() -> None:
+    assert read_topology({**SRUN, **TORCHRUN}) == read_topology(TORCHRUN)
+
+
+def test_one_node_may_leave_local_world_size_out() -> None:
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    assert read_topology(env).local_world_size == 2
+
+
+def test_srun_step_variables() -> None:
+    topology = read_topology(SRUN)
+    assert (topology.rank, topology.local_rank, topology.world_size) == (4, 0, 7)
+    assert (topology.local_world_size, topology.node_rank) == (2, 2)
+    assert (topology.launched_by, topology.job_id) == ("srun", "1234567")
+    assert topology.master_addr == "gpu07"
+    assert topology.distributed and not topology.is_main
+
+
+def test_ranks_of_a_step_agree_on_the_address_and_jobs_differ_in_the_port() -> None:
+    def at(**changes: str) -> tuple[str, int]:
+        topology = read_topology({**SRUN, **changes})
+        return topology.master_addr, topology.master_port
+
+    other_rank = {"SLURM_PROCID": "6", "SLURM_NODEID": "3", "SLURMD_NODENAME": "gpu12"}
+    assert at() == at(**other_rank)
+    assert at()[1] != at(SLURM_JOB_ID="1234568")[1]
+    assert 1024 < at()[1] < 65536
+    assert at(MASTER_ADDR="10.0.0.1", MASTER_PORT="4000") == ("10.0.0.1", 4000)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+    ],
+    ids=["bare", "python in an sbatch script"],
+)
+def test_plain_python_is_one_process(env: dict[str, str]) -> None:
+    topology = read_topology(env)
+    assert topology == Topology()
+    assert topology.is_main and not topology.distributed
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+@pytest.mark.parametrize("value", [None, "", "two", "1.5"])
+def test_torchrun_variable_missing_or_no_number(name: str, value: str | None) -> None:
+    env = {k: v for k, v in TORCHRUN.items() if k != name}
+    message = refusal(env if value is None else {**env, name: value})
+    assert name in message
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT"])
+def test_optional_torchrun_variable_no_number(name: str) -> None:
+    assert f"{name}='x'" in refusal({**TORCHRUN, name: "x"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_NODEID",
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_STEP_TASKS_PER_NODE",
+        "SLURM_JOB_ID",
+        "MASTER_PORT",
+    ],
+)
+def test_srun_variable_no_number(name: str) -> None:
+    assert name in refusal({**SRUN, name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("env", "named"),
+    [
+        ({**TORCHRUN, "RANK": "8"}, "RANK=8"),
+        ({**TORCHRUN, "RANK": "-1"}, "RANK=-1"),
+        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "LOCAL_RANK=4"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9"),
+        ({**SRUN, "SLURM_PROCID": "7"}, "SLURM_PROCID"),
+        ({**SRUN, "SLURM_LOCALID": "2"}, "SLURM_LOCALID"),
+        ({**SRUN, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST"),
+    ],
+)
+def test_contradictions_name_the_variable(env: dict[str, str], named: str) -> None:
+    assert named in refusal(env)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [("4", [4]), ("2(x3),1", [2, 2, 2, 1]), ("1,8(x2)", [1, 8, 8]), ("3(x1)", [3])],
+)
+def test_tasks_per_node(text: str, counts: list[int]) -> None:
+    assert tasks_per_node(text) == counts
+
+
+@pytest.mark.parametrize("text", ["", "2(x", "two", "2,,1", "2(3)"])
+def test_tasks_per_node_of_nonsense(text: str) -> None:
+    with pytest.raises(UsageError, match="SLURM_STEP_TASKS_PER_NODE"):
+        tasks_per_node(text)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("localhost", "localhost"),
+        ("a1,a2", "a1"),
+        ("gpu[07-09,12],x1", "gpu07"),
+        ("gpu[3,5]", "gpu3"),
+        ("tux-[1-2]-ib", "tux-1-ib"),
+        ("x1,gpu[07-09]", "x1"),
+        ("rack[2-3]node[04-05]", "rack2node04"),
+    ],
+)
+def test_first_host(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_a_person_reads_where_a_rank_is() -> None:
+    assert str(read_topology(TORCHRUN)) == (
+        "rank 5 of 8 (local rank 1 of 4, 2 nodes, started by torchrun)"
+    )

@@ -1,0 +1,194 @@
+"""Ways to start a run, and short runs in other settings: srun, a terminal, mixed precision."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.jobs import (
+    DIGITS,
+    LEFTOVERS,
+    TASKS,
+    TRAIN,
+    event_scalars,
+    free_port,
+    metrics,
+    single,
+    start,
+    state,
+    status,
+    strict_json,
+    train,
+    values,
+)
+
+
+def noted(run: Path, *more: Any) -> list[Any]:
+    return ["TASK.NAME", f"{TASKS}:Noted", "OUTPUT_DIR", run, "LOG.EVERY", "1step", *more]
+
+
+def test_srun(tmp_path: Path) -> None:
+    """Item 4: Slurm's variables make two plain processes two ranks of one run."""
+    run = tmp_path / "run"
+    step = {
+        **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"},
+        **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"},
+        **{"SLURM_JOB_ID": "4711", "MASTER_PORT": str(free_port())},
+    }
+    jobs = [
+        start(
+            *noted(run, "TRAIN.DURATION", "2ep", "TRAIN.BATCH_SIZE", 16),
+            env={**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        for job in jobs:
+            job.wait(120).ok()
+    finally:
+        for job in jobs:
+            job.kill()
+    assert status(run)["state"] == "completed"
+    assert status(run)["epoch"] == 2
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank0.log", "rank1.log"]
+    environment = strict_json((run / "environment.json").read_text())
+    assert environment["job"] == "4711"
+    assert environment["launched_by"] == "srun"
+    assert len(environment["ranks"]) == 2
+
+
+def test_a_batch_script_without_srun_is_one_process(tmp_path: Path) -> None:
+    """Inside a Slurm job but not in an srun step nobody else was started: one process."""
+    run = tmp_path / "run"
+    env = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+    train(*noted(run, "TRAIN.DURATION", "1step"), env=env, timeout=60).ok()
+    assert status(run)["state"] == "completed"
+
+
+@pytest.mark.parametrize(
+    "precision, ranks",
+    [("bf16", None), ("fp16", 2), pytest.param("tf32", 2, marks=pytest.mark.slow)],
+)
+def test_precision(tmp_path: Path, precision: str, ranks: int | None) -> None:
+    """Item 6: mixed precision trains to the end with finite losses; weights stay fp32."""
+    run = tmp_path / "run"
+    words = ["TRAIN.PRECISION", precision, "TRAIN.DURATION", "4ep", "TRAIN.BATCH_SIZE", 16]
+    more = ["OPTIM.LR", 0.02, "TRAIN.MICRO_BATCH_SIZE", 4, "MODEL.EMA_DECAY", 0.9]
+    train(*noted(run, *words, *more), ranks=ranks).ok()
+    losses = values(run, "train/loss")
+    assert losses and all(math.isfinite(loss) for loss in losses.values())
+    assert status(run)["state"] == "completed"
+    trained = values(run, "val/trained")
+    assert trained[max(trained)] < trained[min(trained)]
+    # The scale begins at 65536 here; a few steps are skipped until the gradients fit.
+    assert status(run)["step"] >= 8 and status(run)["epoch"] == 4
+    saved = state(run)
+    assert {str(tensor.dtype) for tensor in saved["model"].values()} == {"torch.float32"}
+    assert bool(saved["scaler"]) == (precision == "fp16")
+
+
+def test_values_that_are_no_numbers(tmp_path: Path) -> None:
+    """Contract, section 5: NaN becomes null, its key is listed, and the JSON stays strict."""
+    run = tmp_path / "run"
+    train(*noted(run, "TASK.NAN", True, "TRAIN.BATCH_SIZE", 35, "TRAIN.DURATION", "4step")).ok()
+    records = [record for record in metrics(run) if "train/odd" in record]
+    assert [record["train/odd"] for record in records] == [None, 1.0, None, 1.0]
+    assert [record.get("nonfinite") for record in records] == [["train/odd"], None] * 2
+    shown = event_scalars(run)
+    for record in metrics(run):
+        for key in set(record) - {"step", "epoch", "samples", "time", "nonfinite"}:
+            ((value, when),) = shown.pop((key, record["step"]))
+            assert repr(value) == repr(single(record[key])) and when == record["time"]
+    assert not shown
+
+
+def test_the_module_and_the_default_run_directory(tmp_path: Path) -> None:
+    """Contract, section 1: `python -m launcher train` is the same; runs/<config file's stem>."""
+    (tmp_path / "mine.yaml").write_text(
+        f"TASK:\n  NAME: {TASKS}:Noted\nTRAIN:\n  DURATION: 1step\nLOG:\n  TENSORBOARD: false\n"
+    )
+    env = {key: value for key, value in os.environ.items() if not LEFTOVERS.fullmatch(key)}
+    command = [sys.executable, "-m", "launcher", "train", "--config-file", "mine.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "runs/mine")["state"] == "completed"
+    assert not (tmp_path / "runs/mine/tensorboard").exists()
+
+
+class Terminal:
+    """A terminal of 100 columns in a tmux server of its own."""
+
+    def __init__(self, command: str) -> None:
+        self.server = f"launcher-test-{uuid.uuid4().hex[:8]}"
+        env = {key: value for key, value in os.environ.items() if not LEFTOVERS.fullmatch(key)}
+        self.env = {**env, "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+        self.env.pop("TMUX", None)
+        self("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "50", "sh")
+        self("send-keys", f"export TERM=xterm PS1='$ '; clear; {command}; echo ended: $?", "Enter")
+
+    def __call__(self, *words: str) -> str:
+        command = ["tmux", "-u", "-L", self.server, *words]
+        return subprocess.run(
+            command, env=self.env, check=True, capture_output=True, text=True, timeout=30
+        ).stdout
+
+    def screen(self) -> str:
+        return self("capture-pane", "-p", "-J")
+
+    def close(self) -> None:
+        self("kill-server")
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux for a real terminal")
+def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
+    """Item 7: a bar while training, log lines above it, and a clean screen at the end."""
+    run = tmp_path / "run"
+    words = ["TRAIN.BATCH_SIZE", 5, "TRAIN.DURATION", "6ep", "LOG.EVERY", "1step"]
+    command = [sys.executable, TRAIN, *noted(run, *words)]
+    terminal = Terminal("LAUNCHER_TEST_SLEEP=0.1 " + shlex.join(map(str, command)))
+    bar = re.compile(r"^step +(\d+)/42 [━╸╺─ ]+.*loss", re.MULTILINE)
+    seen: list[str] = []
+    try:
+        deadline = time.monotonic() + 120
+        while "ended: " not in (screen := terminal.screen()) or "$?" in screen.split("ended: ")[-1]:
+            assert time.monotonic() < deadline, screen
+            if bar.search(screen):
+                seen.append(screen)
+            time.sleep(0.1)
+        screen = terminal.screen()
+    finally:
+        terminal.close()
+    print(screen)
+    assert "ended: 0" in screen
+    assert len({bar.search(s)[1] for s in seen}) > 3, "the bar must move"
+    assert all(len(bar.findall(s)) == 1 for s in seen), "one bar at a time"
+    assert any("val/loss" in s[: bar.search(s).start()] for s in seen), "log lines stand above it"
+    assert not bar.search(screen) and "━" not in screen
+    assert len(re.findall(r" I step \d+  epoch \d  val/loss", screen)) == 6
+    log = (run / "logs/rank0.log").read_text()
+    assert "\x1b" not in log and "\r" not in log and "━" not in log
+    assert log.count("grad_norm") == 42, "the log file has the lines that the bar stands for"
+
+
+def test_check_prints_the_config_and_makes_nothing(tmp_path: Path) -> None:
+    """Contract, section 1: --check; overrides in any order and both forms, the last one wins."""
+    before = ["OPTIM.LR=1", "--check", "TRAIN.DURATION", "5ep"]
+    after = ["OPTIM.LR", "1e-3", "TRAIN.DURATION=20ep"]
+    ended = train(*before, "--config-file", DIGITS, *after, cwd=tmp_path).ok()
+    assert re.search(r"^  LR: 0\.001$", ended.out, re.MULTILINE)
+    assert re.search(r"^  DURATION: 20ep$", ended.out, re.MULTILINE)
+    assert re.search(r"^OUTPUT_DIR: runs/digits$", ended.out, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,183 @@
+"""From TASK.NAME to a class: three forms of a name, and every way one can be wrong."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import UsageError
+from launcher.tasks import BUILTIN, resolve_task
+from launcher.tasks.digits import Digits
+
+GOOD = """\
+from launcher import Task
+
+class {name}(Task):
+    WHERE = {where!r}
+    def build_model(self): ...
+    def build_dataset(self, split): ...
+    def train_step(self, model, batch): ...
+    def eval_step(self, model, batch): ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def imports() -> Iterator[None]:
+    """Leave sys.path and the modules of a test's own files as they were."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if name.startswith(("my", "neighbour")):
+            del sys.modules[name]
+
+
+def write(folder: Path, text: str = "", name: str = "mytask.py", where: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_text(text or GOOD.format(name="Mine", where=where), encoding="utf-8")
+    return path
+
+
+def refusal(name: str, *search: Path) -> str:
+    with pytest.raises(UsageError) as caught:
+        resolve_task(name, list(search))
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("builtin_only", [False, True])
+def test_built_in(builtin_only: bool) -> None:
+    assert resolve_task("digits", [], builtin_only) is Digits
+
+
+@pytest.mark.parametrize("name", ["mytask.py:Mine", "mytask:Mine", "mytask.py:Absent", "", "digit"])
+def test_builtin_only_imports_nothing_else(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "raise SystemExit('imported')")
+    sys.path.insert(0, str(tmp_path))
+    assert resolve_task(name, [tmp_path], builtin_only=True) is None
+    assert "mytask" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["mytask:Mine", "mypackage.inner.mytask:Mine"])
+def test_module(tmp_path: Path, name: str) -> None:
+    module = name.partition(":")[0]
+    write(tmp_path / Path(*module.split(".")[:-1]))
+    sys.path.insert(0, str(tmp_path))
+    task = resolve_task(name, [])
+    assert task is not None and task.__module__ == module
+
+
+def test_file_and_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path / "src", "VALUE = 3", "neighbour.py")
+    text = "from neighbour import VALUE\n" + GOOD.format(name="Mine", where="here")
+    write(tmp_path / "src", text)
+    task = resolve_task("src/mytask.py:Mine", [tmp_path])
+    assert task is not None
+    # Loader workers that are not forked find the class by its module's name.
+    assert getattr(sys.modules[task.__module__], task.__name__) is task
+    assert resolve_task("src/mytask.py:Mine", [tmp_path]) is task
+
+
+@pytest.mark.parametrize(
+    ("written", "found"), [("ab", "a"), ("b", "b"), ("a", "a")], ids=["both", "second", "first"]
+)
+def test_folders_are_searched_in_order(tmp_path: Path, written: str, found: str) -> None:
+    for folder in written:
+        write(tmp_path / folder, where=folder)
+    task = resolve_task("mytask.py:Mine", [tmp_path / "a", tmp_path / "b"])
+    assert task is not None and vars(task)["WHERE"] == found
+
+
+def test_two_files_of_one_name_are_two_tasks(tmp_path: Path) -> None:
+    for folder in "ab":
+        write(tmp_path / folder, where=folder)
+    found = [resolve_task(f"{folder}/mytask.py:Mine", [tmp_path]) for folder in "ab"]
+    assert [vars(task)["WHERE"] for task in found] == ["a", "b"]
+
+
+def test_absolute_path(tmp_path: Path) -> None:
+    assert resolve_task(f"{write(tmp_path)}:Mine", [Path("/nonexistent")]) is not None
+
+
+def test_missing_file_names_where_it_was_sought(tmp_path: Path) -> None:
+    message = refusal("mytask.py:Mine", tmp_path / "a", tmp_path)
+    assert "there is no task file mytask.py" in message
+    assert f"{tmp_path}/a/mytask.py, {tmp_path}/mytask.py" in message
+
+
+@pytest.mark.parametrize("form", ["mytask.py:Mine", "mytask:Mine"], ids=["file", "module"])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\ndef broken(:\n", "has a syntax error in {path}:2: "),
+        ("x = 1\n\nimport no_such_package_at_all\n", "{path}:3: ModuleNotFoundError: "),
+        ("\nx = 1 / 0\n", "{path}:2: ZeroDivisionError: division by zero"),
+        ("from launcher import Nothing\n", "{path}:1: ImportError: "),
+    ],
+    ids=["syntax error", "missing import", "exception", "missing name"],
+)
+def test_the_users_mistake_and_its_line_are_told(
+    tmp_path: Path, form: str, text: str, told: str
+) -> None:
+    path = write(tmp_path, text)
+    sys.path.insert(0, str(tmp_path))
+    message = refusal(form, tmp_path)
+    assert told.format(path=path) in message
+    assert "mytask" not in sys.modules
+    path.write_text(GOOD.format(name="Mine", where=""))
+    assert resolve_task("mytask.py:Mine", [tmp_path]) is not None
+
+
+def test_a_mistake_in_a_neighbour_names_the_line_that_imports_it(tmp_path: Path) -> None:
+    write(tmp_path, "1 / 0", "neighbour.py")
+    path = write(tmp_path, "import sys\nimport neighbour\n")
+    assert f"{path}:2: ZeroDivisionError" in refusal("mytask.py:Mine", tmp_path)
+
+
+def test_a_module_that_is_not_there() -> None:
+    assert "there is no module mynothing" in refusal("mynothing:Mine")
+    assert "there is no module mynothing.inner" in refusal("mynothing.inner:Mine")
+
+
+def test_a_module_whose_missing_import_begins_its_own_name(tmp_path: Path) -> None:
+    """`mylib_task` is there; `mylib`, which it imports, is not."""
+    write(tmp_path, "import mylib\n", "mylib_task.py")
+    sys.path.insert(0, str(tmp_path))
+    message = refusal("mylib_task:Mine")
+    assert "No module named 'mylib'" in message and "mylib_task.py:1" in message
+
+
+@pytest.mark.parametrize(
+    ("class_name", "hint"), [("Mime", " (did you mean Mine?)"), ("Zebra", ""), ("WHERE", "")]
+)
+def test_a_missing_class_is_told_with_the_nearest(
+    tmp_path: Path, class_name: str, hint: str
+) -> None:
+    write(tmp_path, GOOD.format(name="Mine", where="") + "WHERE = 3\n")
+    message = refusal(f"mytask.py:{class_name}", tmp_path)
+    assert message == f"mytask.py has no class {class_name}{hint}"
+
+
+@pytest.mark.parametrize(
+    ("text", "lacking"),
+    [
+        ("from launcher import Task\nclass Mine(Task): pass\n",
+         "build_model, build_dataset, train_step, eval_step"),
+        ("class Mine: pass\n", "build_model, build_dataset, train_step, eval_step"),
+        (GOOD.format(name="Mine", where="").replace("eval_step", "evaluate"), "eval_step"),
+    ],
+)  # fmt: skip
+def test_missing_methods_are_named(tmp_path: Path, text: str, lacking: str) -> None:
+    write(tmp_path, text)
+    message = refusal("mytask.py:Mine", tmp_path)
+    assert message == f"mytask.py:Mine is no task: it lacks {lacking}"
+
+
+@pytest.mark.parametrize("name", ["", "digit", "mytask.py", "mytask", ":Mine", "mytask:", "a b"])
+def test_a_name_that_is_none(name: str) -> None:
+    message = refusal(name)
+    assert all(task in message for task in BUILTIN)
+    assert "package.module:Class" in message and "path/to/file.py:Class" in message
+    assert ("did you mean digits?" in message) is (name == "digit")
