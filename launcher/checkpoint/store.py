@@ -76,9 +76,10 @@ class Retention:
 
 @dataclass(frozen=True)
 class Found:
-    """A valid checkpoint's step and state, and the damaged ones passed over with what is wrong."""
+    """A valid checkpoint's state, its step (None for one of another run), and the damaged ones
+    passed over, with what is wrong."""
 
-    step: int
+    step: int | None
     state: dict[str, Any]
     damaged: dict[int, str]
 

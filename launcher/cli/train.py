@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
 def train(argv: list[str]) -> int:
     """Run the command; the exit code is 0 done, 2 bad usage or config, 1 anything else."""
     options, overrides = split_overrides(parser(), argv)
+    if options.resume and options.overwrite:
+        raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
     topology = read_topology(os.environ)
     config = load_config(options.config_file, overrides, resolve_task)
     if options.check:
@@ -83,7 +85,7 @@ def train(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from launcher.engine.run import Start, evaluate_only, run
-    from launcher.runtime.process import start
+    from launcher.runtime.process import Runtime, start
     from launcher.telemetry.logs import Logs
 
     how = Start(
@@ -92,16 +94,27 @@ def train(argv: list[str]) -> int:
         options.resume_from,
         frozenset(key for text in options.allow for key in text.split(",")),
     )
-    assert config.task is not None  # load_config demands one
-    logs = Logs(topology, config.cfg.LOG.LEVEL, [config.task.__module__.split(".")[0]])
-    parts = (config.cfg, config.task)
+    task = config.task
+    assert task is not None  # load_config demands one
+    logs = Logs(topology, config.cfg.LOG.LEVEL, [task.__module__.split(".")[0]])
+
+    def attempt(runtime: Runtime) -> UsageError | None:
+        try:
+            if options.eval_only:
+                checkpoint = options.checkpoint
+                evaluate_only(config.cfg, task, runtime, logs, directory, checkpoint)
+            else:
+                run(config.cfg, task, runtime, logs, directory, how)
+        except UsageError as error:
+            return error  # a message, not a traceback, also for torchrun
+        return None
+
     try:
         with start(topology, config.cfg) as runtime:
             # torchrun shows the first failing rank's traceback from the file that @record writes.
-            if options.eval_only:
-                record(evaluate_only)(*parts, runtime, logs, directory, options.checkpoint)
-            else:
-                record(run)(*parts, runtime, logs, directory, how)
+            problem = record(attempt)(runtime)
+        if problem is not None:
+            raise problem
     except UsageError:
         raise
     except Exception:

@@ -76,6 +76,7 @@ class Loop:
         self.watch = StopWatch(time.monotonic())
         self.advised = False
         self.metrics: dict[str, float] = {}  # of an evaluation at this very step
+        self.recorded = self.evaluated = -1  # at which step
 
     def train(self) -> None:
         """One global batch after the other, and after each what is due, in this order: the record,
@@ -103,11 +104,13 @@ class Loop:
                 continue  # no new step: nothing is due that was not due before
 
             due = seen | {name for name, p in self.periods.items() if p.due(before, progress)}
-            if "record" in due or finished:
+            # A step stands once, also where the last batches were skipped by the scaler.
+            if ("record" in due or finished) and self.recorded < progress.step:
                 self.record(rate)
             began = time.monotonic()
             best = False
-            if "evaluate" in due or (finished and cfg.EVAL.EVERY):
+            evaluate_last = finished and cfg.EVAL.EVERY
+            if ("evaluate" in due or evaluate_last) and self.evaluated < progress.step:
                 best = self.evaluate()
             if "checkpoint" in due or best or finished:
                 self.save(last=finished)
@@ -128,7 +131,11 @@ class Loop:
     def record(self, rate: float) -> None:
         """Write the means since the last record. A collective."""
         now = time.monotonic()
+        self.recorded = self.state.progress.step
         extra = {"train/lr": rate, **self.watch.figures(now), **self.figures.read(now)}
+        if self.state.scaler.is_enabled():
+            batches = self.data.train_plan.batches_in(self.state.progress.samples)
+            extra["train/skipped_steps"] = batches - self.state.progress.step
         self.state.recorder.record(self.state.progress.as_dict(), extra)
         self._advise(now)
         self.watch = StopWatch(time.monotonic())
@@ -154,6 +161,7 @@ class Loop:
         """Evaluate, with the averaged weights where there are, and say whether it is a new best.
         A collective."""
         cfg, state = self.cfg, self.state
+        self.evaluated = state.progress.step
         model = state.model if state.ema is None else state.ema.module
         metrics = evaluate(
             cfg, self.task, model, self.data.evaluation(), self.data.val_plan, self.runtime

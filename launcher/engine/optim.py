@@ -33,6 +33,8 @@ def build_optimizer(cfg: CfgNode, task: Any, model: nn.Module) -> Optimizer:
     optim = cfg.OPTIM
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     if optim.NAME == "sgd":
+        # The fused kernel leaves momentum unset where the gradient scaler skips the first step.
+        fused = fused and (optim.MOMENTUM == 0 or cfg.TRAIN.PRECISION != "fp16")
         return torch.optim.SGD(
             parameters,
             lr=optim.LR,

@@ -32,14 +32,15 @@ FREE = (
 def find(
     store: CheckpointStore, resume: bool, resume_from: Path | None, runtime: Runtime
 ) -> Found | None:
-    """The checkpoint to go on from, on every rank; None to start afresh. A collective.
+    """The checkpoint to go on from, on every rank: of this run, else the one named; None to start
+    afresh. A collective.
 
     Rank 0 alone need see the checkpoints: it loads and sends, so all ranks have the same one.
     """
-    found = None
-    if runtime.is_main and resume_from is not None:
+    found = store.newest() if runtime.is_main and resume else None
+    if runtime.is_main and found is None and resume_from is not None:
         try:
-            found = Found(0, load_file(resume_from), {})
+            found = Found(None, load_file(resume_from), {})
         except DamagedCheckpoint as error:
             raise RunError(f"--resume-from {resume_from}: {error}") from error
         if "progress" not in found.state:
@@ -47,8 +48,6 @@ def find(
                 f"--resume-from {resume_from} holds no training state. To start from weights "
                 "alone use MODEL.WEIGHTS."
             )
-    elif runtime.is_main and resume:
-        found = store.newest()
     # Collectives. A Found is taken apart: only plain values and tensors are sent.
     parts = runtime.broadcast_state(None if found is None else list(vars(found).values()))
     return None if parts is None else Found(*parts)

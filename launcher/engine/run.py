@@ -80,7 +80,7 @@ def run(
         load_weights(Path(cfg.MODEL.WEIGHTS), state.model, runtime, strict=cfg.MODEL.WEIGHTS_STRICT)
     stream = found.state["stream"] if found is not None else None
     data.start(state.progress.samples, stream, state.threads)
-    resumed = found is not None and start.resume_from is None
+    resumed = found is not None and found.step is not None
     open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed)
     console = Console(schedule.total_steps, enabled=runtime.is_main)
     logs.attach(console)
@@ -206,7 +206,7 @@ def open_directory(
             "resume" if resumed else "start",
             progress.step,
             world_size=runtime.world_size,
-            **({"from": str(start.resume_from)} if start.resume_from else {}),
+            **({"from": str(start.resume_from)} if start.resume_from and not resumed else {}),
         )
     runtime.broadcast()  # a collective: the others wait for the directory
     logs.open(directory.logs)

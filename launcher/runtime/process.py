@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -165,6 +166,9 @@ def start(topology: Topology, cfg: CfgNode) -> Iterator[Runtime]:
         yield Runtime(topology, device, budget)
     finally:
         if dist.is_initialized():
+            # DDP's reference cycles would keep gloo's threads alive into the interpreter's end,
+            # where they abort the process.
+            gc.collect()
             dist.destroy_process_group()
 
 

@@ -83,6 +83,11 @@ def read_topology(env: Mapping[str, str]) -> Topology:
             f"{world}={topology.world_size} contradict each other. Start the run with {by}, which "
             "sets them all."
         )
+    if not topology.master_addr:
+        raise UsageError(
+            "MASTER_ADDR and MASTER_PORT are not set, so the ranks cannot find each other. Start "
+            "the run with torchrun, which sets them."
+        )
     return topology
 
 
