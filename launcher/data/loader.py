@@ -6,6 +6,7 @@ them, the next epoch's first batch is fetched before this one ends, and nobody c
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -25,6 +26,8 @@ from launcher.data.plan import Plan
 from launcher.errors import RunError
 from launcher.runtime.memory import memory_budget, oom_kills
 
+logger = logging.getLogger(__name__)
+_RUN_ERROR = f"{RunError.__module__}.{RunError.__qualname__}"
 # Indices are computed for about this many positions at a time: numpy's cost a call is then shared.
 POSITIONS_AT_ONCE = 4096
 
@@ -119,6 +122,10 @@ def load(
                 answer = next(iterator)
             except StopIteration:
                 return
+            except RunError as error:
+                # torch puts a worker's whole traceback into the message: that is for the log file.
+                logger.error("%s", error, extra={"file_only": True})
+                raise RunError(str(error).rpartition(f"{_RUN_ERROR}: ")[2]) from None
             except RuntimeError as error:
                 said = _explain(str(error), fetcher, sampler.pending, timeout_s, killed_before)
                 if said is None:

@@ -103,6 +103,8 @@ def run(
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, step, store, saver)
         loop.train()
     except BaseException as error:
+        if saver is not None:
+            saver.close()  # a checkpoint that is being written is finished and told of first
         if runtime.is_main:
             reason = f"{type(error).__name__}: {error}".strip(": ")
             directory.write_status("failed", state.progress.as_dict(), reason)
@@ -191,6 +193,7 @@ def open_directory(
         if not resumed and directory.holds_run():  # --overwrite, or --resume without a checkpoint
             logger.info("the old run directory is now %s", directory.set_aside())
         directory.claim()
+        directory.sign()
         directory.config.write_text(cfg.dump(), encoding="utf-8")
         directory.write_environment(
             {

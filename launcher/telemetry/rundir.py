@@ -112,10 +112,14 @@ class RunDirectory:
                     f"{self.path} is in use by another job: host {owner.get('host', '?')}, pid "
                     f"{owner.get('pid', '?')}. Wait for it, or stop it first."
                 ) from None
-        file.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-        file.flush()
         self._lock = file
+
+    def sign(self) -> None:
+        """Write this process's name on its claim, when the run really starts."""
+        assert self._lock is not None
+        self._lock.truncate(0)
+        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._lock)
+        self._lock.flush()
 
     def release(self) -> None:
         """Give the claim up; a process that ends does so by itself."""

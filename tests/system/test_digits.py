@@ -51,6 +51,7 @@ def test_the_run_directory(digits: Digits) -> None:
     files = {str(p.relative_to(digits.run)) for p in digits.run.rglob("*") if p.is_file()}
     events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
     small = {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "history.jsonl"}
+    small.add(".lock")  # the claim of one live job
     steps = checkpoint_steps(digits.run)
     kept = {f"checkpoints/step_{n}/{f}" for n in steps for f in ("state.pt", "manifest.json")}
     linked = {f"checkpoints/{n}/{f}" for n in ("last", "best") for f in os.listdir(_any(digits))}

@@ -168,9 +168,6 @@ def test_resume_goes_on_with_the_same_numbers(killed: Killed, resumed: Ended) ->
     assert sorted(after) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.xfail(
-    reason="issue 4, item 6: metrics.jsonl is cut back to the checkpoint", strict=True
-)
 def test_each_record_once_after_a_kill(killed: Killed, resumed: Ended) -> None:
     """Invariant 2: after a crash each (key, step) stands once in metrics.jsonl."""
     steps = [record["step"] for record in metrics(killed.run) if "train/loss" in record]
