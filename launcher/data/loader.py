@@ -118,23 +118,33 @@ def load(
     processes = set(multiprocessing.active_children()) - others
     try:
         while True:
+            failure = None
             try:
                 answer = next(iterator)
             except StopIteration:
                 return
-            except RunError as error:
+            except (RunError, RuntimeError) as error:
                 # torch puts a worker's whole traceback into the message: that is for the log file.
                 logger.error("%s", error, extra={"file_only": True})
-                raise RunError(str(error).rpartition(f"{_RUN_ERROR}: ")[2]) from None
-            except RuntimeError as error:
-                said = _explain(str(error), fetcher, sampler.pending, timeout_s, killed_before)
-                if said is None:
+                if isinstance(error, RunError):
+                    failure = str(error).rpartition(f"{_RUN_ERROR}: ")[2].strip()
+                else:
+                    failure = _explain(
+                        str(error), fetcher, sampler.pending, timeout_s, killed_before
+                    )
+                if failure is None:
                     raise
-                raise RunError(said) from error
+            if failure is not None:
+                # Outside of the handler: the first error would keep the iterator, and its workers.
+                raise RunError(failure)
             sampler.pending.popleft()
             yield answer
     finally:
-        del iterator  # tells its workers to leave, and waits for them a while
+        # Tells the workers to leave, and waits for them a while. What the iterator does itself when
+        # it is dropped comes too late: an error's traceback keeps it.
+        shut_down = getattr(iterator, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
         for process in processes:
             if process.is_alive():  # stuck in a read, say; it ignores SIGTERM
                 process.kill()
