@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import re
 import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def load(
                     failure = str(error).rpartition(f"{_RUN_ERROR}: ")[2].strip()
                 else:
                     failure = _explain(
-                        str(error), fetcher, sampler.pending, timeout_s, killed_before
+                        str(error), fetcher, sampler.pending, timeout_s, killed_before, processes
                     )
                 if failure is None:
                     raise
@@ -151,7 +151,12 @@ def load(
 
 
 def _explain(
-    error: str, fetcher: Any, pending: deque[Any], timeout_s: float, killed_before: int
+    error: str,
+    fetcher: Any,
+    pending: deque[Any],
+    timeout_s: float,
+    killed_before: int,
+    processes: set[BaseProcess],
 ) -> str | None:
     """What a DataLoader's own error means; None for an error that is not about its workers."""
     name = type(getattr(fetcher, "dataset", fetcher)).__name__
@@ -164,15 +169,17 @@ def _explain(
     if "exited unexpectedly" not in error and "killed by signal" not in error:
         return None
     memory = memory_budget()
-    signal_name = re.search(r"killed by signal: ([^.]*)", error)
-    cause = f"signal: {signal_name[1].strip()}" if signal_name else "it exited by itself"
+    codes = [-p.exitcode for p in processes if p.exitcode is not None and p.exitcode < 0]
+    cause = f"killed by {signal.Signals(codes[0]).name}" if codes else "it exited by itself"
     if oom_kills() > killed_before:
         cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
-    elif "Bus error" in error:
+    elif signal.SIGBUS in codes or "Bus error" in error:
         cause = "bus error: /dev/shm is full"
+    elif signal.SIGKILL in codes:
+        cause += ", as the kernel does when memory is short"
     shm = "" if memory.shm is None else f", /dev/shm {memory.shm / 2**30:.2f} GiB"
     return (
-        f"a loader worker died while {waiting} of data set {name} was waited for: {cause}. Free "
+        f"a loader worker died while {waiting} of data set {name} were due: {cause}. Free "
         f"now: memory {memory.available / 2**30:.1f} GiB{shm}. Fewer DATALOADER.NUM_WORKERS or a "
         "smaller DATALOADER.PREFETCH_FACTOR need less of both."
     )
