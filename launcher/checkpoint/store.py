@@ -148,7 +148,11 @@ class CheckpointStore:
         try:
             with (temporary / STATE).open("wb") as file:
                 hashing = _HashingFile(file)
-                torch.save(state, cast(BinaryIO, hashing))
+                try:
+                    torch.save(state, cast(BinaryIO, hashing))
+                except RuntimeError as error:
+                    # torch tells of its own writer's surprise, not of the full disk behind it.
+                    raise hashing.error or error from error
                 file.flush()
                 os.fsync(file.fileno())
             files = {STATE: hashing.fingerprint()}
@@ -293,10 +297,15 @@ class _HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        written = self.file.write(data)
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.size += written
         return written
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a task from a config, alone or under torchrun or srun",
     "checkpoint": "list, verify and export the checkpoints of a run",
     "config": "list a config's keys and where their values come from; compare two configs",
+    "tune-loader": "measure loader workers, prefetch and pinning on a config's data",
 }
 # How long another rank lets rank 0 speak and leave first: torchrun ends the rest at the first exit.
 GRACE_S = 5.0
@@ -49,6 +50,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.checkpoint import main as checkpoint
 
         return checkpoint
+    if name == "tune-loader":
+        from launcher.cli.tune_loader import main as tune_loader
+
+        return tune_loader
     from launcher.cli.config import main as config
 
     return config

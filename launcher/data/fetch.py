@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset, default_collate, get_worker_info
 
 from launcher.data.order import keys, mix
-from launcher.errors import RunError
+from launcher.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Any]], Any]
@@ -112,6 +112,8 @@ class Fetcher(Dataset):
     def _sample(self, index: int) -> Any:
         try:
             return self.dataset[index]
+        except UsageError:  # no bad sample, but a mistake that every sample would tell of
+            raise
         except Exception as error:
             failure = self._failure(f"sample {index}", error)
             if not self.skip_bad:

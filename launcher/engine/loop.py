@@ -185,7 +185,10 @@ class Loop:
         captured = state.capture(self.runtime)
         if captured is None or self.saver is None:
             return
-        state.recorder.flush()
+        if not state.recorder.flush():
+            # A checkpoint says how long the files are up to it: it must not come before them.
+            logger.warning("no checkpoint: the records before it could not be written")
+            return
         position = state.progress.as_dict()
         captured |= {
             "config": self.cfg.dump(),

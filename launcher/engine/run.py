@@ -145,7 +145,8 @@ def evaluate_only(
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     path = choose_checkpoint(store, which) if runtime.is_main else None
     path = runtime.broadcast(path)  # a collective: rank 0 alone need see the checkpoints
-    saved = load_weights(path, model, runtime, ema=cfg.MODEL.EMA_DECAY > 0)
+    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0
+    saved = load_weights(path, model, runtime, strict_names, ema)
     # A collective a tensor: the model of rank 0 is everybody's.
     runtime.broadcast_tensors(list(model.state_dict().values()))
     data.start_evaluation()

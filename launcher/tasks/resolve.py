@@ -14,7 +14,7 @@ from launcher.errors import UsageError
 from launcher.tasks.task import Task
 
 # The tasks that ship. Their modules import torch where they use it, not when they are imported.
-BUILTIN = {"digits": "launcher.tasks.digits:Digits"}
+BUILTIN = {"digits": "launcher.tasks.digits:Digits", "sine": "launcher.tasks.sine:Sine"}
 
 
 def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> type[Task] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import sys
@@ -47,7 +48,7 @@ class Logs:
         """Start logs/rank<K>.log with the lines logged so far."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"rank{self.topology.rank}.log"
-        self.file = logging.FileHandler(path, encoding="utf-8")
+        self.file = _LogFile(path, encoding="utf-8")
         self.file.setFormatter(logging.Formatter(FORMAT))
         root = logging.getLogger()
         self.early.setTarget(self.file)
@@ -64,9 +65,17 @@ class Logs:
         for handler in (self.console, self.early, self.file):
             if handler is not None:
                 root.removeHandler(handler)
-                handler.close()
+                with contextlib.suppress(OSError):  # a full disk
+                    handler.close()
         logging.captureWarnings(False)
         sys.excepthook, threading.excepthook = self.hooks
+
+
+class _LogFile(logging.FileHandler):
+    """A log file. A line that cannot be written (a full disk) is lost, and nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def _log_uncaught(

@@ -23,7 +23,9 @@ class Sink(Protocol):
 
     def write(self, record: Record) -> None: ...
 
-    def flush(self) -> None: ...
+    def flush(self) -> bool:
+        """Have everything in the file; False where that is not possible now."""
+        ...
 
     def close(self) -> None: ...
 
@@ -78,10 +80,10 @@ class Recorder:
             keys = tuple(joined.split("\n"))
             self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
 
-    def flush(self) -> None:
-        """Have everything written so far in the files."""
-        for sink in self.sinks:
-            sink.flush()
+    def flush(self) -> bool:
+        """Have everything written so far in the files; False where that is not possible now."""
+        flushed = [sink.flush() for sink in self.sinks]  # every one of them
+        return all(flushed)
 
     def close(self) -> None:
         for sink in self.sinks:

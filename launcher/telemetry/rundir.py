@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
@@ -43,6 +43,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "evaluations"
         self._lock: TextIO | None = None
+        self._failed: set[str] = set()
 
     def holds_run(self) -> bool:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
@@ -70,12 +71,7 @@ class RunDirectory:
     def set_aside(self) -> Path:
         """Rename the directory to DIR.old-<UTC time>, and return that. The claim ends."""
         self.release()
-        stamp = utc_now()
-        target = self.path.with_name(f"{self.path.name}.old-{stamp}")
-        count = 1
-        while target.exists():  # twice within one second
-            count += 1
-            target = self.path.with_name(f"{self.path.name}.old-{stamp}-{count}")
+        target = unused(self.path.with_name(f"{self.path.name}.old-{utc_now()}"))
         self.path.rename(target)
         return target
 
@@ -166,44 +162,65 @@ class RunDirectory:
             name,
             reason,
         )
-        try:
-            self.write_history("checkpoint", step, path=name, failed=reason)
-        except OSError as full:
-            logger.warning("history.jsonl could not be written either: %s", full)
+        self.write_history("checkpoint", step, path=name, failed=reason)
 
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} where there is none that can be read."""
         return _read_json(self.status)
 
     def write_status(self, state: str, position: Mapping[str, int], reason: str = "") -> None:
-        """Replace status.json: state, step, epoch, reason, host, pid, updated."""
-        replace_json(
-            self.status,
-            {
-                "state": state,
-                "step": position["step"],
-                "epoch": position["epoch"],
-                "reason": reason,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "updated": time.time(),
-            },
-        )
+        """Replace status.json: state, step, epoch, reason, host, pid, updated.
+
+        Where that fails (a full disk, say) it is told once, and the run goes on.
+        """
+        status = {
+            "state": state,
+            "step": position["step"],
+            "epoch": position["epoch"],
+            "reason": reason,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "updated": time.time(),
+        }
+        self._try("status.json", lambda: replace_json(self.status, status))
 
     def write_evaluation(self, result: Mapping[str, Any]) -> None:
         """Write evaluations/<UTC time>.json."""
         self.evaluations.mkdir(parents=True, exist_ok=True)
-        replace_json(self.evaluations / f"{utc_now()}.json", result)
+        replace_json(unused(self.evaluations / f"{utc_now()}.json"), result)
 
     def write_history(self, event: str, step: int, **details: Any) -> None:
-        """Append one record of what happened to history.jsonl."""
-        with jsonlines.open(self.history, "a", dumps=_strict_dumps) as writer:
-            writer.write({"event": event, "step": step, "time": time.time(), **details})
+        """Append one record of what happened to history.jsonl; a failure to is told once."""
+        record = {"event": event, "step": step, "time": time.time(), **details}
+
+        def write() -> None:
+            with jsonlines.open(self.history, "a", dumps=_strict_dumps) as writer:
+                writer.write(record)
+
+        self._try("history.jsonl", write)
+
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if name not in self._failed:
+                logger.warning("%s could not be written: %s", self.path / name, error)
+            self._failed.add(name)
 
 
 def utc_now() -> str:
     """The time as it stands in file names: 20260102T030405Z."""
     return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+
+
+def unused(path: Path) -> Path:
+    """The path, or with -2, -3, ... before its suffix where it is taken, as by the same second."""
+    found, count = path, 1
+    while found.exists():
+        count += 1
+        suffix = ".json" if path.suffix == ".json" else ""
+        found = path.with_name(f"{path.name.removesuffix(suffix)}-{count}{suffix}")
+    return found
 
 
 def _cut(path: Path, length: int, aside: Path) -> int:

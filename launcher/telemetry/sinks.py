@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +29,37 @@ def strict(record: Record) -> Record:
 
 
 class JsonLines:
-    """metrics.jsonl: a line a record, on disk as soon as it is written."""
+    """metrics.jsonl: a line a record, on disk as soon as it is written.
+
+    A record that cannot be written (a full disk) waits, and is tried again with the next one.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+        # Unbuffered: what failed must not be written later by itself, after a part of it.
+        self.file = path.open("ab", buffering=0)
         dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-        self.writer = jsonlines.Writer(self.file, dumps=dumps, flush=True)
+        self.waiting = io.BytesIO()
+        self.writer = jsonlines.Writer(self.waiting, dumps=dumps)
+        self.told = False
 
     def write(self, record: Record) -> None:
         self.writer.write(strict(record))
+        self.flush()
 
-    def flush(self) -> None:
-        self.file.flush()
+    def flush(self) -> bool:
+        lines, length = self.waiting.getvalue(), self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(length)  # no torn line
+            if not self.told:
+                logger.warning("%s cannot be written: %s; it is tried again", self.file.name, error)
+            self.told = True
+            return False
+        self.waiting.seek(0)
+        self.waiting.truncate()
+        return True
 
     def close(self) -> None:
         self.writer.close()
@@ -55,19 +78,33 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter  # costs a second to import
 
         self.writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
+        self.failed = False
 
     def write(self, record: Record) -> None:
+        self._try(lambda: self._add(record))
+
+    def _add(self, record: Record) -> None:
+        step, time = record["step"], record["time"]
         for key, value in record.items():
             if key not in POSITION:
-                self.writer.add_scalar(
-                    key, value, record["step"], walltime=record["time"], new_style=True
-                )
+                self.writer.add_scalar(key, value, step, walltime=time, new_style=True)
 
-    def flush(self) -> None:
-        self.writer.flush()
+    def flush(self) -> bool:
+        self._try(self.writer.flush)
+        return True
 
     def close(self) -> None:
-        self.writer.close()
+        self._try(self.writer.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        """A writer that has failed once (a full disk) stays silent: its file may be torn."""
+        if self.failed:
+            return
+        try:
+            call()
+        except OSError as error:
+            self.failed = True
+            logger.warning("TensorBoard gets nothing from here on: %s", error)
 
 
 class ConsoleLines:
@@ -83,8 +120,8 @@ class ConsoleLines:
         logger.info(line, extra=plain(not evaluation and self.console.interactive))
         self.console.update(record)
 
-    def flush(self) -> None:
-        pass
+    def flush(self) -> bool:
+        return True
 
     def close(self) -> None:
         self.console.close()

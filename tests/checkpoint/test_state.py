@@ -61,7 +61,6 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
     whole = Trainer(Regression(), *WORDS)
     whole.run(3)
     whole.state.progress.advance(24, 23, skipped=False)
-    whole.state.metrics = {"val/loss": 0.25}
     whole.step.scaler.update(new_scale=128.0)
     saved = captured(whole.state)
 
@@ -70,7 +69,6 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
     resumed.state.recorder._sums.clear()
     resumed.state.restore(saved, ALONE)
     assert resumed.state.progress == whole.state.progress
-    assert resumed.state.metrics == {"val/loss": 0.25}
     assert resumed.state.scaler.get_scale() == 128.0
     assert resumed.state.recorder.state() == whole.state.recorder.state()
     expected = draws()
@@ -100,7 +98,7 @@ def saved_by_two_ranks() -> dict[str, Any]:
     torch.manual_seed(0)
     other = random_state()
     saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
-    saved["ranks"].append({"random": other, "recorder": {"loss": [10.0, 2.0]}})
+    saved["ranks"].append({"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5})
     return saved
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint, Retention
 from launcher.errors import RunError
+from launcher.telemetry.sinks import strict
 
 
 def state_of(step: int) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def manifest_of(step: int, **metrics: float) -> dict[str, Any]:
         "epoch": step // 10,
         "samples": 8 * step,
         "world_size": 1,
-        "metrics": metrics,
+        "metrics": strict(metrics),  # as the loop writes them
     }
 
 
@@ -76,7 +77,7 @@ def test_commit_then_load(store: Store) -> None:
     assert manifest.items() >= manifest_of(12, loss=0.5).items()
     assert list(manifest["files"]) == ["state.pt"]
     newest = store.newest()
-    assert newest is not None and newest[0] == 12 and same(newest[1], state_of(12))
+    assert newest is not None and newest.step == 12 and same(newest.state, state_of(12))
 
 
 def test_steps_are_in_the_order_of_numbers(store: Store) -> None:
@@ -84,7 +85,7 @@ def test_steps_are_in_the_order_of_numbers(store: Store) -> None:
         store.save(step)
     assert store.steps() == [9, 10, 100]
     newest = store.newest()
-    assert newest is not None and newest[0] == 100
+    assert newest is not None and newest.step == 100
 
 
 def test_no_temporary_is_left_and_links_are_relative(store: Store) -> None:
@@ -222,8 +223,8 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(
     damage(store.path(2))
     with caplog.at_level(logging.WARNING, "launcher"):
         newest = store.newest()
-    assert newest is not None and newest[0] == 1
-    assert "checkpoint 2 is damaged" in caplog.text
+    assert newest is not None and newest.step == 1
+    assert "checkpoint step_2 is damaged" in caplog.text
     # And the run goes on: it can judge, save again over it, and drop what it no longer keeps.
     store.is_best({"loss": 0.5})
     store.save(2)
@@ -258,7 +259,7 @@ def test_no_bit_of_a_manifest_can_stop_a_resume(store: Store, place: float, bit:
     data[int(place * len(data))] ^= 1 << bit
     path.write_bytes(data)
     newest = store.newest()
-    assert newest is not None and newest[0] in (10, 20)
+    assert newest is not None and newest.step in (10, 20)
     store.is_best({"loss": 0.1})
     store.save(30, loss=0.3)
     assert {20, 30} <= set(store.steps())
@@ -309,5 +310,5 @@ def test_a_pickled_call_is_refused_and_not_executed(store: Store, tmp_path: Path
     with pytest.raises(DamagedCheckpoint, match=r"state\.pt"):
         store.load(2)
     newest = store.newest()
-    assert newest is not None and newest[0] == 1
+    assert newest is not None and newest.step == 1
     assert not (tmp_path / "executed").exists()

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import order
-from launcher.data.order import Indices, Sequential, Shuffle
+from launcher.data.order import Indices, Replacement, Sequential, Shuffle, Weighted, make_order
+from launcher.errors import UsageError
 
 law = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -151,3 +155,115 @@ def test_huge_lengths_give_distinct_values_in_range(length: int) -> None:
 
 def test_sequential_is_the_data_sets_own_order() -> None:
     assert Sequential(10)(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]
+
+
+DRAWS: dict[str, Callable[[int, int], Any]] = {
+    "replacement": lambda length, seed: Replacement(length, seed),
+    "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, seed),
+}
+draws = pytest.mark.parametrize("kind", DRAWS)
+
+
+@draws
+@settings(deadline=None, max_examples=30)
+@given(length=st.integers(1, 500), seed=seeds, epoch=epochs, data=st.data())
+def test_draws_stand_alone(
+    kind: str, length: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
+    """Seeking equals a slice of the whole, and how positions are batched changes nothing."""
+    made = DRAWS[kind](length, seed)
+    everything = made(epoch, np.arange(200))
+    assert everything.min() >= 0 and everything.max() < length
+    cuts = sorted(data.draw(st.lists(st.integers(0, 200), max_size=5)))
+    for start, stop in itertools.pairwise([0, *cuts, 200]):
+        assert np.array_equal(made(epoch, np.arange(start, stop)), everything[start:stop])
+    some = np.array(data.draw(st.lists(st.integers(0, 199), max_size=9)), dtype=np.int64)
+    assert np.array_equal(made(epoch, some), everything[some])
+
+
+@draws
+def test_draws_of_epochs_and_seeds_differ(kind: str) -> None:
+    positions = np.arange(200)
+    found = {
+        tuple(DRAWS[kind](1000, seed)(epoch, positions).tolist())
+        for seed in range(3)
+        for epoch in range(3)
+    }
+    assert len(found) == 9
+
+
+@pytest.mark.parametrize("length", [2, 7, 50])
+def test_replacement_is_uniform_and_independent(length: int) -> None:
+    many = 40_000
+    drawn = Replacement(length, 3)(0, np.arange(many))
+    counts = np.bincount(drawn, minlength=length)
+    expected = many / length
+    assert chi_square_fits(((counts - expected) ** 2 / expected).sum(), length - 1)
+    # Neighbours are drawn without regard to each other: every pair comes equally often.
+    pairs = np.bincount(drawn[:-1:2] * length + drawn[1::2], minlength=length**2)
+    expected = many / 2 / length**2
+    assert chi_square_fits(((pairs - expected) ** 2 / expected).sum(), length**2 - 1)
+
+
+@pytest.mark.parametrize("weights", [[1, 2, 3, 4], [0, 5, 0, 1, 0], [1e-6, 1], [0.1] * 30, [7]])
+def test_weighted_draws_follow_the_weights(weights: list[float]) -> None:
+    many = 40_000
+    counts = np.bincount(Weighted(weights, 3)(0, np.arange(many)), minlength=len(weights))
+    share = np.asarray(weights) / sum(weights)
+    assert counts[share == 0].sum() == 0
+    expected = many * share
+    deviation = np.sqrt(expected * (1 - share))
+    assert (np.abs(counts - expected) <= 5 * deviation + 1).all()
+
+
+@pytest.mark.parametrize("drawn", [0.0, 0.25, 0.5, 1 - 2.0**-53])
+def test_a_weight_of_zero_is_never_drawn_even_on_an_edge(
+    drawn: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "uniform", lambda *_: np.array([drawn]))
+    weights = [0, 1, 0, 0, 1, 2, 0]
+    (index,) = Weighted(weights, 0)(0, np.zeros(1, np.int64))
+    assert weights[index] > 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "told"),
+    [
+        ([1, -1], "at least 0"),
+        ([1, math.nan], "finite"),
+        ([1, math.inf], "finite"),
+        ([[1, 2]], "one finite number"),
+        ([0, 0], "all zero"),
+    ],
+)
+def test_bad_weights_are_told(weights: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Weighted(weights, 0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind"),
+    [
+        ("shuffle", Shuffle),
+        ("sequential", Sequential),
+        ("replacement", Replacement),
+        ("weighted", Weighted),
+    ],
+)
+def test_make_order(sampler: str, kind: type) -> None:
+    made = make_order(sampler, SimpleNamespace(weights=[1, 2, 3]), 3, 5)
+    assert type(made) is kind
+    assert sampler == "sequential" or made.seed == 5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "told"),
+    [
+        (SimpleNamespace(), "`weights`.*SimpleNamespace has none"),
+        (SimpleNamespace(weights=[1, 2]), "has 2 for 3 samples"),
+        (SimpleNamespace(weights=[0, 0, 0]), "all zero"),
+    ],
+)
+def test_weighted_needs_the_data_sets_weights(dataset: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        make_order("weighted", dataset, 3, 0)

@@ -1,14 +1,14 @@
 """A small task whose right answers can be written down by hand."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from launcher.config import CfgNode, load_config
-from launcher.data.datasets import TensorData
 from launcher.data.order import Shuffle
 from launcher.data.plan import Plan
 from launcher.engine.run import build_state
@@ -40,8 +40,8 @@ class Regression:
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
-    def build_dataset(self, split: str = "train") -> TensorData:
-        return TensorData(self.x, self.y, self.w)
+    def build_dataset(self, split: str = "train") -> TensorDataset:
+        return TensorDataset(self.x, self.y, self.w)
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y, w = batch
@@ -85,7 +85,7 @@ class Trainer:
     def one(self, step: int, asked: frozenset[str] = frozenset()) -> Any:
         epoch, k = divmod(step, self.plan.steps_per_epoch)
         cuts = self.plan.micro_batches(k, self.runtime.rank)
-        batches: Iterator[Any] = (self.data.batch(rows(epoch, *cut)) for cut in cuts)
+        batches: Iterator[Any] = (take(self.data, rows(epoch, *cut)) for cut in cuts)
         start, stop = self.plan.batch(k)
         sizes = [b - a for a, b in cuts]
         return self.step(lambda: next(batches), sizes, stop - start, asked)
@@ -93,6 +93,11 @@ class Trainer:
     @property
     def weights(self) -> Weights:
         return [p.detach().clone() for p in self.state.model.parameters()]
+
+
+def take(dataset: TensorDataset, indices: Sequence[int]) -> Any:
+    """These samples as one batch."""
+    return dataset[torch.as_tensor(indices)]
 
 
 def rows(epoch: int, start: int, stop: int) -> list[int]:
@@ -106,7 +111,7 @@ def by_hand(task: Regression, batch_size: int, steps: int, **sgd: Any) -> Weight
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     for step in range(steps):
         epoch, k = divmod(step, plan.steps_per_epoch)
-        x, y, w = task.build_dataset().batch(rows(epoch, *plan.batch(k)))
+        x, y, w = take(task.build_dataset(), rows(epoch, *plan.batch(k)))
         loss = (w * ((model(x) - y) ** 2).squeeze(1)).sum() / w.sum()
         optimizer.zero_grad()
         loss.backward()

@@ -15,7 +15,7 @@ from launcher.data.plan import Plan
 from launcher.engine.evaluate import evaluate
 from launcher.runtime.process import Runtime, start
 from launcher.runtime.topology import Topology
-from tests.engine.helpers import LENGTH, Regression, Trainer, config
+from tests.engine.helpers import LENGTH, Regression, Trainer, config, take
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -53,7 +53,7 @@ def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float]:
     task = Shifted(float(runtime.rank))
     plan = Plan(LENGTH, batch_size, world_size=runtime.world_size)
     batches = [
-        task.build_dataset().batch(range(*plan.batch(k)))
+        take(task.build_dataset(), range(*plan.batch(k)))
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
     return evaluate(config(), task, task.build_model(), batches, plan, runtime)
@@ -70,6 +70,8 @@ def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> di
 
     class Sink:
         write = staticmethod(written.append)
+
+        def flush(self) -> None: ...
 
         def close(self) -> None: ...
 

@@ -107,7 +107,7 @@ def test_every_rank_has_a_cpu_even_where_there_are_fewer() -> None:
 
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_PROCID": "0"}
-ONE_TASK = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
+ONE_TASK = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "RANK": "2"}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,8 @@ ONE_TASK = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLUR
         (1, {"SLURM_CPUS_ON_NODE": "64"}, 64, 64, 64, "all CPUs of the host"),
         (1, {"SLURM_CPUS_ON_NODE": "many"}, 64, 64, 64, "all CPUs of the host"),
         (1, {"SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "32"}, 64, 32, 32, "Slurm"),
-        # One task of the step on this node, which is a torchrun with four ranks of its own.
+        # One task of the step on this node, which is a torchrun with four ranks of its own: it
+        # gives them RANK.
         (4, {**ONE_TASK, "SLURM_CPUS_PER_TASK": "16"}, 64, 16, 4, "Slurm's grant; host has 64"),
     ],
 )

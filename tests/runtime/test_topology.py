@@ -45,8 +45,13 @@ def test_torchrun_wins_over_the_srun_step_that_started_it() -> None:
 
 
 def test_one_node_may_leave_local_world_size_out() -> None:
-    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
     assert read_topology(env).local_world_size == 2
+
+
+def test_ranks_without_an_address_are_refused() -> None:
+    env = {key: value for key, value in TORCHRUN.items() if key != "MASTER_ADDR"}
+    assert "MASTER_ADDR" in refusal(env)
 
 
 def test_srun_step_variables() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -72,3 +74,118 @@ def test_a_killed_run_resumes_exactly(ranks: int, options: list[str], tmp_path: 
     events = [record["event"] for record in jobs.history(run)]
     assert events.count("resume") == 2
     assert (run / "metrics.rewound.jsonl").exists()
+
+
+# How many kills the kill test makes in all; 50 is the full count (see docs).
+KILLS = int(os.environ.get("LAUNCHER_TEST_KILLS", "6"))
+# A state of 26 MB takes long enough to write that a kill can hit it.
+LONG = [
+    *("TRAIN.DURATION", "8ep", "TASK.WIDTH", "1280", "DATALOADER.NUM_WORKERS", "0"),
+    *("LOG.EVERY", "2step", "CHECKPOINT.EVERY", "3step", "CHECKPOINT.KEEP_LAST", "2"),
+]
+SLEEP = {"LAUNCHER_TEST_SLEEP": "0.04"}
+
+
+def saving(run: Path) -> set[str]:
+    """The saves under way: temporary directories of checkpoints."""
+    return {path.name for path in (run / "checkpoints").glob(".tmp_*")}
+
+
+def wait_for_own_record(run: Path, since: float, job: jobs.Job, timeout: float = 120) -> bool:
+    """Wait for a record written since a moment, so by this attempt after its first step; False
+    where the job ended before."""
+    deadline = time.monotonic() + timeout
+    while job.process.poll() is None:
+        assert time.monotonic() < deadline, f"no step: {jobs.read(job.out)}{jobs.read(job.err)}"
+        path = run / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        if lines and jobs.strict_json(lines[-1])["time"] > since:
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def strike(job: jobs.Job, run: Path, victim: str, in_save: bool, draw: random.Random) -> bool:
+    """SIGKILL at a random instant; whether it fell inside a save: into the same one that was seen
+    right before the signal and right after it."""
+    ranks = family(job)
+    targets = {
+        "torchrun": [psutil.Process(job.process.pid)],
+        "rank": [draw.choice(ranks)],
+        "all ranks": ranks,
+    }[victim]
+    if in_save:
+        deadline = time.monotonic() + 20
+        while not saving(run) and job.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.03)
+    else:
+        time.sleep(draw.random() * 1.2)
+    before = saving(run)
+    for process in targets:
+        process.send_signal(signal.SIGKILL)
+    return bool(before & saving(run))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_killed_at_random_instants(
+    ranks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Invariants 1, 2 and 5: SIGKILL again and again, to a rank, to all ranks and to torchrun, many
+    times inside a save; each time resumed at once, and in the end the weights, metrics.jsonl and
+    TensorBoard's scalars are those of the run that was never interrupted."""
+    launch = None if ranks == 1 else ranks
+    args = [*COMMON, *LONG]
+    reference = tmp_path / "reference"
+    jobs.train(*args, "OUTPUT_DIR", reference, ranks=launch).ok()
+    wanted = KILLS // 3 + (ranks <= KILLS % 3)
+    seed = int(os.environ.get("LAUNCHER_TEST_SEED", str(ranks)))
+    draw = random.Random(seed)
+    landed: Counter[tuple[str, bool]] = Counter()
+    late = finished = attempts = 0
+    while sum(landed.values()) < wanted:
+        run = tmp_path / f"run{finished}"
+        victim = ("torchrun", "rank", "all ranks")[(attempts + ranks) % 3]
+        in_save = attempts % 2 == 0
+        attempts += 1
+        assert attempts < 4 * wanted + 10, f"kills come too late: {landed}, {late} late"
+        began = time.time()
+        job = jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=launch, env=SLEEP)
+        try:
+            hit = False
+            if alive := wait_for_own_record(run, began, job):
+                try:
+                    hit = strike(job, run, victim, in_save, draw)
+                except psutil.NoSuchProcess:
+                    alive = False
+            if victim == "torchrun" and alive:
+                job.process.wait(60)  # its ranks may still be ending when the next attempt starts
+            else:
+                job.wait(60)
+        finally:
+            if job.process.poll() is None:
+                job.kill()
+        if not alive or jobs.status(run)["state"] == "completed":
+            late += 1
+            assert_same(run, reference)
+            finished += 1
+        else:
+            landed[victim, hit] += 1
+    run = tmp_path / f"run{finished}"
+    if run.exists():
+        jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=launch).ok()
+        assert_same(run, reference)
+    inside = sum(count for (_, hit), count in landed.items() if hit)
+    with capsys.disabled():
+        told = ", ".join(
+            f"{victim} {sum(landed[victim, hit] for hit in (True, False))}"
+            for victim in ("torchrun", "rank", "all ranks")
+        )
+        print(
+            f"\n{ranks} ranks, seed {seed}: {sum(landed.values())} kills ({told}), {inside} of "
+            f"them inside a save; {late} too late, not counted; {finished + run.exists()} runs "
+            "equal to the uninterrupted one"
+        )
+    assert inside * 5 >= wanted, f"{inside} of {wanted} kills fell inside a save"

@@ -26,9 +26,13 @@ class Kept:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.closed = False
+        self.flushed = 0
 
     def write(self, record: dict[str, Any]) -> None:
         self.records.append(record)
+
+    def flush(self) -> None:
+        self.flushed += 1
 
     def close(self) -> None:
         self.closed = True
@@ -148,3 +152,9 @@ def test_close_closes_every_sink() -> None:
     sinks = Kept(), Kept()
     recorder(*sinks).close()
     assert all(sink.closed for sink in sinks)
+
+
+def test_flush_flushes_every_sink() -> None:
+    sinks = Kept(), Kept()
+    recorder(*sinks).flush()
+    assert [sink.flushed for sink in sinks] == [1, 1]

@@ -2,6 +2,11 @@
 
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ HERE = {"step": 3, "epoch": 1, "samples": 24}
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "run")
-    directory.create()
+    directory.path.mkdir()
     return directory
 
 
@@ -37,7 +42,7 @@ def test_an_empty_directory_or_other_files_are_no_run(run: RunDirectory) -> None
 def test_set_aside_twice_within_a_second_loses_nothing(run: RunDirectory) -> None:
     asides = []
     for i in range(4):
-        run.create()
+        run.claim()
         run.config.write_text(str(i))
         asides.append(run.set_aside())
         assert not run.path.exists()
@@ -84,10 +89,10 @@ def test_a_place_of_another_user_is_told(tmp_path: Path, mode: int) -> None:
         place.rmdir()
 
 
-def test_create_tells_why_it_cannot(tmp_path: Path) -> None:
+def test_a_claim_tells_why_it_cannot(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"OUTPUT_DIR .* cannot be made"):
-        RunDirectory(tmp_path / "file" / "run").create()
+        RunDirectory(tmp_path / "file" / "run").claim()
 
 
 def test_status(run: RunDirectory) -> None:
@@ -133,3 +138,158 @@ def test_history_is_appended(run: RunDirectory) -> None:
     assert (start["event"], start["step"], start["world_size"]) == ("start", 0, 2)
     assert (saved["event"], saved["step"], saved["path"]) == ("checkpoint", 40, "step_40")
     assert start["time"] <= saved["time"]
+
+
+# Claims argv[1], says so and sleeps; with a second argument a forked child outlives it.
+OWNER = """
+import os, sys, time
+from launcher.telemetry.rundir import RunDirectory
+run = RunDirectory(sys.argv[1])
+run.claim()
+run.sign()
+child = 0
+if len(sys.argv) > 2 and (child := os.fork()) == 0:
+    time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def start_owner(run: RunDirectory, *more: str) -> tuple[subprocess.Popen[str], int]:
+    """A process that holds the claim, and its child's pid."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(run.path), *more], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    return owner, int(owner.stdout.readline())
+
+
+def test_a_live_owner_is_named_and_a_dead_ones_claim_is_taken_over(run: RunDirectory) -> None:
+    owner, _ = start_owner(run)
+    try:
+        with pytest.raises(UsageError, match="in use by another job") as caught:
+            run.claim()
+        for told in (f"host {socket.gethostname()}", f"pid {owner.pid}", str(run.path)):
+            assert told in str(caught.value)
+        assert caught.value.exit_code == 2
+    finally:
+        owner.send_signal(signal.SIGKILL)
+        owner.communicate()
+    run.claim()
+    run.sign()
+    assert json.loads((run.path / ".lock").read_text())["pid"] == os.getpid()
+    run.claim()  # what one has, one may claim
+    run.release()
+
+
+def test_an_owner_that_leaves_is_waited_for(run: RunDirectory) -> None:
+    owner, _ = start_owner(run)
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=f"pid {owner.pid}"):
+        run.claim(wait_s=0.5)
+    assert time.monotonic() - began >= 0.5
+    killer = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {owner.pid}"])
+    try:
+        run.claim(wait_s=20)
+    finally:
+        killer.wait()
+        owner.kill()
+        owner.communicate()
+    run.release()
+
+
+def test_a_forked_child_does_not_inherit_the_claim(run: RunDirectory) -> None:
+    """Loader workers may outlive a killed rank for a while; the run's successor must not wait."""
+    owner, child = start_owner(run, "fork")
+    try:
+        with pytest.raises(UsageError, match=f"pid {owner.pid}"):
+            run.claim()
+        owner.kill()
+        owner.wait()
+        os.kill(child, 0)  # it lives
+        run.claim()
+        run.release()
+    finally:
+        owner.kill()
+        os.kill(child, signal.SIGKILL)
+        owner.communicate()
+
+
+def test_a_released_claim_can_be_taken_by_another_process(run: RunDirectory) -> None:
+    run.claim()
+    run.release()
+    owner, _ = start_owner(run)
+    owner.kill()
+    owner.communicate()
+
+
+def fill(run: RunDirectory, **contents: bytes) -> None:
+    run.tensorboard.mkdir(exist_ok=True)
+    run.metrics.write_bytes(contents["metrics"])
+    (run.tensorboard / "events.out.tfevents.1.host").write_bytes(contents["events"])
+
+
+def test_rewind_cuts_back_to_the_positions_and_keeps_the_tails(run: RunDirectory) -> None:
+    fill(run, metrics=b"one\ntwo\n", events=b"EVENTS")
+    positions = run.positions()
+    assert positions == {"metrics.jsonl": 8, "tensorboard/events.out.tfevents.1.host": 6}
+    fill(run, metrics=b"one\ntwo\nthree\nfo", events=b"EVENTS-and-more")
+    later = run.tensorboard / "events.out.tfevents.2.host"
+    later.write_bytes(b"of an attempt that came to nothing")
+    run.rewind(positions, 20, {40: "state.pt: cut"})
+    assert run.metrics.read_bytes() == b"one\ntwo\n"
+    assert run.rewound.read_bytes() == b"three\nfo"
+    assert (run.tensorboard / "events.out.tfevents.1.host").read_bytes() == b"EVENTS"
+    assert not later.exists()
+    asides = {p.name: p.read_bytes() for p in (run.path / "tensorboard.rewound").iterdir()}
+    assert asides == {
+        "events.out.rewound.1.host": b"-and-more",
+        "events.out.rewound.2.host": b"of an attempt that came to nothing",
+    }
+    # TensorBoard reads every file below its directory whose name says so, wherever it is told to.
+    assert not [p for p in run.path.rglob("*tfevents*") if p.parent != run.tensorboard]
+    (told,) = map(json.loads, run.history.read_text().splitlines())
+    assert (told["event"], told["step"]) == ("rewind", 20)
+    assert told["damaged"] == {"step_40": "state.pt: cut"}
+    assert told["bytes"] == len(b"three\nfo-and-moreof an attempt that came to nothing")
+
+
+def test_a_second_rewind_appends_to_the_tails(run: RunDirectory) -> None:
+    fill(run, metrics=b"one\n", events=b"E")
+    positions = run.positions()
+    for tail in (b"two\n", b"2\n"):
+        fill(run, metrics=b"one\n" + tail, events=b"E" + tail)
+        run.rewind(positions, 1, {})
+    assert run.metrics.read_bytes() == b"one\n"
+    assert run.rewound.read_bytes() == b"two\n2\n"
+    (aside,) = (run.path / "tensorboard.rewound").iterdir()
+    assert aside.read_bytes() == b"two\n2\n"
+
+
+def test_a_rewind_of_nothing_changes_nothing(run: RunDirectory) -> None:
+    fill(run, metrics=b"one\n", events=b"E")
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    run.rewind(run.positions(), 1, {})
+    assert {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()} == before
+
+
+def test_an_evaluation_is_a_file_of_its_own(run: RunDirectory) -> None:
+    run.write_evaluation({"step": 3, "metrics": {"val/loss": 0.5}})
+    (path,) = run.evaluations.iterdir()
+    assert path.suffix == ".json"
+    assert json.loads(path.read_text()) == {"step": 3, "metrics": {"val/loss": 0.5}}
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
+def test_a_save_is_told_in_the_history_and_the_log(
+    run: RunDirectory, error: OSError | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "launcher")
+    run.saved({"step": 40}, 0.25, error)
+    (told,) = map(json.loads, run.history.read_text().splitlines())
+    assert (told["event"], told["step"], told["path"]) == ("checkpoint", 40, "step_40")
+    if error is None:
+        assert told["seconds"] == 0.25 and "failed" not in told
+    else:
+        assert "No space left" in told["failed"]
+        assert "could not be saved" in caplog.text and "No space left" in caplog.text

@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from launcher.engine.run import make_sinks
 from launcher.telemetry.console import Console
-from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import ConsoleLines, JsonLines, TensorBoard, strict, summary
-from tests.engine.helpers import config
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 1, "epoch": 0, "samples": 8, "time": 1e9, "train/loss": 0.1, "val/größe": 1 / 3},
@@ -71,7 +68,7 @@ def test_json_lines(tmp_path: Path) -> None:
 
 
 def test_tensorboard_holds_the_same_numbers_under_the_same_names(tmp_path: Path) -> None:
-    sink = TensorBoard(tmp_path)
+    sink = TensorBoard(tmp_path, purge_step=1)
     for record in RECORDS:
         sink.write(record)
     sink.close()
@@ -95,17 +92,12 @@ def test_tensorboard_holds_the_same_numbers_under_the_same_names(tmp_path: Path)
 
 def test_what_a_resumed_run_does_again_stands_once(tmp_path: Path) -> None:
     """A crash after step 3, a resume from step 1: TensorBoard drops the old steps 2 and 3."""
-    directory, console = RunDirectory(tmp_path), Console(9, enabled=False)
     for resumed_at, steps in ((0, (1, 2, 3)), (1, (2,))):
-        (sink,) = (
-            made
-            for made in make_sinks(config(), directory, console, resumed_at)
-            if isinstance(made, TensorBoard)
-        )
+        sink = TensorBoard(tmp_path, purge_step=resumed_at + 1)
         for step in steps:
             sink.write({"step": step, "time": 1e9 + step, "x": float(step)})
         sink.close()
-    read = EventAccumulator(str(directory.tensorboard))
+    read = EventAccumulator(str(tmp_path))
     read.Reload()
     assert [event.step for event in read.Tensors("x")] == [1, 2]
 

@@ -1,0 +1,252 @@
+"""The data of a run: every sample once an epoch, starts that load nothing before them, refusals."""
+
+import itertools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from launcher.data.splits import Data
+from launcher.errors import RunError, UsageError
+from launcher.runtime.process import Runtime
+from tests.engine.helpers import ALONE, config
+
+LENGTH, VAL = 23, 11
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Counted(Dataset):
+    """Counts over all processes how often each sample was made."""
+
+    def __init__(self, length: int) -> None:
+        self.calls = torch.zeros(length, dtype=torch.int32).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __getitem__(self, index: int) -> int:
+        self.calls[index] += 1
+        return index
+
+
+class Endless(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(LENGTH))
+
+
+class Resumable(Endless):
+    """Tells its length and keeps its position."""
+
+    def __init__(self) -> None:
+        self.at = self.begin = 0
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __iter__(self) -> Iterator[int]:
+        first, self.begin = self.begin, 0
+        for i in range(first, LENGTH):
+            self.at = i + 1
+            yield i
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.begin = state["at"]
+
+
+class Lengthless(Dataset):
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Fake:
+    """A task of which only the data sets count."""
+
+    def __init__(self, train: Any = None, val: Any = None) -> None:
+        self.train = Counted(LENGTH) if train is None else train
+        self.val = Counted(VAL) if val is None else val
+
+    def build_dataset(self, split: str) -> Any:
+        return self.train if split == "train" else self.val
+
+
+def data(task: Fake, *words: object, workers: int = 0) -> Data:
+    cfg = config("TRAIN.BATCH_SIZE", 8, "DATALOADER.NUM_WORKERS", workers, *words)
+    return Data(cfg, task, ALONE)
+
+
+def rest(made: Data) -> list[list[int]]:
+    """All micro-batches up to the run's end."""
+    batches = []
+    try:
+        while True:
+            batches.append(made.next_batch().tolist())
+    except StopIteration:
+        return batches
+    finally:
+        made.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("micro", [0, 3])
+def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
+    task = Fake()
+    words = ("TRAIN.DURATION", "3ep", "TRAIN.MICRO_BATCH_SIZE", micro)
+    made = data(task, *words, workers=workers)
+    made.start(0, threads=1)
+    indices = [*itertools.chain(*rest(made))]
+    for epoch in range(3):
+        assert sorted(indices[epoch * LENGTH : (epoch + 1) * LENGTH]) == list(range(LENGTH))
+    assert task.train.calls.tolist() == [3] * LENGTH
+    assert task.val.calls.sum() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) -> None:
+    """Also at an epoch's end, and the samples are those of the uninterrupted run."""
+    words = ("TRAIN.DURATION", "3ep")
+    whole = data(Fake(), *words)
+    whole.start(0, threads=1)
+    batches = rest(whole)
+    task = Fake()
+    made = data(task, *words, workers=workers)
+    made.start(sum(map(len, batches[:steps])), threads=1)
+    assert rest(made) == batches[steps:]
+    counts = torch.bincount(torch.tensor([*itertools.chain(*batches[steps:])]), minlength=LENGTH)
+    assert task.train.calls.tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
+    task = Fake()
+    made = data(task, "EVAL.BATCH_SIZE", 4, workers=workers)
+    made.start(0, threads=1)
+    for turn in (1, 2):
+        batches = [batch.tolist() for batch in made.evaluation()]
+        assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+        assert task.val.calls.tolist() == [turn] * VAL
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "told"),
+    [
+        (Fake(train=Counted(0)), (), [r"build_dataset('train')", "empty"]),
+        (Fake(val=Counted(0)), (), [r"build_dataset('val')", "empty"]),
+        (Fake(), ("TRAIN.BATCH_SIZE", 24, "TRAIN.DROP_LAST", True), ["TRAIN.DROP_LAST", "23"]),
+        (Fake(train=Lengthless()), (), ["build_dataset('train')", "Lengthless", "__len__"]),
+        (Fake(val=Endless()), (), ["build_dataset('val')", "Endless", "__len__"]),
+        (Fake(), ("TRAIN.SAMPLER", "weighted"), ["TRAIN.SAMPLER", "`weights`"]),
+        (Fake(train=Endless()), (), ["TRAIN.DURATION", "EVAL.EVERY", "CHECKPOINT.EVERY"]),
+        (
+            Fake(train=Endless()),
+            ("TRAIN.DURATION", "9step", "EVAL.EVERY", "3step", "CHECKPOINT.EVERY", ""),
+            None,
+        ),
+        (
+            Fake(train=Endless()),
+            ("TRAIN.DURATION", "9step", "EVAL.EVERY", "", "OPTIM.WARMUP", "1ep"),
+            ["OPTIM.WARMUP", "CHECKPOINT.EVERY"],
+        ),
+    ],
+)
+def test_data_sets_that_cannot_be_trained_on(
+    task: Fake, words: tuple[object, ...], told: list[str] | None
+) -> None:
+    if told is None:
+        data(task, *words)
+        return
+    with pytest.raises(UsageError) as caught:
+        data(task, *words)
+    assert caught.value.exit_code == 2
+    for text in told:
+        assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(("val", "fine"), [(VAL, True), (VAL - 1, False)])
+def test_lengths_are_compared_over_ranks(
+    monkeypatch: pytest.MonkeyPatch, val: int, fine: bool
+) -> None:
+    other = ("node7", {"train": LENGTH, "val": val})
+    monkeypatch.setattr(Runtime, "all_gather", lambda self, value: [value, other])
+    if fine:
+        data(Fake())
+        return
+    with pytest.raises(RunError) as caught:
+        data(Fake())
+    assert f"rank 0 on {os.uname().nodename}: train 23, val 11" in str(caught.value)
+    assert "rank 1 on node7: train 23, val 10" in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("steps", [1, 2, 4, 5])
+def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None:
+    words = ("TRAIN.DURATION", "3ep", "TRAIN.MICRO_BATCH_SIZE", 3)
+    whole = data(Fake(train=Resumable()), *words, workers=workers)
+    whole.start(0, threads=1)
+    consumed, taken = 0, 0
+    for k in range(steps):
+        for start, stop in whole.train_plan.micro_batches(k % 3, 0):
+            assert whole.next_batch().tolist() == list(range(start, stop))
+            consumed, taken = consumed + stop - start, taken + 1
+    saved = whole.stream_state(consumed)
+    assert saved is not None
+    assert saved["epoch"] * LENGTH + saved["position"] <= consumed
+    expected = rest(whole)
+    resumed = data(Fake(train=Resumable()), *words, workers=workers)
+    resumed.start(consumed, saved, threads=1)
+    assert rest(resumed) == expected
+
+
+@pytest.mark.parametrize(
+    ("dataset", "consumed", "warned"),
+    [
+        (Endless(), 8, True),
+        (Endless(), 0, False),
+        pytest.param(
+            *(Resumable(), LENGTH, False),
+            marks=pytest.mark.xfail(
+                strict=True, reason="at an epoch's end no state is needed, and yet it is warned"
+            ),
+        ),
+    ],
+    ids=["no state", "at the start", "at an epoch's end"],
+)
+def test_a_stream_without_a_state_is_warned_of(
+    dataset: Any, consumed: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "launcher")
+    words = ("TRAIN.DURATION", "9step", "EVAL.EVERY", "", "CHECKPOINT.EVERY", "")
+    made = data(Fake(train=dataset), *words)
+    made.start(consumed, None, threads=1)
+    made.close()
+    assert ("has no state_dict" in caplog.text) is warned
+
+
+@pytest.mark.parametrize(("by_user", "threads", "expected"), [(0, 3, 3), (0, 0, 1), (1, 3, 2)])
+def test_threads_of_the_rank(
+    monkeypatch: pytest.MonkeyPatch, by_user: int, threads: int, expected: int
+) -> None:
+    """What the run had before wins over the budget, and the user's value over both."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if by_user:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    torch.set_num_threads(2)
+    made = data(Fake())
+    made.start(0, threads=threads)
+    made.close()
+    assert torch.get_num_threads() == expected
