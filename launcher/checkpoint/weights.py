@@ -34,16 +34,20 @@ def read_weights(path: Path, ema: bool = False) -> tuple[Weights, int | None]:
             from safetensors.torch import load_file as load_safetensors
         except ImportError as error:
             raise UsageError(f"{path} needs safetensors: pip install 'launcher[export]'") from error
-        return load_safetensors(path), None
+        try:
+            return load_safetensors(path), None
+        except Exception as error:  # safetensors' own error type is not public
+            raise UsageError(f"{path} is no safetensors file: {error}") from error
     try:
         content: Any = load_file(path)
     except DamagedCheckpoint as error:
         raise UsageError(str(error)) from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no state_dict but a {type(content).__name__}")
-    step = content["progress"]["step"] if "progress" in content else None
+    progress = content.get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else None
     if ema:
-        if not content.get("ema"):
+        if not isinstance(content.get("ema"), dict):
             raise UsageError(f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0")
         averaged = content["ema"]
         names = {k.removeprefix("module."): v for k, v in averaged.items() if k != "n_averaged"}

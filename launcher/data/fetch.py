@@ -112,9 +112,9 @@ class Fetcher(Dataset):
     def _sample(self, index: int) -> Any:
         try:
             return self.dataset[index]
-        except UsageError:  # no bad sample, but a mistake that every sample would tell of
-            raise
         except Exception as error:
+            if isinstance(error, UsageError) and not isinstance(error, RunError):
+                raise  # no bad sample, but a mistake that every sample would tell of
             failure = self._failure(f"sample {index}", error)
             if not self.skip_bad:
                 raise failure from error

@@ -3,7 +3,8 @@
 Every reader (each worker of each rank) walks the same stream and keeps the positions it was asked
 for, so the order depends neither on ranks nor on workers, and no sample is used twice. What a
 reader passes over costs what producing it costs: a stream that can skip more cheaply says so with
-a method `skip(count)`, called on the iterator.
+a method `skip(count)`, called on the iterator; it returns how many it passed over, fewer than
+`count` at its end.
 """
 
 from __future__ import annotations
@@ -93,11 +94,12 @@ class StreamFetcher(Dataset):
 
     def _skip(self, count: int) -> None:
         if count > 0 and hasattr(self.iterator, "skip"):
-            self.iterator.skip(count)
-            self.position += count
-        else:
-            for _ in range(count):
-                self._next()
+            passed = self.iterator.skip(count)
+            self.position += passed
+            count -= passed
+        # Where the stream cannot skip, or ended on the way.
+        for _ in range(count):
+            self._next()
 
     def _next(self) -> Any:
         if self.seeds is not None:

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -114,7 +115,12 @@ def load(
         generator=torch.Generator().manual_seed(0),
     )
     killed_before, others = oom_kills(), set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's own handler raises wherever the training happens to be when a worker dies; the
+        # next batch tells of it as well, within 5 s.
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     processes = set(multiprocessing.active_children()) - others
     try:
         while True:
@@ -135,7 +141,8 @@ def load(
                 if failure is None:
                     raise
             if failure is not None:
-                # Outside of the handler: the first error would keep the iterator, and its workers.
+                for process in processes:
+                    process.kill()  # nobody waits for what they are at
                 raise RunError(failure)
             sampler.pending.popleft()
             yield answer

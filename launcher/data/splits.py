@@ -123,7 +123,8 @@ class Data:
         # An iterable data set is not read here: its workers must find it at its start.
         probe = 0 if isinstance(dataset, IterableDataset) else 1
         fetcher = self._fetcher("train", saved)
-        if consumed and isinstance(fetcher, StreamFetcher) and saved is None:
+        mid_epoch = consumed % plan.samples_per_epoch > 0
+        if mid_epoch and isinstance(fetcher, StreamFetcher) and saved is None:
             logger.warning(
                 "data set %s has no state_dict and load_state_dict: it is read again from the "
                 "epoch's start up to where the run was, which is exact only if it yields the same "

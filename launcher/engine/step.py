@@ -76,6 +76,10 @@ class StepModule(nn.Module):
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
                 raise RunError(f"{name} must return scalars; {key!r} is {shape}")
             scalars[key] = value
+        if not scalars["loss"].requires_grad:
+            raise RunError(
+                f"{name} returned a 'loss' that depends on no weight: it has no gradient"
+            )
         return scalars
 
 

@@ -104,9 +104,13 @@ class RunDirectory:
                     continue
                 owner = _read_json(self.path / LOCK)
                 file.close()
+                # The name may still be that of an owner before it.
+                alive = owner.get("host") != socket.gethostname() or _is_alive(owner)
+                told = f"host {owner.get('host')}, pid {owner.get('pid')}"
                 raise UsageError(
-                    f"{self.path} is in use by another job: host {owner.get('host', '?')}, pid "
-                    f"{owner.get('pid', '?')}. Wait for it, or stop it first."
+                    f"{self.path} is in use by another job: "
+                    f"{told if owner and alive else 'one that is just starting'}. "
+                    "Wait for it, or stop it first."
                 ) from None
         self._lock = file
 
@@ -126,7 +130,7 @@ class RunDirectory:
     def _owner_seems_dead(self) -> bool:
         owner = _read_json(self.path / LOCK)
         if owner.get("host") == socket.gethostname():
-            return not psutil.pid_exists(int(owner.get("pid", 0)))
+            return not _is_alive(owner)
         return time.time() - self.read_status().get("updated", 0) > STALE_S
 
     def positions(self) -> dict[str, int]:
@@ -239,6 +243,10 @@ def _cut(path: Path, length: int, aside: Path) -> int:
     if length == 0:
         path.unlink()
     return len(tail)
+
+
+def _is_alive(owner: Mapping[str, Any]) -> bool:
+    return psutil.pid_exists(int(owner.get("pid", 0)))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class JsonLines:
         return True
 
     def close(self) -> None:
+        self.flush()
         self.writer.close()
         self.file.close()
 

@@ -117,6 +117,7 @@ def test_a_failing_save_is_told_and_the_next_one_works(
         raise full
 
     saves.save(1)
+    assert saves.saver.wait() is None
     with monkeypatch.context() as patch:
         patch.setattr(saves.store, "commit", fail)
         saves.save(2)

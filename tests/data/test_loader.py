@@ -208,13 +208,7 @@ DIED = ["worker died", "of data set Hostile", "were due"]
         ("raises", 0, 0, ["sample 13 of data set Hostile failed: KeyError: 'no such image'"]),
         ("SIGKILL", 1, 0, [*DIED, "samples 12, 13", "SIGKILL", "memory"]),
         ("SIGBUS", 1, 0, [*DIED, "samples 12, 13", "/dev/shm is full"]),
-        pytest.param(
-            *("SIGKILL", 0, 0.7, [*DIED, "SIGKILL", "memory"]),
-            id="SIGKILL in a step",
-            marks=pytest.mark.xfail(
-                strict=True, reason="torch raises from its SIGCHLD handler, outside of load()"
-            ),
-        ),
+        pytest.param("SIGKILL", 0, 0.7, [*DIED, "SIGKILL", "memory"], id="SIGKILL in a step"),
         ("is stuck", 0, 0, ["longer than 3 s (DIST.TRAIN_TIMEOUT)", "samples 12, 13", "Hostile"]),
     ],
 )

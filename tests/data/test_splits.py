@@ -216,12 +216,7 @@ def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None
     [
         (Endless(), 8, True),
         (Endless(), 0, False),
-        pytest.param(
-            *(Resumable(), LENGTH, False),
-            marks=pytest.mark.xfail(
-                strict=True, reason="at an epoch's end no state is needed, and yet it is warned"
-            ),
-        ),
+        (Resumable(), LENGTH, False),
     ],
     ids=["no state", "at the start", "at an epoch's end"],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launcher.config import Config, load_config
-from launcher.data.datasets import TensorData
+from torch.utils.data import TensorDataset
 from launcher.errors import UsageError
 from launcher.tasks import resolve_task
 from launcher.tasks.digits import Digits
@@ -17,16 +17,16 @@ def config(*words: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def splits() -> dict[str, TensorData]:
+def splits() -> dict[str, TensorDataset]:
     task = Digits(config().cfg)
     return {split: task.build_dataset(split) for split in ("train", "val")}
 
 
-def labels(split: TensorData) -> torch.Tensor:
+def labels(split: TensorDataset) -> torch.Tensor:
     return split.tensors[1]
 
 
-def test_sizes_and_shapes(splits: dict[str, TensorData]) -> None:
+def test_sizes_and_shapes(splits: dict[str, TensorDataset]) -> None:
     assert (len(splits["train"]), len(splits["val"])) == (1437, 360)
     for split in splits.values():
         image, label = split[0]
@@ -34,14 +34,14 @@ def test_sizes_and_shapes(splits: dict[str, TensorData]) -> None:
         assert label.shape == () and label.dtype == torch.int64
 
 
-def test_stratified(splits: dict[str, TensorData]) -> None:
+def test_stratified(splits: dict[str, TensorDataset]) -> None:
     """Each class has its 20 % in val, to the nearest sample."""
     train, val = (labels(split).bincount() for split in splits.values())
     assert len(val) == 10
     assert ((train + val) * 0.2 - val).abs().max() < 1
 
 
-def test_the_splits_are_all_of_the_data_once(splits: dict[str, TensorData]) -> None:
+def test_the_splits_are_all_of_the_data_once(splits: dict[str, TensorDataset]) -> None:
     from sklearn.datasets import load_digits
 
     def rows(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[int, ...]]:
@@ -56,7 +56,7 @@ def test_the_splits_are_all_of_the_data_once(splits: dict[str, TensorData]) -> N
     assert not set(train) & set(val)
 
 
-def test_the_split_is_fixed(splits: dict[str, TensorData]) -> None:
+def test_the_split_is_fixed(splits: dict[str, TensorDataset]) -> None:
     torch.manual_seed(1)
     again = Digits(config("SEED", "7").cfg).build_dataset("val")
     assert torch.equal(again.tensors[0], splits["val"].tensors[0])
@@ -64,10 +64,10 @@ def test_the_split_is_fixed(splits: dict[str, TensorData]) -> None:
 
 
 @pytest.mark.parametrize("model", ["convnet", "lenet"])
-def test_steps_of_both_models(splits: dict[str, TensorData], model: str) -> None:
+def test_steps_of_both_models(splits: dict[str, TensorDataset], model: str) -> None:
     task = Digits(config("TASK.MODEL", model).cfg)
     net = task.build_model()
-    batch = splits["val"].batch(range(6))
+    batch = splits["val"][torch.tensor(list(range(6))])
     trained: dict[str, Any] = task.train_step(net, batch)
     assert {key: value.shape for key, value in trained.items()} == {"loss": (), "accuracy": ()}
     net.eval()
