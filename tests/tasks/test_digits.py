@@ -67,7 +67,7 @@ def test_the_split_is_fixed(splits: dict[str, TensorDataset]) -> None:
 def test_steps_of_both_models(splits: dict[str, TensorDataset], model: str) -> None:
     task = Digits(config("TASK.MODEL", model).cfg)
     net = task.build_model()
-    batch = splits["val"][torch.tensor(list(range(6))])
+    batch = splits["val"][torch.arange(6)]
     trained: dict[str, Any] = task.train_step(net, batch)
     assert {key: value.shape for key, value in trained.items()} == {"loss": (), "accuracy": ()}
     net.eval()
