@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from launcher.config import Config, load_config
-from torch.utils.data import TensorDataset
 from launcher.errors import UsageError
 from launcher.tasks import resolve_task
 from launcher.tasks.digits import Digits
