@@ -170,7 +170,10 @@ class Data:
             requests = [Span(0, start, stop, False) for start, stop in cuts]
         else:
             requests = [Request(0, list(range(start, stop))) for start, stop in cuts]
-        workers = 0 if is_tensors(dataset, self.collate) else min(self.size.workers, len(cuts))
+        # A single batch has nothing to be fetched beside.
+        workers = min(self.size.workers, len(cuts) - 1) if len(cuts) > 1 else 0
+        if is_tensors(dataset, self.collate):
+            workers = 0
         answers = self._load(self._fetcher("val"), requests, workers)
         return on_device(answers, self.runtime.device)
 
