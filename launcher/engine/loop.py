@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +88,7 @@ class Loop:
         assert duration is not None  # the config check demands one
         if not cfg.EVAL.EVERY and cfg.CHECKPOINT.KEEP_BEST:
             logger.info("never evaluated: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
+        self._check_space()
         self.figures.read(time.monotonic())
         self.watch = StopWatch(time.monotonic())
         finished = False
@@ -115,6 +118,28 @@ class Loop:
             if "checkpoint" in due or best or finished:
                 self.save(last=finished)
             self.watch.away += time.monotonic() - began
+
+    def _check_space(self) -> None:
+        """Warn where the disk has no room for the checkpoints that are kept, and one being written.
+
+        Weights, their average, and as much again as the optimiser may keep for each weight.
+        """
+        if self.saver is None:
+            return
+        weights = sum(t.nbytes for t in self.state.model.state_dict().values())
+        copies = 2 + (self.state.ema is not None) + (self.cfg.OPTIM.NAME == "adamw")
+        kept = self.cfg.CHECKPOINT.KEEP_LAST + self.cfg.CHECKPOINT.KEEP_BEST
+        needed = (kept + 1) * weights * copies
+        free = shutil.disk_usage(self.directory.path).free
+        if free < needed:
+            logger.warning(
+                "%.1f GiB are free in %s, and %d checkpoints with one being written need about "
+                "%.1f GiB: free some, or lower CHECKPOINT.KEEP_LAST and KEEP_BEST",
+                free / 2**30,
+                self.directory.path,
+                kept,
+                needed / 2**30,
+            )
 
     def _next_batch(self) -> Any:
         began = time.monotonic()
@@ -190,8 +215,9 @@ class Loop:
             logger.warning("no checkpoint: the records before it could not be written")
             return
         position = state.progress.as_dict()
+        config = self.cfg.dump()
         captured |= {
-            "config": self.cfg.dump(),
+            "config": config,
             "dataset_length": self.data.train_plan.length,
             "stream": self.data.stream_state(state.progress.samples),
             "files": self.directory.positions(),
@@ -202,6 +228,7 @@ class Loop:
             "metrics": strict(self.metrics),
             "time": time.time(),
             "versions": versions(),
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         }
         self.saver.save(captured, manifest, changing=list(state.model.buffers()))
         if last and self.saver.wait() is not None:

@@ -99,7 +99,7 @@ def rest(made: Data) -> list[list[int]]:
         made.close()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [0, 3])
 def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
     task = Fake()
@@ -113,7 +113,7 @@ def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
     assert task.val.calls.sum() == 0
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) -> None:
     """Also at an epoch's end, and the samples are those of the uninterrupted run."""
@@ -129,7 +129,7 @@ def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) 
     assert task.train.calls.tolist() == counts.tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
 def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
     task = Fake()
     made = data(task, "EVAL.BATCH_SIZE", 4, workers=workers)
