@@ -73,7 +73,6 @@ def test_a_killed_run_resumes_exactly(ranks: int, options: list[str], tmp_path: 
     assert_same(run, reference)
     events = [record["event"] for record in jobs.history(run)]
     assert events.count("resume") == 2
-    assert (run / "metrics.rewound.jsonl").exists()
 
 
 # How many kills the kill test makes in all; 50 is the full count (see docs).
