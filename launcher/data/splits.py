@@ -52,7 +52,6 @@ class Data:
             cfg.TRAIN.SAMPLER, self.datasets["train"], lengths["train"], cfg.SEED
         )
         self.size: LoaderSize | None = None
-        self.advised = False
         self._training: Iterator[Any] = iter(())
         self._stream_states: list[dict[str, Any]] = []
 
@@ -171,9 +170,8 @@ class Data:
         else:
             requests = [Request(0, list(range(start, stop))) for start, stop in cuts]
         # A single batch has nothing to be fetched beside.
-        workers = min(self.size.workers, len(cuts) - 1) if len(cuts) > 1 else 0
-        if is_tensors(dataset, self.collate):
-            workers = 0
+        alongside = max(0, len(cuts) - 1)
+        workers = 0 if is_tensors(dataset, self.collate) else min(self.size.workers, alongside)
         answers = self._load(self._fetcher("val"), requests, workers)
         return on_device(answers, self.runtime.device)
 

@@ -72,7 +72,7 @@ def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
     raise UsageError(f"there is no valid checkpoint{told} in {store.directory}")
 
 
-def check_config(saved: str, cfg: CfgNode, allow: frozenset[str], runtime: Runtime) -> None:
+def check_config(saved: str, cfg: CfgNode, allow: frozenset[str]) -> None:
     """Print how the config differs from the checkpoint's; refuse what would break exactness.
 
     Raises UsageError unless every such key is in `allow`.

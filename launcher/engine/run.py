@@ -69,7 +69,7 @@ def run(
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, start.resume, start.resume_from, runtime)
     if found is not None:
-        check_config(found.state["config"], cfg, start.allow, runtime)
+        check_config(found.state["config"], cfg, start.allow)
         check_length(found.state["dataset_length"], data.train_plan.length, start.allow)
         state.restore(found.state, runtime)
         duration = parse_duration(cfg.TRAIN.DURATION)

@@ -14,7 +14,7 @@ from tests.engine.helpers import ALONE, config
 
 def check(*words: object, allow: str = "") -> None:
     allowed = frozenset(allow.split(",")) - {""}
-    check_config(config().dump(), config(*words), allowed, ALONE)
+    check_config(config().dump(), config(*words), allowed)
 
 
 def test_the_same_config_may_go_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -88,7 +88,7 @@ def test_keys_of_the_task_that_came_or_went_are_refused() -> None:
     saved = config().dump().replace("TASK:\n", "TASK:\n  WIDTH: 3\n")
     assert "WIDTH" in saved
     with pytest.raises(UsageError, match=r"TASK\.WIDTH: 3 -> None"):
-        check_config(saved, config(), frozenset(), ALONE)
+        check_config(saved, config(), frozenset())
 
 
 @pytest.mark.parametrize(("now", "allow", "fine"), [(9, "", 1), (8, "", 0), (8, "X", 0), (8, 1, 1)])

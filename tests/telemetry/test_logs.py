@@ -71,7 +71,7 @@ def test_console_and_file_of_a_rank(
     logs(rank).open(tmp_path / "logs")
     logger.info("all is well")
     logging.getLogger("mine").info("my own task")
-    logging.getLogger("some.library").info("chatter")
+    logging.getLogger("some.package").info("chatter")
     logger.warning("look here")
     out, err = capsys.readouterr()
     assert out == "" and "\r" not in err
