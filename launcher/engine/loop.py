@@ -212,6 +212,8 @@ class Loop:
             return
         if not state.recorder.flush():
             # A checkpoint says how long the files are up to it: it must not come before them.
+            if last:
+                raise RunError("no last checkpoint: the records before it could not be written")
             logger.warning("no checkpoint: the records before it could not be written")
             return
         position = state.progress.as_dict()

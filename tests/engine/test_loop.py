@@ -12,6 +12,7 @@ from torch import nn
 
 from launcher.config import defaults
 from launcher.engine.loop import Loop, StopWatch
+from launcher.errors import RunError
 
 
 def bare(**parts: object) -> Loop:
@@ -58,3 +59,14 @@ def test_a_disk_too_small_for_the_checkpoints_is_told(
     )
     loop._check_space()
     assert bool(caplog.records) == warned
+
+
+def test_a_run_is_not_complete_without_its_last_checkpoint() -> None:
+    """Issue 4, item 3: where the records before it cannot be written, the run says so and fails."""
+    state = SimpleNamespace(
+        capture=lambda runtime: {}, recorder=SimpleNamespace(flush=lambda: False)
+    )
+    loop = bare(state=state, runtime=None, saver=object())
+    loop.save()  # a save under way is only skipped
+    with pytest.raises(RunError, match="no last checkpoint"):
+        loop.save(last=True)
