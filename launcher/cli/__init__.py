@@ -12,6 +12,7 @@ from launcher.errors import UsageError
 COMMANDS = {
     "train": "train a task from a config, alone or under torchrun or srun",
     "checkpoint": "list, verify and export the checkpoints of a run",
+    "runs": "read runs back: how they are doing, what they recorded",
     "config": "list a config's keys and where their values come from; compare two configs",
     "tune-loader": "measure loader workers, prefetch and pinning on a config's data",
 }
@@ -50,6 +51,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.checkpoint import main as checkpoint
 
         return checkpoint
+    if name == "runs":
+        from launcher.cli.runs import main as runs
+
+        return runs
     if name == "tune-loader":
         from launcher.cli.tune_loader import main as tune_loader
 
