@@ -133,6 +133,10 @@ class Watch:
             return
         self._stopped_at = time.monotonic()
         reason = signal.Signals(number).name
+        if self.topology.launched_by == "torchrun":
+            # The kernel tells of a parent's death when its first thread is gone, a moment before
+            # the parent is another.
+            time.sleep(0.2)
         if os.getppid() != self._parent:
             reason = f"{self.topology.launched_by} died"
         if not self.started and not (self.joined and self.topology.distributed):
