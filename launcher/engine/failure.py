@@ -345,6 +345,8 @@ class Failures:
         self.directory.write_status("failed", self.progress.as_dict(), reason)
         self.directory.write_history("failure", first["step"], rank=first["rank"], reason=reason)
         trace = [line for line in first["traceback"].splitlines() if line.strip(" ^~")]
+        if trace and trace[-1] == first["exception"]:
+            del trace[-1]  # the headline has it
         lines = [_headline(first), *trace[-TRACE_LINES:]]
         where = f"see {self.directory.failure} and {self.directory.log(first['rank'])}"
         with contextlib.suppress(OSError):
