@@ -56,6 +56,7 @@ class Failures:
         self.cfg, self.progress = cfg, Progress()  # replaced by the run's own when there is one
         self.host = members[runtime.rank]["host"]
         self.oom_kills = oom_kills()
+        self.opened = False  # the directory, by this attempt; before, nothing in it is touched
         self.beats = 0
         self.beaten = 0.0  # when
         self.before: tuple[float, dict[int, hang.Beat]] | None = None
@@ -335,8 +336,9 @@ class Failures:
         return found[0] if found else ""
 
     def _write(self, first: dict[str, Any]) -> None:
-        if not self.directory.take_over(self.members[0]):
-            return  # a successor has begun
+        self._print(first)
+        if not self.opened or not self.directory.take_over(self.members[0]):
+            return  # not begun, or a successor has begun
         first = {**first, "log": _tail(self.directory.log(first["rank"]))}
         reason = first["exception"]
         if first["rank"] != self.runtime.rank:
@@ -344,13 +346,17 @@ class Failures:
         self.directory.write_failure(first)
         self.directory.write_status("failed", self.progress.as_dict(), reason)
         self.directory.write_history("failure", first["step"], rank=first["rank"], reason=reason)
+
+    def _print(self, first: dict[str, Any]) -> None:
         trace = [line for line in first["traceback"].splitlines() if line.strip(" ^~")]
         if trace and trace[-1] == first["exception"]:
             del trace[-1]  # the headline has it
         lines = [_headline(first), *trace[-TRACE_LINES:]]
-        where = f"see {self.directory.failure} and {self.directory.log(first['rank'])}"
+        if self.opened:
+            log = self.directory.log(first["rank"])
+            lines.append(f"see {self.directory.failure} and {log}")
         with contextlib.suppress(OSError):
-            print(*[f"launcher: {line}" for line in [*lines, where]], sep="\n", file=sys.stderr)
+            print(*[f"launcher: {line}" for line in lines], sep="\n", file=sys.stderr)
 
 
 def lost_connection(error: BaseException) -> bool:

@@ -114,6 +114,7 @@ def _run(
     data.start(state.progress.samples, stream, state.threads)
     resumed = found is not None and found.step is not None
     open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed)
+    failures.opened = True
     console = Console(schedule.total_steps, enabled=runtime.is_main)
     logs.attach(console)
     saver = heartbeat = None
