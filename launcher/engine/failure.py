@@ -257,6 +257,8 @@ class Failures:
         silent: list[int] = []
         try:
             if self.before is None:
+                # Whoever is blamed is overdue itself, and so has told where it stands by then.
+                board.post("stack", hang.main_stack())
                 self.before = time.monotonic(), board.read("beat")
                 return
             if time.monotonic() - self.before[0] < SILENT_S:
@@ -304,10 +306,8 @@ class Failures:
             log.write(f"{first['exception']}\nthe stacks of this rank's threads:\n{mine}\n")
         blamed = self.members[first["rank"]]
         beside = [r for r in silent or [] if self.members[r]["host"] == self.host and r != rank]
-        if board is not None:
-            board.post("stack", hang.main_stack())
-            if first["rank"] in beside:
-                board.post("look", hang.process_state(blamed["pid"]))
+        if board is not None and first["rank"] in beside:
+            board.post("look", hang.process_state(blamed["pid"]))
         if writer:
             first["traceback"] = first["traceback"] or self._look_at(first["rank"], beside)
             self._write(first)
