@@ -19,7 +19,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.checkpoint.weights import load_weights
-from launcher.config import CfgNode, parse_duration
+from launcher.config import CfgNode, flatten, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
 from launcher.engine.loop import Loop
@@ -29,12 +29,15 @@ from launcher.engine.schedule import build_schedule
 from launcher.engine.step import TrainStep
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
+from launcher.telemetry.background import Background
 from launcher.telemetry.console import Console
 from launcher.telemetry.logs import Logs
-from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.recorder import Recorder, Sink
 from launcher.telemetry.rundir import RunDirectory
-from launcher.telemetry.sinks import ConsoleLines, JsonLines, TensorBoard, strict
-from launcher.telemetry.system import describe, this_rank
+from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict
+from launcher.telemetry.system import SystemFigures, describe, this_rank
+from launcher.telemetry.task_recorder import RunRecorder
+from launcher.telemetry.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ def run(
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     state = build_state(cfg, task, runtime)
+    task.recorder = RunRecorder(state.recorder, state.progress, runtime)
     schedule = build_schedule(cfg, data.train_plan)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, start.resume, start.resume_from, runtime)
@@ -81,8 +85,9 @@ def run(
     stream = found.state["stream"] if found is not None else None
     data.start(state.progress.samples, stream, state.threads)
     resumed = found is not None and found.step is not None
-    open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed)
-    console = Console(schedule.total_steps, enabled=runtime.is_main)
+    total = schedule.total_steps
+    open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed, total)
+    console = Console(total, enabled=runtime.is_main)
     logs.attach(console)
     saver = None
     if runtime.is_main:
@@ -91,17 +96,20 @@ def run(
             directory.rewind(found.state["files"], state.progress.step, found.damaged)
         else:
             store.clean()
-        state.recorder.sinks = [JsonLines(directory.metrics), ConsoleLines(console)]
-        if cfg.LOG.TENSORBOARD:
-            state.recorder.sinks.append(
-                TensorBoard(directory.tensorboard, purge_step=state.progress.step + 1)
+        state.recorder.sinks = [
+            Background(
+                build_sinks(cfg, directory, console, state.progress),
+                directory.write_history,
+                SystemFigures(runtime.device, directory.path),
             )
+        ]
         saver = Saver(store, runtime.device, directory.saved)
     try:
         console.start(state.progress.step)
         step = TrainStep(cfg, task, state, runtime, saver.before_update if saver else None)
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, step, store, saver)
         loop.train()
+        state.recorder.finish()
     except BaseException as error:
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of first
@@ -142,6 +150,7 @@ def evaluate_only(
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     model = task.build_model().to(runtime.device)
+    task.recorder = RunRecorder(Recorder(runtime), Progress(), runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     path = choose_checkpoint(store, which) if runtime.is_main else None
     path = runtime.broadcast(path)  # a collective: rank 0 alone need see the checkpoints
@@ -176,6 +185,17 @@ def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
     )
 
 
+def build_sinks(
+    cfg: CfgNode, directory: RunDirectory, console: Console, progress: Progress
+) -> list[Sink]:
+    """Where rank 0's records go."""
+    sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
+    if cfg.LOG.TENSORBOARD:
+        folder, first = directory.tensorboard, progress.step + 1
+        sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
+    return sinks
+
+
 def open_directory(
     cfg: CfgNode,
     directory: RunDirectory,
@@ -185,6 +205,7 @@ def open_directory(
     start: Start,
     progress: Progress,
     resumed: bool,
+    total_steps: int,
 ) -> None:
     """Make the run directory, once every rank has built everything without a mistake."""
     assert data.size is not None
@@ -201,6 +222,7 @@ def open_directory(
                 **describe(start.argv),
                 "job": runtime.topology.job_id,
                 "launched_by": runtime.topology.launched_by,
+                "total_steps": total_steps,
                 "ranks": ranks,
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
             }
