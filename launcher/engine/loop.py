@@ -77,7 +77,8 @@ class Loop:
             "evaluate": Every(cfg.EVAL.EVERY),
             "checkpoint": Every(cfg.CHECKPOINT.EVERY),
         }
-        self.histograms = Histograms(cfg.LOG.HISTOGRAMS, state.model, state.recorder)
+        period = cfg.LOG.HISTOGRAMS if cfg.LOG.TENSORBOARD else ""
+        self.histograms = Histograms(period, state.model, state.recorder)
         step.observe = self.histograms.gradients
         self.throughput = Throughput(cfg, task, runtime.device, runtime.world_size)
         self.watch = StopWatch(time.monotonic())

@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 # up to the second. At 20 values a record that is 60,000 of them.
 MEDIA_LIMIT, RECORD_LIMIT = 64 << 20, 256 << 20
 RECORD_BYTES = 4096  # about what a record takes in memory
+# How long the thread lets things come together: each time it wakes, it takes the interpreter from
+# the training for a moment.
+LINGER_S = 0.05
 # How long a checkpoint waits for the files, and the end of a run for a sink that is stuck.
 FLUSH_S, CLOSE_S = 60.0, 60.0
 
@@ -65,7 +68,7 @@ class Background:
         self.sinks, self.history, self.figures = list(sinks), history, figures
         self.media_limit, self.record_limit = media_limit, record_limit
         self.pid = os.getpid()
-        self.wake = threading.Condition()
+        self.wake, self.urgent = threading.Condition(), threading.Event()
         self.queue: deque[tuple[Any, int]] = deque()
         self.bytes = 0  # in the queue and in the thread's hands
         self.left_out = self.lost = 0  # media, records
@@ -123,6 +126,7 @@ class Background:
         with self.wake:
             self.queue.append((flush, 0))
             self.wake.notify()
+        self.urgent.set()
         return flush.done.wait(seconds) and flush.complete and not self.lost
 
     def _run(self) -> None:
@@ -130,6 +134,9 @@ class Background:
             with self.wake:
                 while not self.queue:
                     self.wake.wait()
+            self.urgent.wait(LINGER_S)
+            self.urgent.clear()
+            with self.wake:
                 batch, self.queue = self.queue, deque()
             flushes = [item for item, _ in batch if isinstance(item, _Flush)]
             for item, _ in batch:

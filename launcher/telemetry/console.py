@@ -34,7 +34,9 @@ class Console:
             TextColumn,
             TimeRemainingColumn,
         )
+        from rich.text import Text
 
+        self.text = Text.from_ansi
         self.rich = RichConsole(stderr=True)
         self.progress = Progress(
             TextColumn("step"),
@@ -69,9 +71,7 @@ class Console:
 
     def print(self, line: str) -> None:
         """Print a log line above the bar."""
-        from rich.text import Text
-
-        self.rich.print(Text.from_ansi(line), soft_wrap=True)
+        self.rich.print(self.text(line), soft_wrap=True)
 
     def close(self) -> None:
         if self.progress is not None:

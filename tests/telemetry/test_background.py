@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -236,13 +237,25 @@ def test_a_forked_process_has_no_part_in_it() -> None:
     sink = Kept()
     thread = start(sink)
     thread.write(record(1))
-    with thread.wake:
-        child = os.fork()
-        if child == 0:
-            thread.write(record(2))
-            thread.show(text("x"))
-            thread.flush()
-            os._exit(7)
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with thread.wake:
+            held.set()
+            done.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        thread.write(record(2))
+        thread.show(text("x"))
+        thread.flush()
+        os._exit(7)
+    done.set()
+    holder.join()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert thread.flush() and sink.got == [1]
 
