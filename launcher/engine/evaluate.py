@@ -18,8 +18,9 @@ from launcher.telemetry.task_recorder import Notes, evaluating, means, on_host
 
 def evaluate(
     cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
-) -> dict[str, float]:
-    """The metrics of a split, on every rank; `batches` are this rank's.
+) -> dict[str, float] | None:
+    """The metrics of a split, on every rank; `batches` are this rank's. None where a rank was asked
+    to stop meanwhile: a long evaluation must not outlast the time that a scheduler grants.
 
     Whole batches are dealt to the ranks in turn and the values of all samples are put back into
     the data set's order before they are averaged in float64, so the metrics of any number of ranks
@@ -43,8 +44,11 @@ def _evaluate(
     runtime.broadcast_tensors(list(model.buffers()))
     was_training = model.training
     model.eval()
-    outputs = []
+    outputs, abandoned = [], False
     for batch in batches:
+        runtime.watch.enter("evaluate")
+        if abandoned := runtime.watch.stop is not None:
+            break
         with autocast(cfg, runtime.device):
             outputs.append((_checked(task, task.eval_step(model, batch)), notes.take()))
     model.train(was_training)
@@ -54,9 +58,10 @@ def _evaluate(
         for output, noted in outputs
     ]
     # A collective. Ranks with fewer batches wait here for the others.
-    parts = runtime.gather(mine)
+    parts = runtime.gather(None if abandoned else mine)
     metrics = None
-    if parts is not None:
+    if parts is not None and None not in parts:
+        runtime.watch.enter("summarize")
         whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
         metrics = means([noted for _, noted in whole])
         metrics |= _metrics(task, [output for output, _ in whole], plan.length)
