@@ -100,7 +100,9 @@ def train(argv: list[str]) -> int:
     )
     task = config.task
     assert task is not None  # load_config demands one
-    logs = Logs(topology, config.cfg.LOG.LEVEL, [task.__module__.split(".")[0]])
+    log = config.cfg.LOG
+    own = [task.__module__.split(".")[0]]
+    logs = Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT)
 
     try:
         with start(topology, config.cfg) as runtime:

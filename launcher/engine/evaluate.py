@@ -13,9 +13,9 @@ from launcher.data.plan import Plan
 from launcher.engine.step import autocast
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
+from launcher.telemetry.task_recorder import Notes, evaluating, means, on_host
 
 
-@torch.no_grad()
 def evaluate(
     cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
 ) -> dict[str, float] | None:
@@ -26,6 +26,19 @@ def evaluate(
     the data set's order before they are averaged in float64, so the metrics of any number of ranks
     are those of one process to the last bit.
     """
+    with torch.no_grad(), evaluating(task) as notes:
+        return _evaluate(cfg, task, model, batches, plan, runtime, notes)
+
+
+def _evaluate(
+    cfg: CfgNode,
+    task: Any,
+    model: nn.Module,
+    batches: Iterable[Any],
+    plan: Plan,
+    runtime: Runtime,
+    notes: Notes,
+) -> dict[str, float]:
     # DDP gives every rank rank 0's buffers at the start of a step, but the last step changed them
     # by each rank's own batch. One collective a buffer, once an evaluation.
     runtime.broadcast_tensors(list(model.buffers()))
@@ -37,17 +50,22 @@ def evaluate(
         if abandoned := runtime.watch.stop is not None:
             break
         with autocast(cfg, runtime.device):
-            outputs.append(_checked(task, task.eval_step(model, batch)))
+            outputs.append((_checked(task, task.eval_step(model, batch)), notes.take()))
     model.train(was_training)
     # The one point where evaluation waits for the device.
-    mine = [{k: v.detach().cpu() for k, v in output.items()} for output in outputs]
+    mine = [
+        ({k: v.detach().cpu() for k, v in output.items()}, on_host(noted))
+        for output, noted in outputs
+    ]
     # A collective. Ranks with fewer batches wait here for the others.
     parts = runtime.gather(None if abandoned else mine)
     metrics = None
     if parts is not None and None not in parts:
         runtime.watch.enter("summarize")
         whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
-        metrics = _metrics(task, whole, plan.length)
+        metrics = means([noted for _, noted in whole])
+        metrics |= _metrics(task, [output for output, _ in whole], plan.length)
+        metrics |= means([on_host(notes.take())])  # what summarize noted
     # A collective: all ranks learn the result, so that all agree on a new best.
     return runtime.broadcast(metrics)
 

@@ -15,14 +15,17 @@ from launcher.checkpoint.store import CheckpointStore
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
+from launcher.engine.optim import rates
 from launcher.engine.schedule import Schedule
 from launcher.engine.step import TrainStep
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
+from launcher.telemetry.histograms import Histograms
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict
-from launcher.telemetry.system import SystemFigures, versions
+from launcher.telemetry.system import versions
+from launcher.telemetry.throughput import Eta, Throughput
 
 logger = logging.getLogger(__name__)
 NOTHING: frozenset[str] = frozenset()
@@ -76,8 +79,11 @@ class Loop:
             "evaluate": Every(cfg.EVAL.EVERY),
             "checkpoint": Every(cfg.CHECKPOINT.EVERY),
         }
+        period = cfg.LOG.HISTOGRAMS if cfg.LOG.TENSORBOARD else ""
+        self.histograms = Histograms(period, state.model, state.recorder)
+        step.observe = self.histograms.gradients
+        self.throughput = Throughput(cfg, task, runtime.device, runtime.world_size)
         self.timed = [name for name, period in self.periods.items() if period.timed]
-        self.figures = SystemFigures(runtime.device)
         self.clock = StopWatch(time.monotonic())
         self.advised = False
         self.metrics: dict[str, float] = {}  # of an evaluation at this very step
@@ -95,8 +101,8 @@ class Loop:
         if not cfg.EVAL.EVERY and cfg.CHECKPOINT.KEEP_BEST:
             logger.info("never evaluated: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
         self._check_space()
-        self.figures.read(time.monotonic())
         self.clock = StopWatch(time.monotonic())
+        self.eta = Eta(self.schedule.total_steps, progress.step, self.clock.started)
         watch = self.runtime.watch
         finished = progress.reached(duration)
         if self.state.due and not self._make_up(finished):
@@ -107,8 +113,10 @@ class Loop:
             k = plan.batches_in(progress.samples) % plan.steps_per_epoch
             start, stop = plan.batch(k)
             sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
-            rate = self.schedule.apply(self.state.optimizer, progress.step)
-            skipped, seen = self.step(self._next_batch, sizes, stop - start, self._requests())
+            self.schedule.apply(self.state.optimizer, progress.step)
+            self.histograms.prepare(progress, stop - start, plan.samples_per_epoch)
+            with self.throughput.step(sum(sizes)):
+                skipped, seen = self.step(self._next_batch, sizes, stop - start, self._requests())
             progress.advance(stop - start, plan.samples_per_epoch, skipped)
             finished = progress.reached(duration)
             self.clock.steps += 1
@@ -117,11 +125,13 @@ class Loop:
             stopping = "stop" in seen
             if skipped and not finished and not stopping:
                 continue  # no new step: nothing is due that was not due before
+            if not skipped:
+                self.histograms.show(progress.step)
 
             due = seen | {name for name, p in self.periods.items() if p.due(before, progress)}
             # A step stands once, also where the last batches were skipped by the scaler.
             if ("record" in due or finished) and self.recorded < progress.step:
-                self.record(rate)
+                self.record()
             began = time.monotonic()
             best: bool | None = False
             evaluate_last = finished and cfg.EVAL.EVERY
@@ -195,11 +205,13 @@ class Loop:
             return stop
         return stop | {name for name in self.timed if self.periods[name].elapsed()}
 
-    def record(self, rate: float) -> None:
+    def record(self) -> None:
         """Write the means since the last record. A collective."""
         now = time.monotonic()
         self.recorded = self.state.progress.step
-        extra = {"train/lr": rate, **self.clock.figures(now), **self.figures.read(now)}
+        extra = {**rates(self.state.optimizer), **self.clock.figures(now)}
+        extra |= self.throughput.figures(extra["perf/samples_per_s"])
+        extra |= self.eta.figures(self.recorded, now)
         if self.state.scaler.is_enabled():
             batches = self.data.train_plan.batches_in(self.state.progress.samples)
             extra["train/skipped_steps"] = batches - self.state.progress.step

@@ -51,3 +51,14 @@ def build_optimizer(cfg: CfgNode, task: Any, model: nn.Module) -> Optimizer:
         weight_decay=optim.WEIGHT_DECAY,
         fused=fused,
     )
+
+
+def rates(optimizer: Optimizer) -> dict[str, float]:
+    """`train/lr`, that of the first parameter group, and where the groups were made with different
+    rates `train/lr/<name>` for each: its "name", or its number."""
+    groups = optimizer.param_groups
+    found = {"train/lr": float(groups[0]["lr"])}
+    if len({group.get("initial_lr", group["lr"]) for group in groups}) > 1:
+        for number, group in enumerate(groups):
+            found[f"train/lr/{group.get('name', number)}"] = float(group["lr"])
+    return found

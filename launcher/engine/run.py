@@ -22,7 +22,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.checkpoint.weights import load_weights
-from launcher.config import CfgNode, parse_duration
+from launcher.config import CfgNode, flatten, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.agreement import LAG
 from launcher.engine.evaluate import evaluate
@@ -36,13 +36,16 @@ from launcher.engine.step import TrainStep
 from launcher.errors import RunError, UsageError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
+from launcher.telemetry.background import Background
 from launcher.telemetry.console import Console
 from launcher.telemetry.heartbeat import Heartbeat
 from launcher.telemetry.logs import Logs
-from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.recorder import Recorder, Sink
 from launcher.telemetry.rundir import RunDirectory
-from launcher.telemetry.sinks import ConsoleLines, JsonLines, TensorBoard, strict
-from launcher.telemetry.system import describe, this_rank
+from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict
+from launcher.telemetry.system import SystemFigures, describe, this_rank
+from launcher.telemetry.task_recorder import RunRecorder
+from launcher.telemetry.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 # Slurm kills at the very second of its limit; the job file still has something to do before.
@@ -96,6 +99,7 @@ def _run(
     data = Data(cfg, task, runtime)
     state = build_state(cfg, task, runtime)
     failures.progress = state.progress
+    task.recorder = RunRecorder(state.recorder, state.progress, runtime)
     schedule = build_schedule(cfg, data.train_plan)
     compare({"steps": schedule.total_steps, "model": model_layout(state.model)}, runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
@@ -113,9 +117,10 @@ def _run(
     stream = found.state["stream"] if found is not None else None
     data.start(state.progress.samples, stream, state.threads)
     resumed = found is not None and found.step is not None
-    open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed)
+    total = schedule.total_steps
+    open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed, total)
     failures.opened = True
-    console = Console(schedule.total_steps, enabled=runtime.is_main)
+    console = Console(total, enabled=runtime.is_main)
     logs.attach(console)
     saver = heartbeat = None
     if runtime.is_main:
@@ -124,11 +129,13 @@ def _run(
             directory.rewind(found.state["files"], state.progress.step, found.damaged)
         else:
             store.clean()
-        state.recorder.sinks = [JsonLines(directory.metrics), ConsoleLines(console)]
-        if cfg.LOG.TENSORBOARD:
-            state.recorder.sinks.append(
-                TensorBoard(directory.tensorboard, purge_step=state.progress.step + 1)
+        state.recorder.sinks = [
+            Background(
+                build_sinks(cfg, directory, console, state.progress),
+                directory.write_history,
+                SystemFigures(runtime.device, directory.path),
             )
+        ]
         saver = Saver(store, runtime.device, directory.saved)
         margin = stop_margin(runtime, saver, state.progress)
         ask = runtime.watch.request_stop
@@ -138,6 +145,8 @@ def _run(
         step = TrainStep(cfg, task, state, runtime, saver.before_update if saver else None)
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, step, store, saver)
         stopped = loop.train()
+        if stopped is None:
+            state.recorder.finish()
     finally:
         console.close()
         data.close()
@@ -206,6 +215,7 @@ def evaluate_only(
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     model = task.build_model().to(runtime.device)
+    task.recorder = RunRecorder(Recorder(runtime), Progress(), runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     path = choose_checkpoint(store, which) if runtime.is_main else None
     path = runtime.broadcast(path)  # a collective: rank 0 alone need see the checkpoints
@@ -245,6 +255,17 @@ def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
     )
 
 
+def build_sinks(
+    cfg: CfgNode, directory: RunDirectory, console: Console, progress: Progress
+) -> list[Sink]:
+    """Where rank 0's records go."""
+    sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
+    if cfg.LOG.TENSORBOARD:
+        folder, first = directory.tensorboard, progress.step + 1
+        sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
+    return sinks
+
+
 def open_directory(
     cfg: CfgNode,
     directory: RunDirectory,
@@ -254,6 +275,7 @@ def open_directory(
     start: Start,
     progress: Progress,
     resumed: bool,
+    total_steps: int,
 ) -> None:
     """Make the run directory, once every rank has built everything without a mistake."""
     assert data.size is not None
@@ -272,6 +294,7 @@ def open_directory(
                 **describe(start.argv),
                 "job": runtime.topology.job_id,
                 "launched_by": runtime.topology.launched_by,
+                "total_steps": total_steps,
                 "ranks": ranks,
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
             }

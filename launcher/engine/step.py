@@ -96,6 +96,7 @@ class TrainStep:
     ) -> None:
         """`before_update` is called before each update: a checkpoint may still copy the weights."""
         self.before_update = before_update
+        self.observe: Callable[[], None] | None = None  # called with the gradients of each step
         self.model, self.optimizer, self.ema = state.model, state.optimizer, state.ema
         self.scaler, self.recorder, self.clip = state.scaler, state.recorder, cfg.TRAIN.GRAD_CLIP
         self.agreement = Agreement(runtime.device, runtime.world_size)
@@ -170,6 +171,8 @@ class TrainStep:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def _update(self) -> bool:
+        if self.observe is not None:
+            self.observe()
         norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)

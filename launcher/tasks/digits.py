@@ -50,8 +50,10 @@ class Digits(Task):
             digits.images, digits.target, test_size=0.2, random_state=0, stratify=digits.target
         )
         images, labels = parts[split == "val" :: 2]
-        # Pixels are 0 to 16; to about zero mean and unit variance.
-        pixels = torch.tensor(images, dtype=torch.float32).unsqueeze(1) / 16
+        pixels = torch.tensor(images, dtype=torch.float32).unsqueeze(1) / 16  # they are 0 to 16
+        if split == "val":
+            self.images = pixels  # to show those that are misread
+        # To about zero mean and unit variance.
         return TensorDataset((pixels - 0.3) / 0.38, torch.tensor(labels, dtype=torch.int64))
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
@@ -67,7 +69,32 @@ class Digits(Task):
 
         images, labels = batch
         logits = model(images)
+        guesses = logits.argmax(1)
         return {
             "loss": cross_entropy(logits, labels, reduction="none"),
-            "accuracy": logits.argmax(1) == labels,
+            "accuracy": guesses == labels,
+            # Whole numbers are no metrics; they only go to `summarize`.
+            "guess": guesses,
+            "label": labels,
         }
+
+    def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Show which digits are taken for which, and the images that are misread."""
+        import torch
+
+        from launcher.tasks.pictures import grid, heat
+
+        guesses, labels = outputs["guess"], outputs["label"]
+        counts = torch.bincount(labels * 10 + guesses, minlength=100).view(10, 10)
+        table = [["digit \\ read as", *range(10)], ["---"] * 11]
+        table += [[f"**{i}**", *row] for i, row in enumerate(counts.tolist())]
+        lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
+        self.recorder.text("confusion", "\n".join(lines))
+        # Rows are digits, columns what they were read as.
+        self.recorder.image("confusion_matrix", heat(counts))
+        wrong = (guesses != labels).nonzero().flatten()[:40]
+        if len(wrong):
+            self.recorder.image("misread", grid(self.images[wrong]))
+            told = [f"{labels[i]} read as {guesses[i]}" for i in wrong.tolist()]
+            self.recorder.text("misread_as", "In the image's order: " + ", ".join(told))
+        return {}

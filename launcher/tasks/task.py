@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
+from launcher.tasks.recorder import TaskRecorder
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -14,7 +16,12 @@ if TYPE_CHECKING:
 class Task:
     """A model and its data. The launcher moves batches to the device, wraps the model, seeds,
     shards, logs and saves; a task never asks for its rank.
+
+    `self.recorder` takes scalars, images, histograms, texts and figures beside what the steps
+    return, at any pace: see TaskRecorder.
     """
+
+    recorder: TaskRecorder = TaskRecorder()
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
@@ -64,3 +71,4 @@ class Task:
     # Optional, found by name because their absence has a meaning of its own:
     #   collate(self, samples) -> batch              default: torch's default_collate
     #   build_optimizer(self, model) -> Optimizer    default: from OPTIM.*
+    #   flops(self) -> float         of one sample, forward and backward; for perf/flops_per_s

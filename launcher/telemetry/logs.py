@@ -12,17 +12,32 @@ from types import TracebackType
 
 from launcher.runtime.topology import Topology
 from launcher.telemetry.console import Console, ConsoleHandler
+from launcher.telemetry.elsewhere import Elsewhere
+from launcher.telemetry.logfile import LogFile
 
 logger = logging.getLogger("launcher")
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Logs:
     """This process's log handlers. Lines wait in memory until the run directory exists."""
 
-    def __init__(self, topology: Topology, level: str, own_modules: list[str]) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        level: str,
+        own_modules: list[str],
+        form: str = "text",
+        file_mb: float = 10.0,
+        files_kept: int = 3,
+    ) -> None:
+        """`form`, `file_mb` and `files_kept` are LOG.FORMAT, LOG.FILE_MB and LOG.FILES_KEPT."""
         self.topology = topology
+        self.file_options = form, file_mb, files_kept
         self.console = ConsoleHandler()
+        if not topology.is_main:
+            self.console.elsewhere = Elsewhere(
+                topology.rank, topology.local_rank, self.console.show
+            )
         self.console.setFormatter(logging.Formatter(self._console_format(), "%H:%M:%S"))
         # Rank 0 speaks for all; what goes wrong elsewhere is heard with its rank.
         self.console.setLevel(level if topology.is_main else logging.WARNING)
@@ -48,13 +63,14 @@ class Logs:
         """Start logs/rank<K>.log with the lines logged so far."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"rank{self.topology.rank}.log"
-        self.file = _LogFile(path, encoding="utf-8")
-        self.file.setFormatter(logging.Formatter(FORMAT))
+        self.file = LogFile(path, *self.file_options)
         root = logging.getLogger()
         self.early.setTarget(self.file)
         root.removeHandler(self.early)
         self.early.close()
         root.addHandler(self.file)
+        if self.console.elsewhere is not None:
+            self.console.elsewhere.open(directory)
 
     def attach(self, console: Console) -> None:
         """Print above this progress bar from now on."""
@@ -69,13 +85,6 @@ class Logs:
                     handler.close()
         logging.captureWarnings(False)
         sys.excepthook, threading.excepthook = self.hooks
-
-
-class _LogFile(logging.FileHandler):
-    """A log file. A line that cannot be written (a full disk) is lost, and nothing else."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
 
 
 def _log_uncaught(

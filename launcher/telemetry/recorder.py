@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from launcher.runtime.process import Runtime
+from launcher.telemetry.media import Media
 
 # One metrics record: step, epoch, samples, time, and a number for each metric.
 Record = dict[str, Any]
@@ -19,12 +20,25 @@ POSITION = ("step", "epoch", "samples", "time")
 
 
 class Sink(Protocol):
-    """Where records go. Rank 0 alone has sinks."""
+    """Where records go. Rank 0 alone has sinks. Methods may raise: see telemetry/background.py."""
 
-    def write(self, record: Record) -> None: ...
+    name: str  # for people
+    essential: bool  # whether a checkpoint needs all records in it
 
-    def flush(self) -> bool:
-        """Have everything in the file; False where that is not possible now."""
+    def write(self, record: Record) -> None:
+        """Take a record; it need not be in the file before `flush`."""
+        ...
+
+    def show(self, media: Media) -> None:
+        """Take a picture, histograms or a text; a sink that has no place for it does nothing."""
+        ...
+
+    def finish(self) -> None:
+        """The run is complete."""
+        ...
+
+    def flush(self) -> Any:
+        """Have everything in the file."""
         ...
 
     def close(self) -> None: ...
@@ -69,6 +83,16 @@ class Recorder:
         for sink in self.sinks:
             sink.write(record)
 
+    def show(self, media: Media) -> None:
+        """Hand a picture, histograms or a text to the sinks."""
+        for sink in self.sinks:
+            sink.show(media)
+
+    def finish(self) -> None:
+        """Tell the sinks that the run is complete."""
+        for sink in self.sinks:
+            sink.finish()
+
     def state(self) -> dict[str, list[float]]:
         """The sums of this rank since the last record. Waits for the device."""
         return {"\n".join(keys): sums.tolist() for keys, sums in self._sums.items()}
@@ -82,7 +106,7 @@ class Recorder:
 
     def flush(self) -> bool:
         """Have everything written so far in the files; False where that is not possible now."""
-        flushed = [sink.flush() for sink in self.sinks]  # every one of them
+        flushed = [sink.flush() is not False for sink in self.sinks]  # every one of them
         return all(flushed)
 
     def close(self) -> None:

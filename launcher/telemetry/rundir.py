@@ -16,10 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-import jsonlines
 import psutil
 
 from launcher.errors import UsageError
+from launcher.telemetry.append import append_line
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -49,6 +49,7 @@ class RunDirectory:
         self._status: dict[str, Any] = {}
         self._writing = threading.Lock()
         self._failed: set[str] = set()
+        self._appending = threading.Lock()
 
     def log(self, rank: int) -> Path:
         """The log file of a rank."""
@@ -234,23 +235,22 @@ class RunDirectory:
         self.evaluations.mkdir(parents=True, exist_ok=True)
         replace_json(unused(self.evaluations / f"{utc_now()}.json"), result)
 
-    def write_history(self, event: str, step: int, **details: Any) -> None:
-        """Append one record of what happened to history.jsonl; a failure to is told once."""
-        record = {"event": event, "step": step, "time": time.time(), **details}
+    def write_history(self, event: str, step: int, **details: Any) -> bool:
+        """Append one record of what happened to history.jsonl; a failure to is told once. False
+        then."""
+        line = _strict_dumps({"event": event, "step": step, "time": time.time(), **details})
+        with self._appending:  # threads write here too, and a failed line is cut off again
+            return self._try("history.jsonl", lambda: append_line(self.history, line))
 
-        def write() -> None:
-            with jsonlines.open(self.history, "a", dumps=_strict_dumps) as writer:
-                writer.write(record)
-
-        self._try("history.jsonl", write)
-
-    def _try(self, name: str, write: Callable[[], None]) -> None:
+    def _try(self, name: str, write: Callable[[], None]) -> bool:
         try:
             write()
         except OSError as error:
             if name not in self._failed:
+                self._failed.add(name)
                 logger.warning("%s could not be written: %s", self.path / name, error)
-            self._failed.add(name)
+            return False
+        return True
 
 
 def utc_now() -> str:

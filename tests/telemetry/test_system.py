@@ -1,0 +1,94 @@
+"""Figures of this process and its children."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.telemetry.system import GIB, SystemFigures
+
+CPU = torch.device("cpu")
+# A child that holds 200 MiB, computes, and waits for its end.
+CHILD = """
+import sys
+kept = bytearray(200 << 20)
+print("ready", flush=True)
+sum(range(3 * 10**7))
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_childs_memory_and_time_are_told_apart(tmp_path: Path) -> None:
+    figures = SystemFigures(CPU, tmp_path)
+    before = figures.latest()
+    assert before["system/workers_rss_gib"] == 0 and before["system/rss_gib"] > 0.01
+    assert before["system/cpu_percent"] > 0  # since this process began
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == b"ready\n"
+        assert child.stdout.readline() == b"done\n"
+        figures.next = 0.0
+        after = figures.latest()
+    finally:
+        child.communicate()
+    assert after["system/workers_rss_gib"] > 200 / 1024
+    assert after["system/rss_gib"] > after["system/workers_rss_gib"]
+    assert after["system/workers_cpu_percent"] > 0
+    assert after["system/cpu_percent"] >= after["system/workers_cpu_percent"]
+
+
+def test_they_are_read_anew_only_when_they_are_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = SystemFigures(CPU, tmp_path)
+    reads = []
+
+    def slow(now: float) -> dict[str, float]:
+        reads.append(now)
+        clock[0] += 0.5  # what a read takes, on a machine of many processes
+        return {"system/x": float(len(reads))}
+
+    clock = [1000.0]
+    monkeypatch.setattr(figures, "_read", slow)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    assert figures.latest() == {"system/x": 1.0}
+    clock[0] += 49
+    assert figures.latest() == {"system/x": 1.0}  # a hundredth of the time, no more
+    clock[0] += 2
+    assert figures.latest() == {"system/x": 2.0}
+
+
+def test_disk(tmp_path: Path) -> None:
+    free = SystemFigures(CPU, tmp_path).latest()["system/disk_free_gib"]
+    assert 0 < free < (1 << 60) / GIB
+    assert "system/disk_free_gib" not in SystemFigures(CPU, tmp_path / "gone").latest()
+
+
+def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no library to ask for the utilisation, it is told once and left out."""
+    asked = []
+
+    def utilization(device: torch.device) -> int:
+        asked.append(device)
+        raise ModuleNotFoundError("nvidia-ml-py is not installed")
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * GIB)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 * GIB)
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    figures = SystemFigures(torch.device("cuda", 0), tmp_path)
+    for _ in range(2):
+        figures.next = 0.0
+        found = figures.latest()
+        assert (found["system/gpu_mem_gib"], found["system/gpu_mem_reserved_gib"]) == (3, 4)
+        assert "system/gpu_percent" not in found
+    assert len(asked) == 1
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 55)
+    again = SystemFigures(torch.device("cuda", 0), tmp_path)
+    assert again.latest()["system/gpu_percent"] == 55
