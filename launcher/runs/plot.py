@@ -50,7 +50,7 @@ def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, out
         panels = figure.subplots(len(keys), squeeze=False)[:, 0]
         drawn: set[str] = set()
         for number, run in enumerate(runs):
-            table, color = run.table(), f"C{number % 10}"
+            table, color = run.table(keys), f"C{number % 10}"
             # matplotlib hides labels that begin with _, and takes what is between two $ for maths.
             label = f" {run.name}".replace("$", r"\$")
             for key, axes in zip(keys, panels, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -209,10 +209,16 @@ def parse(block: bytes, first: int = 1) -> tuple[Table, int]:
     return table, count
 
 
-def read_table(path: Path, limit: int | None = None) -> Table:
-    """All records of a file; an empty table where there is none."""
-    chunks: Iterable[Chunk] = read_chunks(path, limit=limit) if path.exists() else ()
-    return Table.join([chunk.table for chunk in chunks])
+def read_table(path: Path, limit: int | None = None, keys: Sequence[str] = ()) -> Table:
+    """All records of a file, of these keys alone where some are given; an empty table where there
+    is no file."""
+    tables = []
+    for chunk in read_chunks(path, limit=limit) if path.exists() else ():
+        if keys:
+            columns = chunk.table.columns
+            chunk.table.columns = {key: columns[key] for key in keys if key in columns}
+        tables.append(chunk.table)
+    return Table.join(tables)
 
 
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], list[Damage]]:

@@ -96,10 +96,13 @@ class Run:
     def state(self) -> str:
         return self.status.state if self.status is not None else "?"
 
-    def table(self) -> Table:
-        """All records. Raises RunError where their file cannot be read at all."""
+    def table(self, keys: Sequence[str] = ()) -> Table:
+        """All records, with at least these metrics. Raises RunError where their file cannot be read
+        at all."""
         try:
-            return read_table(self.records) if self.ours else foreign.read(self.kind, self.records)
+            if self.ours:
+                return read_table(self.records, keys=keys)
+            return foreign.read(self.kind, self.records)
         except OSError as error:
             raise RunError(f"{self.records} cannot be read: {error.strerror}") from error
 

@@ -116,7 +116,7 @@ def _headline(run: Run) -> list[Text]:
 
 
 def history_table(history: Sequence[dict[str, Any]], most: int = 20) -> Table:
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2, 0, 0))
     if len(history) > most:
         table.add_row("", f"... {len(history) - most} earlier", "", "")
     for event in history[-most:]:
