@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class TrainingState:
     progress: Progress
     recorder: Recorder
     threads: int = 0  # that this rank computed with before; sums depend on it
+    due: list[str] = field(default_factory=list)  # at this step, and left to the next attempt
 
     def capture(self, runtime: Runtime) -> dict[str, Any] | None:
         """The state as rank 0 saves it; None on the other ranks. A collective.
@@ -50,6 +51,7 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "progress": self.progress.as_dict(),
+            "due": list(self.due),
             "ranks": ranks,
         }
 
@@ -65,6 +67,7 @@ class TrainingState:
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
         self.progress.__dict__.update(saved["progress"])
+        self.due = list(saved["due"])
         ranks = saved["ranks"]
         if runtime.rank < len(ranks):
             set_random_state(ranks[runtime.rank]["random"])

@@ -15,6 +15,8 @@ from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
 from launcher.telemetry.rundir import RunDirectory
 
+logger = logging.getLogger(__name__)
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -68,7 +70,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def train(argv: list[str]) -> int:
-    """Run the command; the exit code is 0 done, 2 bad usage or config, 1 anything else."""
+    """Run the command; the exit code is 0 done, 2 bad usage or config, 75 stopped early on purpose
+    (under torchrun 0), 1 anything else."""
     options, overrides = split_overrides(parser(), argv)
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
@@ -78,19 +81,20 @@ def train(argv: list[str]) -> int:
         print(config.cfg.dump(), end="")
         return 0
     directory = RunDirectory(config.cfg.OUTPUT_DIR)
+    restarted = topology.restarts > 0 or directory.left_unfinished_by(topology.job_id)
+    resume = options.resume or restarted
     if topology.is_main and not options.eval_only:
-        refuse(directory, options.resume, options.overwrite)
+        refuse(directory, resume, options.overwrite)
 
     # From here on torch is needed, which takes seconds to import.
-    from torch.distributed.elastic.multiprocessing.errors import record
-
     from launcher.engine.run import Start, evaluate_only, run
-    from launcher.runtime.process import Runtime, start
+    from launcher.runtime.process import start
+    from launcher.runtime.watch import STOPPED
     from launcher.telemetry.logs import Logs
 
     how = Start(
         sys.argv,
-        options.resume,
+        resume,
         options.resume_from,
         frozenset(key for text in options.allow for key in text.split(",")),
     )
@@ -98,31 +102,27 @@ def train(argv: list[str]) -> int:
     assert task is not None  # load_config demands one
     logs = Logs(topology, config.cfg.LOG.LEVEL, [task.__module__.split(".")[0]])
 
-    def attempt(runtime: Runtime) -> UsageError | None:
-        try:
-            if options.eval_only:
-                checkpoint = options.checkpoint
-                evaluate_only(config.cfg, task, runtime, logs, directory, checkpoint)
-            else:
-                run(config.cfg, task, runtime, logs, directory, how)
-        except UsageError as error:
-            return error  # a message, not a traceback, also for torchrun
-        return None
-
     try:
         with start(topology, config.cfg) as runtime:
-            # torchrun shows the first failing rank's traceback from the file that @record writes.
-            problem = record(attempt)(runtime)
-        if problem is not None:
-            raise problem
-    except UsageError:
+            if restarted and topology.is_main and not options.eval_only:
+                logger.info("a restart: going on with the run in %s", directory.path)
+            if options.eval_only:
+                which = options.checkpoint
+                done = evaluate_only(config.cfg, task, runtime, logs, directory, which)
+            else:
+                done = run(config.cfg, task, runtime, logs, directory, how)
+    except UsageError as error:
+        if getattr(error, "told", False):
+            return error.exit_code
         raise
-    except Exception:
-        logging.getLogger("launcher").critical("the run failed", exc_info=True)
+    except BaseException as error:
+        if not getattr(error, "told", False):
+            logger.critical("the run failed", exc_info=True)
         return 1
     finally:
         logs.close()
-    return 0
+    # torchrun takes any other code for a failure, and starts the ranks again.
+    return 0 if done or topology.launched_by == "torchrun" else STOPPED
 
 
 def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:

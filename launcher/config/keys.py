@@ -73,6 +73,9 @@ KEYS: list[Key] = [
     Key("TRAIN.DROP_LAST", False, "Leave out an epoch's last, smaller global batch"),
     Key("TRAIN.DURATION", "10ep", "How long to train, in epochs or steps", unit=STEPS,
         not_time="a time limit is not the duration of a schedule"),
+    Key("TRAIN.MAX_TIME", "",
+        'Stop, with a checkpoint, when a process has run for so long; "" means no limit',
+        unit=TIME, never=True),
     Key("TRAIN.PRECISION", "fp32", "Number format of the forward and backward pass",
         choices=("fp32", "tf32", "bf16", "fp16")),
     Key("TRAIN.GRAD_CLIP", 0.0, "Largest norm of the gradient; 0: no clipping", at_least=0),
@@ -116,7 +119,9 @@ KEYS: list[Key] = [
     Key("DIST.FIND_UNUSED_PARAMETERS", False,
         "For models whose steps use only some of the weights; costs a walk over the graph a step"),
     Key("DIST.INIT_TIMEOUT", "10min", "Longest wait for all ranks at the start", unit=TIME),
-    Key("DIST.TRAIN_TIMEOUT", "5min", "Longest wait for a batch from a loader worker", unit=TIME),
+    Key("DIST.TRAIN_TIMEOUT", "5min", "Longest time without a training step or evaluation batch",
+        unit=TIME),
+    Key("DIST.SAVE_TIMEOUT", "30min", "Longest wait for a checkpoint to be written", unit=TIME),
 ]
 # fmt: on
 

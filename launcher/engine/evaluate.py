@@ -18,8 +18,9 @@ from launcher.runtime.process import Runtime
 @torch.no_grad()
 def evaluate(
     cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
-) -> dict[str, float]:
-    """The metrics of a split, on every rank; `batches` are this rank's.
+) -> dict[str, float] | None:
+    """The metrics of a split, on every rank; `batches` are this rank's. None where a rank was asked
+    to stop meanwhile: a long evaluation must not outlast the time that a scheduler grants.
 
     Whole batches are dealt to the ranks in turn and the values of all samples are put back into
     the data set's order before they are averaged in float64, so the metrics of any number of ranks
@@ -30,17 +31,21 @@ def evaluate(
     runtime.broadcast_tensors(list(model.buffers()))
     was_training = model.training
     model.eval()
-    outputs = []
+    outputs, abandoned = [], False
     for batch in batches:
+        runtime.watch.enter("evaluate")
+        if abandoned := runtime.watch.stop is not None:
+            break
         with autocast(cfg, runtime.device):
             outputs.append(_checked(task, task.eval_step(model, batch)))
     model.train(was_training)
     # The one point where evaluation waits for the device.
     mine = [{k: v.detach().cpu() for k, v in output.items()} for output in outputs]
     # A collective. Ranks with fewer batches wait here for the others.
-    parts = runtime.gather(mine)
+    parts = runtime.gather(None if abandoned else mine)
     metrics = None
-    if parts is not None:
+    if parts is not None and None not in parts:
+        runtime.watch.enter("summarize")
         whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
         metrics = _metrics(task, whole, plan.length)
     # A collective: all ranks learn the result, so that all agree on a new best.

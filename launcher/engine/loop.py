@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.checkpoint.saver import Saver
-from launcher.checkpoint.state import TrainingState
+from launcher.checkpoint.state import TrainingState, random_state, set_random_state
 from launcher.checkpoint.store import CheckpointStore
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
@@ -25,6 +25,8 @@ from launcher.telemetry.sinks import strict
 from launcher.telemetry.system import SystemFigures, versions
 
 logger = logging.getLogger(__name__)
+NOTHING: frozenset[str] = frozenset()
+STOP = frozenset({"stop"})
 
 
 @dataclass
@@ -74,15 +76,19 @@ class Loop:
             "evaluate": Every(cfg.EVAL.EVERY),
             "checkpoint": Every(cfg.CHECKPOINT.EVERY),
         }
+        self.timed = [name for name, period in self.periods.items() if period.timed]
         self.figures = SystemFigures(runtime.device)
-        self.watch = StopWatch(time.monotonic())
+        self.clock = StopWatch(time.monotonic())
         self.advised = False
         self.metrics: dict[str, float] = {}  # of an evaluation at this very step
         self.recorded = self.evaluated = -1  # at which step
 
-    def train(self) -> None:
+    def train(self) -> str | None:
         """One global batch after the other, and after each what is due, in this order: the record,
-        the evaluation, the checkpoint."""
+        the evaluation, the checkpoint.
+
+        Returns None at the end of TRAIN.DURATION, else (on rank 0) why the run was stopped before.
+        """
         cfg, plan, progress = self.cfg, self.data.train_plan, self.state.progress
         duration = parse_duration(cfg.TRAIN.DURATION)
         assert duration is not None  # the config check demands one
@@ -90,9 +96,13 @@ class Loop:
             logger.info("never evaluated: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
         self._check_space()
         self.figures.read(time.monotonic())
-        self.watch = StopWatch(time.monotonic())
-        finished = False
+        self.clock = StopWatch(time.monotonic())
+        watch = self.runtime.watch
+        finished = progress.reached(duration)
+        if self.state.due and not self._make_up(finished):
+            return self._stopped()
         while not finished:
+            watch.enter("step")
             before, self.metrics = progress.copy(), {}
             k = plan.batches_in(progress.samples) % plan.steps_per_epoch
             start, stop = plan.batch(k)
@@ -101,9 +111,11 @@ class Loop:
             skipped, seen = self.step(self._next_batch, sizes, stop - start, self._requests())
             progress.advance(stop - start, plan.samples_per_epoch, skipped)
             finished = progress.reached(duration)
-            self.watch.steps += 1
-            self.watch.samples += stop - start
-            if skipped and not finished:
+            self.clock.steps += 1
+            self.clock.samples += stop - start
+            watch.started = True
+            stopping = "stop" in seen
+            if skipped and not finished and not stopping:
                 continue  # no new step: nothing is due that was not due before
 
             due = seen | {name for name, p in self.periods.items() if p.due(before, progress)}
@@ -111,13 +123,39 @@ class Loop:
             if ("record" in due or finished) and self.recorded < progress.step:
                 self.record(rate)
             began = time.monotonic()
-            best = False
+            best: bool | None = False
             evaluate_last = finished and cfg.EVAL.EVERY
             if ("evaluate" in due or evaluate_last) and self.evaluated < progress.step:
-                best = self.evaluate()
+                # When asked to stop, the evaluation is left to the attempt that goes on.
+                best = None if stopping else self.evaluate()
+            if best is None or (stopping and not finished):
+                self.state.due = sorted({"evaluate"} | due & {"checkpoint"}) if best is None else []
+                self.save(last=True)
+                return self._stopped()
             if "checkpoint" in due or best or finished:
                 self.save(last=finished)
-            self.watch.away += time.monotonic() - began
+            self.clock.away += time.monotonic() - began
+        return None
+
+    def _make_up(self, finished: bool) -> bool:
+        """Do what was due at the checkpoint's step when the attempt before this one was stopped;
+        False where this one is asked to stop meanwhile."""
+        best, due = self.evaluate(), self.state.due
+        if best is None:
+            return False
+        self.state.due = []
+        if best or finished or "checkpoint" in due:
+            self.save(last=finished)
+        return True
+
+    def _stopped(self) -> str:
+        """Why; known to rank 0."""
+        # A collective, the last one: any rank may have been the one that was asked to.
+        reasons = self.runtime.gather(self.runtime.watch.stop)
+        for rank, reason in enumerate(reasons or []):
+            if reason is not None:
+                return reason if rank == 0 else f"{reason} (rank {rank})"
+        return "asked to"
 
     def _check_space(self) -> None:
         """Warn where the disk has no room for the checkpoints that are kept, and one being written.
@@ -143,54 +181,63 @@ class Loop:
 
     def _next_batch(self) -> Any:
         began = time.monotonic()
+        self.runtime.watch.enter("data")
         batch = self.data.next_batch()
-        self.watch.data += time.monotonic() - began
+        self.runtime.watch.enter("step")
+        self.clock.data += time.monotonic() - began
         return batch
 
     def _requests(self) -> frozenset[str]:
-        """What is due by rank 0's clock; all ranks see it after the step."""
-        if not self.runtime.is_main:
-            return frozenset()
-        return frozenset(name for name, period in self.periods.items() if period.elapsed())
+        """What this rank has to say, and all see after the step: that it was asked to stop; on rank
+        0, what is due by its clock."""
+        stop = NOTHING if self.runtime.watch.stop is None else STOP
+        if not self.timed or not self.runtime.is_main:
+            return stop
+        return stop | {name for name in self.timed if self.periods[name].elapsed()}
 
     def record(self, rate: float) -> None:
         """Write the means since the last record. A collective."""
         now = time.monotonic()
         self.recorded = self.state.progress.step
-        extra = {"train/lr": rate, **self.watch.figures(now), **self.figures.read(now)}
+        extra = {"train/lr": rate, **self.clock.figures(now), **self.figures.read(now)}
         if self.state.scaler.is_enabled():
             batches = self.data.train_plan.batches_in(self.state.progress.samples)
             extra["train/skipped_steps"] = batches - self.state.progress.step
         self.state.recorder.record(self.state.progress.as_dict(), extra)
         self._advise(now)
-        self.watch = StopWatch(time.monotonic())
-        if self.runtime.is_main:
-            self.directory.write_status("running", self.state.progress.as_dict())
+        self.clock = StopWatch(time.monotonic())
 
     def _advise(self, now: float) -> None:
         """One line, once an attempt, where over a fifth of the time is spent waiting for data."""
-        seconds, steps = self.watch.seconds(now), self.watch.steps
-        if self.advised or seconds < 1 or self.watch.data < 0.2 * seconds:
+        seconds, steps = self.clock.seconds(now), self.clock.steps
+        if self.advised or seconds < 1 or self.clock.data < 0.2 * seconds:
             return
         self.advised = True
         logger.warning(
             "training waits for data %.0f %% of its time (perf/data_s %.4f of perf/step_s %.4f; "
             "%s). `launcher tune-loader` finds better settings.",
-            100 * self.watch.data / seconds,
-            self.watch.data / steps,
+            100 * self.clock.data / seconds,
+            self.clock.data / steps,
             seconds / steps,
             self.data.size.reason if self.data.size else "",
         )
 
-    def evaluate(self) -> bool:
-        """Evaluate, with the averaged weights where there are, and say whether it is a new best.
-        A collective."""
+    def evaluate(self) -> bool | None:
+        """Evaluate, with the averaged weights where there are, and say whether it is a new best;
+        None where it was given up because a rank was asked to stop. A collective."""
         cfg, state = self.cfg, self.state
-        self.evaluated = state.progress.step
+        # What an evaluation draws leaves the training's random state as it was: it may be left
+        # out, done once more or given up, and the steps after it stay the same.
+        before = random_state()
         model = state.model if state.ema is None else state.ema.module
         metrics = evaluate(
             cfg, self.task, model, self.data.evaluation(), self.data.val_plan, self.runtime
         )
+        set_random_state(before)
+        self.runtime.watch.enter("step")
+        if metrics is None:
+            return None
+        self.evaluated = state.progress.step
         self.metrics = {f"val/{key}": value for key, value in metrics.items()}
         state.recorder.write(state.progress.as_dict(), self.metrics)
         if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in self.metrics:
@@ -207,6 +254,13 @@ class Loop:
     def save(self, last: bool = False) -> None:
         """Start to save this step boundary; the last save is waited for. A collective."""
         state = self.state
+        self.runtime.watch.enter("save")
+        try:
+            self._save(state, last)
+        finally:
+            self.runtime.watch.enter("step")
+
+    def _save(self, state: TrainingState, last: bool) -> None:
         captured = state.capture(self.runtime)
         if captured is None or self.saver is None:
             return

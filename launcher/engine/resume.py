@@ -21,6 +21,7 @@ FREE = (
     "LOG.",
     "CHECKPOINT.",
     "EVAL.",
+    "TRAIN.MAX_TIME",
     "DIST.",
     "DATALOADER.NUM_WORKERS",
     "DATALOADER.PREFETCH_FACTOR",

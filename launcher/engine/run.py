@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -21,15 +24,20 @@ from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.checkpoint.weights import load_weights
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
+from launcher.engine.agreement import LAG
 from launcher.engine.evaluate import evaluate
+from launcher.engine.failure import Failures
 from launcher.engine.loop import Loop
+from launcher.engine.members import compare, introduce, model_layout
 from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.schedule import build_schedule
 from launcher.engine.step import TrainStep
+from launcher.errors import RunError, UsageError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.console import Console
+from launcher.telemetry.heartbeat import Heartbeat
 from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
@@ -37,6 +45,8 @@ from launcher.telemetry.sinks import ConsoleLines, JsonLines, TensorBoard, stric
 from launcher.telemetry.system import describe, this_rank
 
 logger = logging.getLogger(__name__)
+# Slurm kills at the very second of its limit; the job file still has something to do before.
+SLURM_SPARE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -56,16 +66,38 @@ def run(
     logs: Logs,
     directory: RunDirectory,
     start: Start,
-) -> None:
-    """Train `task_class` as the config says. Called by every rank.
+) -> bool:
+    """Train `task_class` as the config says; False where it was asked to stop before the end.
+    Called by every rank.
 
-    Raises UsageError for what the user must mend, before the run directory is made or changed.
+    Raises UsageError for what the user must mend, before the run directory is made or changed; any
+    other error is told of on the console and in failure.json before it is raised.
     """
     logger.info("%s on %s", runtime.topology, runtime.device)
+    failures = Failures(runtime, directory, introduce(cfg, task_class, runtime), cfg)
+    try:
+        return _run(cfg, task_class, runtime, logs, directory, start, failures)
+    except BaseException as error:
+        if isinstance(error, UsageError) and not isinstance(error, RunError):
+            raise
+        raise failures.failed(error) from None
+
+
+def _run(
+    cfg: CfgNode,
+    task_class: type,
+    runtime: Runtime,
+    logs: Logs,
+    directory: RunDirectory,
+    start: Start,
+    failures: Failures,
+) -> bool:
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     state = build_state(cfg, task, runtime)
+    failures.progress = state.progress
     schedule = build_schedule(cfg, data.train_plan)
+    compare({"steps": schedule.total_steps, "model": model_layout(state.model)}, runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, start.resume, start.resume_from, runtime)
     if found is not None:
@@ -73,18 +105,19 @@ def run(
         check_length(found.state["dataset_length"], data.train_plan.length, start.allow)
         state.restore(found.state, runtime)
         duration = parse_duration(cfg.TRAIN.DURATION)
-        if duration is not None and state.progress.reached(duration):
+        if duration is not None and state.progress.reached(duration) and not state.due:
             logger.info("this run is complete: step %d. Nothing to do.", state.progress.step)
-            return
+            return True
     elif cfg.MODEL.WEIGHTS:
         load_weights(Path(cfg.MODEL.WEIGHTS), state.model, runtime, strict=cfg.MODEL.WEIGHTS_STRICT)
     stream = found.state["stream"] if found is not None else None
     data.start(state.progress.samples, stream, state.threads)
     resumed = found is not None and found.step is not None
     open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed)
+    failures.opened = True
     console = Console(schedule.total_steps, enabled=runtime.is_main)
     logs.attach(console)
-    saver = None
+    saver = heartbeat = None
     if runtime.is_main:
         if found is not None and resumed:
             store.clean(found.damaged)
@@ -97,34 +130,64 @@ def run(
                 TensorBoard(directory.tensorboard, purge_step=state.progress.step + 1)
             )
         saver = Saver(store, runtime.device, directory.saved)
+        margin = stop_margin(runtime, saver, state.progress)
+        ask = runtime.watch.request_stop
+        heartbeat = Heartbeat(directory, state.progress, deadlines(cfg), margin, ask)
     try:
         console.start(state.progress.step)
         step = TrainStep(cfg, task, state, runtime, saver.before_update if saver else None)
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, step, store, saver)
-        loop.train()
-    except BaseException as error:
-        if saver is not None:
-            saver.close()  # a checkpoint that is being written is finished and told of first
-        if runtime.is_main:
-            reason = f"{type(error).__name__}: {error}".strip(": ")
-            directory.write_status("failed", state.progress.as_dict(), reason)
-            directory.write_history("failure", state.progress.step, reason=reason)
-        raise
+        stopped = loop.train()
     finally:
+        console.close()
         data.close()
         if saver is not None:
-            saver.close()
+            saver.close()  # a checkpoint that is being written is finished and told of
         state.recorder.close()
-        console.close()
+        if heartbeat is not None:
+            heartbeat.close()
     if runtime.is_main:
-        directory.write_status("completed", state.progress.as_dict())
-        directory.write_history("finish", state.progress.step, epoch=state.progress.epoch)
-    logger.info(
-        "done: %d steps, %d epochs. The run is in %s",
-        state.progress.step,
-        state.progress.epoch,
-        directory.path,
-    )
+        _write_end(directory, state.progress, stopped)
+    return stopped is None
+
+
+def _write_end(directory: RunDirectory, progress: Progress, stopped: str | None) -> None:
+    if stopped is None:
+        directory.write_status("completed", progress.as_dict())
+        directory.write_history("finish", progress.step, epoch=progress.epoch)
+        how = "done"
+    else:
+        directory.write_status("stopped", progress.as_dict(), stopped)
+        directory.write_history("stop", progress.step, epoch=progress.epoch, reason=stopped)
+        how = f"stopped ({stopped}), to go on with --resume"
+    told = (how, progress.step, progress.epoch, directory.path)
+    logger.info("%s: %d steps, %d epochs. The run is in %s", *told)
+
+
+def stop_margin(runtime: Runtime, saver: Saver, progress: Progress) -> Callable[[], float]:
+    """How long before a deadline a stop must begin, in seconds: the last checkpoint has to be
+    written, and the ranks agree a step later, on CUDA some more."""
+    began, first = time.monotonic(), progress.step
+    steps = 2 + (LAG if runtime.device.type == "cuda" else 0)
+
+    def margin() -> float:
+        per_step = (time.monotonic() - began) / max(1, progress.step - first)
+        return saver.longest_s + steps * per_step
+
+    return margin
+
+
+def deadlines(cfg: CfgNode) -> dict[str, float]:
+    """The moments of time.monotonic() at which this attempt must have stopped, by what sets them:
+    TRAIN.MAX_TIME after the process began, and the end of Slurm's time limit."""
+    found = {}
+    if (most := parse_duration(cfg.TRAIN.MAX_TIME)) is not None:
+        age = time.time() - psutil.Process().create_time()
+        found[f"TRAIN.MAX_TIME {cfg.TRAIN.MAX_TIME}"] = time.monotonic() - age + most.amount
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if end.isdigit():
+        found["Slurm's time limit"] = time.monotonic() + int(end) - time.time() - SLURM_SPARE_S
+    return found
 
 
 def evaluate_only(
@@ -134,8 +197,9 @@ def evaluate_only(
     logs: Logs,
     directory: RunDirectory,
     which: str,
-) -> None:
-    """Evaluate a checkpoint ("last", "best" or a path) and write evaluations/<UTC time>.json.
+) -> bool:
+    """Evaluate a checkpoint ("last", "best" or a path) and write evaluations/<UTC time>.json; False
+    where it was asked to stop before that was done.
 
     Raises UsageError where there is no such checkpoint.
     """
@@ -150,11 +214,16 @@ def evaluate_only(
     # A collective a tensor: the model of rank 0 is everybody's.
     runtime.broadcast_tensors(list(model.state_dict().values()))
     data.start_evaluation()
+    runtime.watch.started = True
     metrics = evaluate(cfg, task, model, data.evaluation(), data.val_plan, runtime)
+    if metrics is None:
+        logger.info("stopped (%s) before the evaluation was done", runtime.watch.stop)
+        return False
     if runtime.is_main:
         values = {f"val/{key}": value for key, value in metrics.items()}
         directory.write_evaluation({"step": saved, "checkpoint": str(path), "metrics": values})
         print(json.dumps(strict(values), allow_nan=False))
+    return True
 
 
 def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
@@ -195,6 +264,8 @@ def open_directory(
             logger.info("the old run directory is now %s", directory.set_aside())
         directory.claim()
         directory.sign()
+        # One from before asked the attempt of then to stop; who starts this one wants it to run.
+        directory.stop.unlink(missing_ok=True)
         directory.config.write_text(cfg.dump(), encoding="utf-8")
         directory.write_environment(
             {

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import random
 import signal
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +23,14 @@ import torch.distributed as dist
 
 from launcher.config import CfgNode, parse_duration
 from launcher.errors import UsageError
+from launcher.runtime.board import Board
 from launcher.runtime.cpu import CpuBudget, cpu_budget
 from launcher.runtime.topology import Topology
+from launcher.runtime.watch import LAST_WORDS_S, Watch
+
+# The watch ends what hangs, and tells which rank it was; the backend's own timeout, which kills
+# every rank without telling, must never come before it.
+COLLECTIVE_TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,8 @@ class Runtime:
     topology: Topology
     device: torch.device
     cpu: CpuBudget
+    watch: Watch = field(default_factory=Watch)
+    board: Board | None = None  # where there is a process group
 
     @property
     def rank(self) -> int:
@@ -47,6 +58,15 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.topology.rank == 0
+
+    def collectives(self) -> int:
+        """How many collectives this rank has begun: the rank that all others wait for has begun
+        fewest. Read by the watch's thread; costs 0.2 microseconds."""
+        try:
+            group = dist.distributed_c10d._get_default_group()
+            return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+        except (RuntimeError, ValueError, AttributeError):  # not yet, or no more, or another torch
+            return -1
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over the ranks, in place. A collective."""
@@ -154,22 +174,40 @@ def choose_device(topology: Topology, choice: str) -> torch.device:
 @contextmanager
 def start(topology: Topology, cfg: CfgNode) -> Iterator[Runtime]:
     """Set this process up from its config, and take the process group down on every way out."""
-    if topology.launched_by == "torchrun":
-        _end_with_parent()
-    device = choose_device(topology, cfg.DIST.DEVICE)
-    budget = cpu_budget(topology.local_world_size)
-    _set_precision(cfg)
-    seed_everything(cfg.SEED, topology.rank)
-    if topology.distributed:
-        _join_group(topology, cfg, device)
-    try:
-        yield Runtime(topology, device, budget)
-    finally:
-        if dist.is_initialized():
-            # DDP's reference cycles would keep gloo's threads alive into the interpreter's end,
-            # where they abort the process.
-            gc.collect()
-            dist.destroy_process_group()
+    with Watch(topology, _limits(cfg)).running() as watch:
+        if topology.launched_by == "torchrun":
+            _end_with_parent()
+        device = choose_device(topology, cfg.DIST.DEVICE)
+        budget = cpu_budget(topology.local_world_size)
+        _set_precision(cfg)
+        seed_everything(cfg.SEED, topology.rank)
+        board = _join_group(topology, cfg, device) if topology.distributed else None
+        watch.joined = True
+        try:
+            yield Runtime(topology, device, budget, watch, board)
+        finally:
+            watch.enter("end")
+            if board is not None:
+                board.close()
+            if dist.is_initialized():
+                # DDP's reference cycles would keep gloo's threads alive into the interpreter's
+                # end, where they abort the process.
+                gc.collect()
+                dist.destroy_process_group()
+
+
+def _limits(cfg: CfgNode) -> dict[str, float]:
+    """Seconds that each phase of a run may take without a move."""
+    start, train, save = (
+        parse_duration(text).amount  # type: ignore[union-attr]  # the config check demands them
+        for text in (cfg.DIST.INIT_TIMEOUT, cfg.DIST.TRAIN_TIMEOUT, cfg.DIST.SAVE_TIMEOUT)
+    )
+    # A loader worker that is stuck is told of by the loader itself, after the same timeout.
+    data = train + 5.0
+    return {
+        **{"start": start, "data": data, "step": train, "evaluate": data},
+        **{"save": save, "summarize": save, "end": LAST_WORDS_S},
+    }
 
 
 def _end_with_parent() -> None:
@@ -183,29 +221,82 @@ def _end_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> None:
+def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board:
     timeout = parse_duration(cfg.DIST.INIT_TIMEOUT)
     assert timeout is not None  # the config check demands one
+    deadline = time.monotonic() + timeout.amount
     cuda = device.type == "cuda"
-    # NCCL's communicator is made on the named device at once, not on whatever device is current
-    # at the first collective; rank, world size and address come from the topology, so that srun
-    # and torchrun are one path.
-    os.environ.setdefault("MASTER_ADDR", topology.master_addr)
-    os.environ.setdefault("MASTER_PORT", str(topology.master_port))
+    # torchrun's agent keeps a store for its workers; under srun rank 0 keeps one.
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
+        store, another = (
+            dist.TCPStore(
+                topology.master_addr,
+                topology.master_port,
+                is_master=keeps and topology.is_main and not shared,
+                timeout=timedelta(seconds=timeout.amount),
+                wait_for_workers=False,
+            )
+            for keeps in (True, False)
+        )
+        attempt = _meet(dist.PrefixStore("launcher/meet", store), topology, deadline)
+        # NCCL's communicator is made on the named device at once, not on whatever device is
+        # current at the first collective.
         dist.init_process_group(
             backend=cfg.DIST.BACKEND or ("nccl" if cuda else "gloo"),
+            store=dist.PrefixStore(f"launcher/{attempt}/group", store),
             rank=topology.rank,
             world_size=topology.world_size,
-            timeout=timedelta(seconds=timeout.amount),
+            timeout=COLLECTIVE_TIMEOUT,
             device_id=device if cuda else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
         raise UsageError(
-            f"{topology} could not join its process group at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within {cfg.DIST.INIT_TIMEOUT} (DIST.INIT_TIMEOUT): "
+            f"{topology} could not join its process group at {topology.master_addr}:"
+            f"{topology.master_port} within {cfg.DIST.INIT_TIMEOUT} (DIST.INIT_TIMEOUT): "
             f"{error}. Did all ranks start, with the same rendezvous address?"
         ) from error
+    # A connection of its own: a call of the process group's would block the board's.
+    board = dist.PrefixStore(f"launcher/{attempt}/board", another)
+    return Board(board, topology.rank, topology.world_size)
+
+
+def _meet(store: dist.Store, topology: Topology, deadline: float) -> str:
+    """Agree with all ranks on a new name for this attempt.
+
+    torchrun's store outlives its workers' restarts, and nothing that torchrun tells a worker names
+    the attempt for all of them: with two agents the restart count rises on the failed worker's node
+    alone, and torch's own prefix, made of it, lets the ranks miss each other for ever. Raises
+    TimeoutError with the ranks that did not come.
+
+    Every rank says hello with a word of its own. Rank 0 calls the roll, under a new name whenever a
+    hello has changed; a rank that finds its own word in the roll nods. When all have nodded to the
+    same name, rank 0 says go. What an earlier attempt left never matches.
+    """
+    ranks, word, nodded, pause = range(topology.world_size), uuid.uuid4().hex, "", 0.01
+    store.set(f"hello/{topology.rank}", word)
+    hellos, nods = ([f"{what}/{r}" for r in ranks] for what in ("hello", "nod"))
+    called: list[bytes] = []
+    name = ""
+    while time.monotonic() < deadline:
+        if topology.is_main and store.check(hellos):
+            found = store.multi_get(hellos)
+            if found != called:
+                called, name = found, uuid.uuid4().hex
+                store.set("roll", json.dumps([name, *(hello.decode() for hello in found)]))
+            if store.check(nods) and set(store.multi_get(nods)) == {name.encode()}:
+                store.set("go", name)
+        if store.check(["roll"]):
+            roll, *words = json.loads(store.get("roll"))
+            if roll != nodded and words[topology.rank : topology.rank + 1] == [word]:
+                nodded = roll
+                store.set(f"nod/{topology.rank}", nodded)
+        if nodded and store.check(["go"]) and store.get("go").decode() == nodded:
+            return nodded
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+    missing = [r for r in ranks if not store.check([f"hello/{r}"])]
+    raise TimeoutError(f"ranks {missing} did not come" if missing else "not all ranks came")
 
 
 def _set_precision(cfg: CfgNode) -> None:

@@ -24,7 +24,8 @@ class Topology:
     launched_by: str = "python"
     master_addr: str = ""
     master_port: int = 0
-    job_id: str = ""
+    job_id: str = ""  # stays the same over the restarts of a job; "" where nobody restarts
+    restarts: int = 0  # that this process knows of
 
     @property
     def distributed(self) -> bool:
@@ -69,7 +70,7 @@ def read_topology(env: Mapping[str, str]) -> Topology:
         # also sees SLURM_NTASKS, and would wait for ever for ranks that nobody started.
         topology = _from_slurm(env)
     else:
-        return Topology()
+        return Topology(restarts=_number(env, "SLURM_RESTART_COUNT", 0))
     by = topology.launched_by
     rank, local, world, local_world = NAMES[by]
     if not 0 <= topology.rank < topology.world_size:
@@ -108,6 +109,12 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 
 def _from_torchrun(env: Mapping[str, str]) -> Topology:
     world_size = _number(env, "WORLD_SIZE")
+    job_id, port = env.get("TORCHELASTIC_RUN_ID", ""), _number(env, "MASTER_PORT", 0)
+    if job_id in ("", "none"):
+        # No --rdzv-id: torchrun's own store lives, on a port of its own, as long as the job.
+        shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        job_id = f"{env.get('MASTER_ADDR', '')}:{port}" if shared else ""
+    restarts = [_number(env, f"{who}_RESTART_COUNT", 0) for who in ("TORCHELASTIC", "SLURM")]
     return Topology(
         rank=_number(env, "RANK"),
         local_rank=_number(env, "LOCAL_RANK"),
@@ -116,8 +123,9 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         node_rank=_number(env, "GROUP_RANK", 0),
         launched_by="torchrun",
         master_addr=env.get("MASTER_ADDR", ""),
-        master_port=_number(env, "MASTER_PORT", 0),
-        job_id=env.get("TORCHELASTIC_RUN_ID", ""),
+        master_port=port,
+        job_id=job_id,
+        restarts=max(restarts),
     )
 
 
@@ -141,6 +149,7 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
         master_addr=address,
         master_port=port,
         job_id=job_id,
+        restarts=_number(env, "SLURM_RESTART_COUNT", 0),
     )
 
 

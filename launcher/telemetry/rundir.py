@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from launcher.errors import UsageError
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
 # On a file system without locks: an owner on another host that has not written for so long is dead.
+# Every heartbeat takes a tenth of it.
 STALE_S = 120.0
 
 
@@ -42,8 +44,15 @@ class RunDirectory:
         self.rewound = self.path / "metrics.rewound.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "evaluations"
+        self.stop = self.path / "STOP"
         self._lock: TextIO | None = None
+        self._status: dict[str, Any] = {}
+        self._writing = threading.Lock()
         self._failed: set[str] = set()
+
+    def log(self, rank: int) -> Path:
+        """The log file of a rank."""
+        return self.logs / f"rank{rank}.log"
 
     def holds_run(self) -> bool:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
@@ -67,6 +76,11 @@ class RunDirectory:
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Replace environment.json."""
         replace_json(self.environment, environment)
+
+    def left_unfinished_by(self, job_id: str) -> bool:
+        """Whether the run here was begun by this same job, and not completed."""
+        same = job_id != "" and _read_json(self.environment).get("job") == job_id
+        return same and self.read_status().get("state") != "completed"
 
     def set_aside(self) -> Path:
         """Rename the directory to DIR.old-<UTC time>, and return that. The claim ends."""
@@ -120,6 +134,19 @@ class RunDirectory:
         self._lock.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._lock)
         self._lock.flush()
+
+    def take_over(self, owner: Mapping[str, Any]) -> bool:
+        """Claim the directory for a rank that tells of the end of `owner`, its rank 0.
+
+        False where a successor has it by now: nothing may be written beside that one. An owner that
+        still lives, but is frozen, keeps all others out, so its own ranks may write.
+        """
+        try:
+            self.claim()
+            return True
+        except UsageError:
+            holder = _read_json(self.path / LOCK)
+            return all(holder.get(key) == owner[key] for key in ("host", "pid"))
 
     def release(self) -> None:
         """Give the claim up; a process that ends does so by itself."""
@@ -186,7 +213,21 @@ class RunDirectory:
             "pid": os.getpid(),
             "updated": time.time(),
         }
-        self._try("status.json", lambda: replace_json(self.status, status))
+        with self._writing:  # the heartbeat's thread writes too
+            self._status = status
+            self._try("status.json", lambda: replace_json(self.status, status))
+
+    def heartbeat(self, position: Mapping[str, int]) -> None:
+        """Say in status.json that a running run is alive."""
+        with self._writing:
+            if self._status.get("state") == "running":
+                at = {"step": position["step"], "epoch": position["epoch"], "updated": time.time()}
+                self._status = {**self._status, **at}
+                self._try("status.json", lambda: replace_json(self.status, self._status))
+
+    def write_failure(self, failure: Mapping[str, Any]) -> None:
+        """Replace failure.json: rank, host, step, exception, traceback, end of that rank's log."""
+        self._try("failure.json", lambda: replace_json(self.failure, failure))
 
     def write_evaluation(self, result: Mapping[str, Any]) -> None:
         """Write evaluations/<UTC time>.json."""

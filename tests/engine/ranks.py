@@ -3,7 +3,6 @@
 The same processes make one group after the other, of 3 and then of 2 ranks, one for each port.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,8 +85,15 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
     for world_size, port in zip(WORLDS, ports, strict=True):
         if rank >= world_size:
             break
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        topology = Topology(rank, rank, world_size, world_size, launched_by="torchrun")
+        topology = Topology(
+            rank,
+            rank,
+            world_size,
+            world_size,
+            launched_by="torchrun",
+            master_addr="127.0.0.1",
+            master_port=int(port),
+        )
         with start(topology, config("DIST.DEVICE", "cpu")) as runtime:
             results[world_size] = {
                 (*case, weighted): trained(runtime, *case, weighted)

@@ -13,6 +13,7 @@ from torch import nn
 from launcher.config import defaults
 from launcher.engine.loop import Loop, StopWatch
 from launcher.errors import RunError
+from tests.engine.helpers import ALONE
 
 
 def bare(**parts: object) -> Loop:
@@ -28,8 +29,8 @@ def test_a_run_that_waits_for_data_is_told_once(
 ) -> None:
     """Issue 3, item 9: more than a fifth of the time, with the numbers, one line."""
     caplog.set_level(logging.WARNING, "launcher")
-    watch = StopWatch(started=0.0, data=waited, steps=4)
-    loop = bare(watch=watch, advised=False, data=SimpleNamespace(size=SimpleNamespace(reason="R")))
+    clock = StopWatch(started=0.0, data=waited, steps=4)
+    loop = bare(clock=clock, advised=False, data=SimpleNamespace(size=SimpleNamespace(reason="R")))
     loop._advise(2.0)
     loop._advise(2.0)
     lines = [record.message for record in caplog.records]
@@ -66,7 +67,7 @@ def test_a_run_is_not_complete_without_its_last_checkpoint() -> None:
     state = SimpleNamespace(
         capture=lambda runtime: {}, recorder=SimpleNamespace(flush=lambda: False)
     )
-    loop = bare(state=state, runtime=None, saver=object())
+    loop = bare(state=state, runtime=ALONE, saver=object())
     loop.save()  # a save under way is only skipped
     with pytest.raises(RunError, match="no last checkpoint"):
         loop.save(last=True)

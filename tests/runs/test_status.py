@@ -73,5 +73,5 @@ def test_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", '{"state": "odd", "step": 1, "epoch": 0}'])
 def test_a_status_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(text)
-    with pytest.raises(RunError, match=r"status.json cannot be read"):
+    with pytest.raises(RunError, match=r"status\.json cannot be read"):
         read_status(tmp_path)

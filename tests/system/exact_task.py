@@ -15,6 +15,7 @@ from torch import nn
 from launcher import CfgNode, Task
 
 SLEEP = float(os.environ.get("LAUNCHER_TEST_SLEEP", "0"))
+EVAL_SLEEP = float(os.environ.get("LAUNCHER_TEST_EVAL_SLEEP", "0"))
 
 
 class Noisy(torch.utils.data.Dataset):
@@ -54,6 +55,7 @@ class Exact(Task):
         return CfgNode({"WIDTH": 640, "SAMPLES": 52})
 
     def build_model(self) -> nn.Module:
+        time.sleep(float(os.environ.get("LAUNCHER_TEST_BUILD_SLEEP", "0")))
         width = self.cfg.TASK.WIDTH
         return nn.Sequential(
             nn.Linear(32, width),
@@ -78,6 +80,7 @@ class Exact(Task):
         return {"loss": loss, "coin": torch.tensor(random.random() + float(np.random.rand()))}
 
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        time.sleep(EVAL_SLEEP)
         x, y = batch
         logits = model(x)
         loss = nn.functional.cross_entropy(logits, y, reduction="none")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -115,9 +115,12 @@ def start(
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
+    options: Sequence[str] = (),
 ) -> Job:
-    """Start `tools/train.py` with these arguments: under torchrun with `ranks`, or alone."""
+    """Start `tools/train.py` with these arguments: under torchrun with `ranks`, and torchrun's own
+    `options`, or alone."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun += options
     launcher = torchrun if ranks is not None else []
     return Job([sys.executable, *launcher, str(TRAIN), *map(str, args)], env or {}, cwd)
 
@@ -128,9 +131,10 @@ def train(
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
     timeout: float = 150,
+    options: Sequence[str] = (),
 ) -> Ended:
     """`start`, and wait for the end."""
-    return start(*args, ranks=ranks, env=env, cwd=cwd).wait(timeout)
+    return start(*args, ranks=ranks, env=env, cwd=cwd, options=options).wait(timeout)
 
 
 def without_torch(folder: Path) -> dict[str, str]:

@@ -1,0 +1,90 @@
+"""A board that all ranks of an attempt write on and read: how far each is, and what went wrong.
+
+It lies in torchrun's store (or in rank 0's, under srun), beside the process group and without its
+collectives. A store whose host is frozen ignores its own timeouts (measured), so all calls are made
+in a thread, and whoever asks waits only so long.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+ANSWER_S = 5.0
+
+
+class Unreachable(Exception):
+    """The store did not answer in time."""
+
+
+class Board:
+    """JSON values under names. Raises Unreachable where the store does not answer."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+        self._calls = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._serve, name="board", daemon=True)
+        self.thread.start()
+
+    def post(self, name: str, value: Any) -> None:
+        """Write a value under a name and this rank's number; waits for nothing."""
+        # What a store that hangs has not taken yet is overtaken by what comes now.
+        if self._calls.qsize() < 8:
+            text = json.dumps(value)
+            self._call(lambda: self.store.set(f"{name}/{self.rank}", text))
+
+    def read(self, name: str) -> dict[int, Any]:
+        """What each rank has written under a name, by rank; those that have not are left out."""
+
+        def read() -> dict[int, Any]:
+            keys = [f"{name}/{rank}" for rank in range(self.world_size)]
+            # One request where all are there, as nearly always.
+            present = keys if self.store.check(keys) else [k for k in keys if self.store.check([k])]
+            values = self.store.multi_get(present) if present else []
+            return {
+                int(k.rpartition("/")[2]): json.loads(v)
+                for k, v in zip(present, values, strict=True)
+            }
+
+        return self._ask(read)
+
+    def first(self, name: str, value: Any) -> Any:
+        """Write a value unless there is one under this name; the one that stands now."""
+        text = json.dumps(value)
+        return json.loads(self._ask(lambda: self.store.compare_set(name, "", text)))
+
+    def seen(self, name: str) -> Any:
+        """The value that `first` wrote under a name, or None."""
+        found = self._ask(lambda: self.store.get(name) if self.store.check([name]) else None)
+        return None if found is None else json.loads(found)
+
+    def close(self) -> None:
+        self._calls.put(None)
+        self.thread.join(1.0)  # a hanging call is left to the process's end
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._calls.put((future, function))
+        return future
+
+    def _ask(self, function: Callable[[], T]) -> T:
+        try:
+            return self._call(function).result(ANSWER_S)
+        except Exception as error:  # torch's own errors, and the time-out of the wait
+            raise Unreachable(str(error)) from error
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            future, function = call
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)

@@ -1,0 +1,71 @@
+"""A task in which one rank fails, in one of several ways, at one of its steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from launcher import CfgNode, Task
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Failing(Task):
+    """FAILURE happens to RANK at its step AT; ONCE names a file that says it has happened."""
+
+    @classmethod
+    def defaults(cls) -> CfgNode:
+        return CfgNode({"FAILURE": "", "RANK": 1, "AT": 6, "ONCE": "", "SLOW": ""})
+
+    def build_model(self) -> nn.Module:
+        self.steps = 0
+        return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def build_dataset(self, split: str) -> TensorDataset:
+        if self.cfg.TASK.FAILURE == "start" and self.cfg.TASK.RANK == RANK:
+            raise FileNotFoundError("no data here")
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+        return TensorDataset(x, x.sum(1, keepdim=True))
+
+    def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        x, y = batch
+        self.steps += 1
+        time.sleep(0.02)
+        if self.steps == self.cfg.TASK.AT and self.cfg.TASK.RANK == RANK:
+            self._fail()
+        return {"loss": nn.functional.mse_loss(model(x), y)}
+
+    def _fail(self) -> None:
+        keys = self.cfg.TASK
+        if keys.ONCE:
+            if Path(keys.ONCE).exists():
+                return
+            Path(keys.ONCE).touch()
+        if keys.FAILURE == "raise":
+            raise ValueError("a planned failure")
+        if keys.FAILURE == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if keys.FAILURE == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if keys.FAILURE == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if keys.FAILURE == "hang":
+            time.sleep(1000)
+
+    def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        x, y = batch
+        if self.cfg.TASK.SLOW == "evaluation" and RANK == 0:
+            time.sleep(2.5)
+        return {"loss": (model(x) - y).square().squeeze(1)}
+
+    def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, float]:
+        if self.cfg.TASK.SLOW == "summary":
+            time.sleep(12)
+        return {}

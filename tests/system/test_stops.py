@@ -1,0 +1,180 @@
+"""Asked to stop, a run stops after a step that all ranks agree on, saves once, and goes on exactly
+(issue 5, items 1 and 8)."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.system import jobs
+from tests.system.exact import COMMON, assert_same
+from tests.system.test_exact import family, wait_for_step
+
+SLEEP = {"LAUNCHER_TEST_SLEEP": "0.05"}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int | None, Path]:
+    """Runs that nobody stopped, by number of ranks."""
+    runs = {}
+    for ranks in (None, 2):
+        runs[ranks] = tmp_path_factory.mktemp("reference") / "run"
+        jobs.train(*COMMON, "OUTPUT_DIR", runs[ranks], ranks=ranks).ok()
+    return runs
+
+
+def descendants(job: jobs.Job) -> list[psutil.Process]:
+    return psutil.Process(job.process.pid).children(recursive=True)
+
+
+def send(job: jobs.Job, number: int, to: str) -> None:
+    torchrun, ranks = psutil.Process(job.process.pid), family(job)
+    targets = {
+        "itself": [torchrun],
+        "torchrun": [torchrun],
+        "rank 0": ranks[:1],
+        "rank 1": ranks[1:],
+        "everyone": [torchrun, *descendants(job)],
+        "everyone, twice": [torchrun, *descendants(job)] * 2,
+    }[to]
+    for process in targets:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def assert_stopped(run: Path, reason: str) -> None:
+    status = jobs.status(run)
+    assert status["state"] == "stopped" and reason in status["reason"], status
+    history = jobs.history(run)
+    stops = [record for record in history if record["event"] == "stop"]
+    assert stops[-1]["step"] == status["step"] and stops[-1]["reason"] == status["reason"]
+    saved = [record["step"] for record in history if record["event"] == "checkpoint"]
+    assert saved.count(status["step"]) == 1
+    command = [sys.executable, "-m", "launcher", "runs", "status", str(run)]
+    assert subprocess.run(command, cwd=jobs.ROOT, capture_output=True).returncode == 75
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("ranks", "number", "to"),
+    [
+        (2, signal.SIGTERM, "torchrun"),
+        (2, signal.SIGTERM, "rank 1"),
+        (2, signal.SIGINT, "everyone, twice"),
+        (2, signal.SIGKILL, "torchrun"),
+        pytest.param(2, signal.SIGTERM, "everyone", marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, "torchrun", marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGUSR1, "rank 0", marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGUSR1, "torchrun", marks=pytest.mark.slow),
+        (None, signal.SIGINT, "itself"),
+        (None, signal.SIGUSR1, "itself"),
+    ],
+)
+def test_a_signal(
+    ranks: int | None, number: int, to: str, reference: dict[int | None, Path], tmp_path: Path
+) -> None:
+    """One checkpoint, the right exit code, no process left, and the run goes on exactly."""
+    run = tmp_path / "run"
+    args = [*COMMON, "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run]
+    job = jobs.start(*args, ranks=ranks, env=SLEEP)
+    try:
+        wait_for_step(run, 6, job)
+        left = descendants(job)
+        send(job, number, to)
+        ended = job.wait(60)
+        assert_gone(left)
+    finally:
+        if job.process.poll() is None:
+            job.kill()
+    died = to == "torchrun" and number in (signal.SIGKILL, signal.SIGUSR1)
+    assert_stopped(run, "torchrun died" if died else signal.Signals(number).name)
+    if ranks is None:
+        assert ended.code == 75
+    elif to in ("rank 0", "rank 1"):
+        assert ended.code == 0  # torchrun would take any other for a failure
+    jobs.train(*args, "--resume", ranks=ranks).ok()
+    assert_same(run, reference[ranks])
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "reason"),
+    [
+        ([], {}, "file STOP"),
+        (["TRAIN.MAX_TIME", "6s"], {}, "TRAIN.MAX_TIME"),
+        ([], {"SLURM_JOB_END_TIME": "38"}, "Slurm's time limit"),
+    ],
+    ids=["file", "time", "Slurm"],
+)
+def test_other_reasons_to_stop(
+    options: list[str],
+    env: dict[str, str],
+    reason: str,
+    reference: dict[int | None, Path],
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    args = [*COMMON, "OUTPUT_DIR", run]
+    # From now on, in Unix seconds; half a minute is spared for the job file.
+    env = {name: str(int(time.time()) + int(seconds)) for name, seconds in env.items()}
+    slow = {"LAUNCHER_TEST_SLEEP": "0.4"}
+    job = jobs.start(*args, *options, env=slow | env)
+    if reason == "file STOP":
+        wait_for_step(run, 3, job)
+        (run / "STOP").touch()
+    assert job.wait(60).code == 75
+    assert_stopped(run, reason)
+    jobs.train(*args, "--resume").ok()
+    assert_same(run, reference[None])
+    assert not (run / "STOP").exists()
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_stop_in_an_evaluation(
+    ranks: int | None, reference: dict[int | None, Path], tmp_path: Path
+) -> None:
+    """The evaluation is given up, and made up for by the attempt that goes on: once, exactly."""
+    run = tmp_path / "run"
+    args: list[Any] = [*COMMON, "EVAL.BATCH_SIZE", "4", "OUTPUT_DIR", run]
+    job = jobs.start(*args, ranks=ranks, env={"LAUNCHER_TEST_EVAL_SLEEP": "3"})
+    try:
+        wait_for_step(run, 3, job)
+        time.sleep(3)  # an evaluation, every fifth step, takes far longer than all between
+        send(job, signal.SIGTERM, "everyone")
+        job.wait(60)
+    finally:
+        if job.process.poll() is None:
+            job.kill()
+    assert_stopped(run, "SIGTERM")
+    at = [record for record in jobs.metrics(run) if record["step"] == jobs.status(run)["step"]]
+    assert not any("val/loss" in record for record in at)
+    jobs.train(*args, "--resume", ranks=ranks).ok()
+    whole = tmp_path / "whole"
+    jobs.train(*COMMON, "EVAL.BATCH_SIZE", "4", "OUTPUT_DIR", whole, ranks=ranks).ok()
+    assert_same(run, whole)
+
+
+def test_a_stop_before_the_first_step(tmp_path: Path) -> None:
+    """Nothing is done yet that could be saved: the process leaves, resumable, with nothing made."""
+    slow = {"LAUNCHER_TEST_BUILD_SLEEP": "60"}
+    job = jobs.start(*COMMON, "OUTPUT_DIR", tmp_path / "run", env=slow)
+    deadline = time.monotonic() + 60
+    while not (threads := psutil.Process(job.process.pid).threads()) or len(threads) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(3)
+    job.process.send_signal(signal.SIGTERM)
+    ended = job.wait(20)
+    assert ended.code == 75 and "stopped before the first step" in ended.err
+    assert not (tmp_path / "run").exists()
