@@ -1,0 +1,162 @@
+"""What a run is: its state, how far it is, its best, its duration; and many of them at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.runs import run as module
+from launcher.runs.run import find, load_summaries, open_run, open_runs
+from tests.runs.made import START, lines, make_run, record, training
+
+
+def edit(path: Path, **changed: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def test_a_run(tmp_path: Path) -> None:
+    run = open_run(make_run(tmp_path / "a"))
+    assert (run.kind, run.state, run.step, run.total_steps) == ("launcher", "completed", 100, 100)
+    assert run.config["OPTIM.LR"] == 0.1 and run.config["CHECKPOINT.MODE"] == "max"
+    assert (run.metric, run.best(run.metric)) == ("val/accuracy", (100, 0.9))
+    assert run.updated == START + 100 and run.damaged == []
+
+
+@pytest.mark.parametrize(
+    ("duration", "written", "state", "total"),
+    [
+        ("500step", None, "running", 500),
+        ("20ep", None, "running", None),
+        ("20ep", 460, "running", 460),
+        ("500step", 460, "running", 460),
+        ("20ep", None, "completed", 100),
+        ("1h", None, "failed", None),
+        ("what", None, "running", None),
+    ],
+)
+def test_total_steps(
+    duration: str, written: int | None, state: str, total: int | None, tmp_path: Path
+) -> None:
+    """By environment.json, else by a duration in steps, else where a completed run ended."""
+    path = make_run(tmp_path / "a", state=state, config={"TRAIN.DURATION": duration})
+    if written is not None:
+        edit(path / "environment.json", total_steps=written)
+    assert open_run(path).total_steps == total
+
+
+def test_the_duration_leaves_pauses_out(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    events = [
+        {"event": "start", "step": 0, "time": START},
+        {"event": "checkpoint", "step": 50, "time": START + 60},
+        {"event": "resume", "step": 50, "time": START + 10_000},
+        {"event": "finish", "step": 100, "time": START + 10_030},
+    ]
+    (path / "history.jsonl").write_text(lines(events))
+    edit(path / "status.json", updated=START + 10_031)
+    assert open_run(path).duration == 60 + 31
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "status.json", "environment.json", "history.jsonl"]
+)
+@pytest.mark.parametrize("content", [None, b"", b"\0\0", b"[1", b'{"a": ', b"- x\n", b"\xff\xfe"])
+def test_any_file_may_be_missing_or_damaged(
+    name: str, content: bytes | None, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "a")
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    run = open_run(path)
+    assert run.summary.records == 12 and run.step == 100
+    told = (run.state, run.metric, run.total_steps, run.duration, run.config, run.failure)
+    assert len(told) == 6
+
+
+def test_the_records_may_be_missing(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    (path / "metrics.jsonl").unlink()
+    run = open_run(path)
+    assert (run.state, run.step, run.summary.records) == ("completed", 100, 0)
+    assert run.best(run.metric) is None
+
+
+def test_records_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    (path / "metrics.jsonl").unlink()
+    (path / "metrics.jsonl").mkdir()
+    assert "metrics.jsonl" in open_run(path).damaged[0]
+
+
+def test_a_live_run_is_read_as_it_is(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", training(50), "running", updated=time.time())
+    edit(path / "status.json", step=57)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60, "ep')
+    run = open_run(path)
+    assert (run.state, run.step, run.summary.records) == ("running", 57, 6)
+    assert run.damaged == [f"{path}/metrics.jsonl:7: a torn last line"]
+
+
+def test_names_are_as_long_as_they_need_to_be(tmp_path: Path) -> None:
+    paths = [make_run(tmp_path / name) for name in ("x/run", "y/run", "other")]
+    assert [run.name for run in open_runs(paths)] == ["x/run", "y/run", "other"]
+
+
+def test_finding_does_not_look_inside_runs(tmp_path: Path) -> None:
+    make_run(tmp_path / "a" / "run")
+    make_run(tmp_path / "a" / "run" / "inner")
+    make_run(tmp_path / "b")
+    make_run(tmp_path / ".hidden")
+    assert sorted(run.name for run in find(tmp_path)) == ["a/run", "b"]
+    assert [run.name for run in find(tmp_path / "b")] == ["b"]
+
+
+@pytest.mark.parametrize("parallel", [1, module.PARALLEL])
+def test_summaries_of_many(parallel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own, or here: the same, and without curves in memory."""
+    monkeypatch.setattr(module, "PARALLEL", parallel)
+    for number in range(4):
+        make_run(tmp_path / f"run-{number}", training(50 * (number + 1)))
+    make_run(tmp_path / "empty", [])
+    pools: list[int] = []
+    pool = module.ProcessPoolExecutor
+    monkeypatch.setattr(
+        module, "ProcessPoolExecutor", lambda n, *rest: pools.append(n) or pool(n, *rest)
+    )
+    for again in (False, True):
+        runs = sorted(find(tmp_path), key=lambda run: run.name)
+        load_summaries(runs, workers=2)
+        assert [run.summary.records for run in runs] == [0, 6, 12, 18, 24]
+        assert all(len(s.curve) == 0 for run in runs for s in run.summary.series.values())
+        assert pools == ([2] if parallel == 1 else []), again
+    assert open_run(tmp_path / "run-3").summary.series["train/loss"].curve.shape == (20, 6)
+
+
+def test_nothing_is_written_into_a_run(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    before = {p: p.stat().st_mtime_ns for p in [path, *path.rglob("*")]}
+    os.chmod(path, 0o555)
+    try:
+        run = open_run(path)
+        load_summaries([run], 1)
+        assert run.table() and run.best(run.metric)
+    finally:
+        os.chmod(path, 0o755)
+    assert {p: p.stat().st_mtime_ns for p in [path, *path.rglob("*")]} == before
+
+
+def test_which_way_is_better(tmp_path: Path) -> None:
+    run = open_run(make_run(tmp_path / "a", [record(1, x=1.0)], config={"CHECKPOINT.METRIC": "x"}))
+    ways = {key: run.mode(key) for key in ("x", "val/loss", "val/top1_acc", "perf/step_s", "norm")}
+    assert ways == {
+        "x": "max",
+        "val/loss": "min",
+        "val/top1_acc": "max",
+        "perf/step_s": "min",
+        "norm": "",
+    }

@@ -1,0 +1,178 @@
+"""Golden output at a fixed width."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console, RenderableType
+
+from launcher.runs import run as module
+from launcher.runs.compare import compare
+from launcher.runs.index import Series
+from launcher.runs.run import Run, find, open_run, open_runs
+from launcher.runs.select import ordered
+from launcher.runs.terminal import compare_tables, list_table, plot, seconds, show, sparkline
+from tests.runs.made import START, make_run, record, training
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module.time, "time", lambda: START + 7300)
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setattr("launcher.runs.terminal.moment", lambda value: f"t{value - START:+.0f}s")
+    make_run(tmp_path / "digits-1")
+    slow = {"OPTIM.LR": 0.01, "OPTIM.NAME": "adamw"}
+    make_run(tmp_path / "digits-2", training(50), "failed", slow, reason="ValueError: loss")
+    broken = {"rank": 1, "exception": "ValueError", "traceback": "line 1\nline [red]2"}
+    (tmp_path / "digits-2" / "failure.json").write_text(json.dumps(broken))
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "metrics.json").write_text('{"iteration": 19, "total_loss": 1.25}\n')
+    os.utime(old / "metrics.json", (START, START))
+    return tmp_path
+
+
+def rendered(what: RenderableType, width: int = 80) -> str:
+    console = Console(width=width, color_system=None, highlight=False, force_terminal=False)
+    with console.capture() as capture:
+        console.print(what)
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def runs(root: Path) -> list[Run]:
+    return ordered(list(find(root)), "run", False)
+
+
+def test_list(root: Path) -> None:
+    columns = ["run", "state", "step", "metric", "best", "last", "age", "duration"]
+    assert rendered(list_table(runs(root), columns)) == (
+        "run       state         step  metric        best  last    age  duration\n"
+        "digits-1  completed  100/100  val/accuracy   0.9   0.9  2.0 h     2 min\n"
+        "digits-2  failed       50/50  val/accuracy   0.8   0.8  2.0 h      50 s\n"
+        "old       ?               19  total_loss    1.25  1.25  2.0 h\n"
+    )
+
+
+def test_list_of_other_columns(root: Path) -> None:
+    columns = ["run", "OPTIM.LR", "OPTIM.NAME", "min:train/loss"]
+    assert rendered(list_table(runs(root), columns), 60) == (
+        "run       OPTIM.LR  OPTIM.NAME  min:train/loss\n"
+        "digits-1       0.1                           1\n"
+        "digits-2      0.01  adamw                    2\n"
+        "old\n"
+    )
+
+
+def test_compare(root: Path) -> None:
+    found = open_runs([root / "digits-1", root / "digits-2"])
+    assert rendered(compare_tables(compare(found))) == (
+        "config          digits-1  digits-2\n"
+        "OPTIM.LR        0.1           0.01\n"
+        "OPTIM.NAME      -            adamw\n"
+        "TRAIN.DURATION  100step     50step\n"
+        "\n"
+        "metric              digits-1  digits-2\n"
+        "train/loss    last       1 *         2\n"
+        "train/loss    min        1 *         2\n"
+        "train/lr      last       0.1       0.1\n"
+        "val/accuracy  last     0.9 *       0.8\n"
+        "val/accuracy  max      0.9 *       0.8\n"
+        "val/loss      last       2 *         4\n"
+        "val/loss      min        2 *         4\n"
+    )
+
+
+def test_compare_with_another_programs_run(root: Path) -> None:
+    """It has no config: that is no difference. A metric that one lacks stands alone, unmarked."""
+    found = compare(open_runs([root / "digits-1", root / "old"]), ["total_loss", "train/loss"])
+    assert found["config"] == {}
+    assert found["metrics"][0] == {
+        "key": "total_loss",
+        "which": "last",
+        "values": [None, 1.25],
+        "best": [],
+    }
+
+
+def test_equals_are_all_best(root: Path) -> None:
+    make_run(root / "digits-3")
+    found = compare(open_runs([root / "digits-1", root / "digits-3"]), ["val/accuracy"])
+    assert [row["best"] for row in found["metrics"]] == [[0, 1], [0, 1]]
+
+
+def test_show(root: Path) -> None:
+    text = rendered(show(open_run(root / "digits-2"), [], 80), 80)
+    head, _, rest = text.partition("train/loss\n")
+    assert head.endswith(
+        "digits-2  failed (ValueError: loss)\n"
+        "  step 50 of 50, epoch 1, 6 records, last sign of life t+50s, 50 s under way\n"
+        "  best val/accuracy 0.8 at step 50\n\n"
+    )
+    curve, _, rest = rest.partition("\nmetric")
+    assert curve.splitlines()[0] == " 10 ⠙⠲⢤⣀" and curve.splitlines()[-2].startswith("  2 ")
+    assert curve.splitlines()[-1].split() == ["10", "step", "50"]
+    assert f"metric{rest}" == (
+        "metric              last  min  at step  max  at step\n"
+        "train/loss    █▃▂▁     2    2       50   10       10\n"
+        "train/lr      ▁▁▁▁   0.1  0.1       10  0.1       10\n"
+        "val/accuracy  ▁      0.8  0.8       50  0.8       50\n"
+        "val/loss      ▁        4    4       50    4       50\n"
+        "\n"
+        "what happened\n"
+        "  t+0s   start    step 0   world_size 1\n"
+        "  t+50s  failure  step 50\n"
+        "\n"
+        "failure\n"
+        "  rank: 1\n"
+        "  exception: ValueError\n"
+        "  traceback: line 1\n"
+        "line [red]2\n"
+        "\n"
+        "environment\n"
+        "  command: python train.py\n"
+        "  versions: python 3.11.7\n"
+    )
+
+
+def test_curves_of_text() -> None:
+    series = Series()
+    series.extend(np.arange(64.0), np.concatenate([np.arange(32.0), np.arange(32.0)[::-1]]))
+    assert sparkline(series, 8) == "▁▃▆██▆▃▁"
+    lines = plot(series, 40, height=2)
+    assert len(lines) == 3 and lines[0].startswith(" 31 ") and lines[1].startswith("  0 ")
+    assert lines[-1].split() == ["0", "step", "63"]
+    assert sparkline(Series(), 8) == ""
+
+
+def test_one_peak_among_many_is_seen() -> None:
+    """Neither the index nor the terminal averages it away."""
+    values = np.zeros(100_000)
+    values[54_321] = 1.0
+    series = Series()
+    series.extend(np.arange(100_000.0), values)
+    assert plot(series, 60)[0].strip("1 ⠀") != ""
+    constant = Series()
+    constant.extend(np.arange(10.0), np.full(10, 3.0))
+    assert sparkline(constant, 4) == "▁▁▁▁" and len(plot(constant, 40)) == 9
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (0.4, "0 s"), (99, "99 s"), (100, "2 min"), (7200, "2.0 h"), (200000, "2.3 d")],
+)
+def test_spans(value: float | None, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_a_name_is_never_markup(root: Path) -> None:
+    make_run(root / "x" / "[bold]run", [record(1, **{"[red]key": 1.0})])
+    run = open_run(root / "x" / "[bold]run")
+    run.name = "[bold]run"
+    assert "[bold]run" in rendered(list_table([run], ["run"]))
+    assert "[red]key" in rendered(show(run, [], 80)) and "[red]key" in rendered(
+        compare_tables(compare([run, run]))
+    )

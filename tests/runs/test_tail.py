@@ -1,0 +1,159 @@
+"""Records as they come: rewinds are followed, and the end of the run is the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import UsageError
+from launcher.runs import tail as module
+from launcher.runs.run import open_run
+from launcher.runs.tail import tail
+from tests.runs.made import lines, make_run, record, training
+
+
+def steps(told: list[str]) -> list[int]:
+    return [json.loads(line)["step"] for line in told]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, [100, 100]), (0, []), (99, None)])
+def test_the_last_records(count: int, expected: list[int] | None, tmp_path: Path) -> None:
+    run = open_run(make_run(tmp_path / "a"))
+    everything = [one["step"] for one in training(100)]
+    assert steps(list(tail(run, count, False, True))) == (
+        everything if expected is None else expected
+    )
+
+
+def test_lines_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BLOCK", 64)
+    run = open_run(make_run(tmp_path / "a"))
+    assert steps(list(tail(run, 4, False, True))) == [80, 90, 100, 100]
+
+
+def test_a_line_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    path = make_run(tmp_path / "a", [record(20, train__loss=0.123456, val__x=None)])
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("{no record\n" + '{"step": 30, "torn')
+    told = list(tail(open_run(path), 5, False))
+    assert told == [
+        "22:13:40  step 20  epoch 0  train/loss 0.1235  val/x nan",
+        "--- no record: {no record",
+    ]
+
+
+class Story:
+    """What happens to a run between two looks at it, instead of waiting."""
+
+    def __init__(self, path: Path, *acts: Callable[[], Any]) -> None:
+        self.path, self.acts = path, list(acts)
+
+    def sleep(self, _: float) -> None:
+        assert self.acts, "the run has ended, and tail has not"
+        self.acts.pop(0)()
+
+    def append(self, *records: dict[str, Any], torn: str = "") -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(lines(list(records)) + torn)
+
+    def event(self, name: str, step: int) -> None:
+        with (self.path / "history.jsonl").open("a") as file:
+            file.write(json.dumps({"event": name, "step": step, "time": 1.0}) + "\n")
+
+    def cut(self, count: int) -> None:
+        kept = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:count]
+        os.truncate(self.path / "metrics.jsonl", sum(map(len, kept)))
+
+    def end(self, state: str = "completed", **changed: Any) -> None:
+        status = json.loads((self.path / "status.json").read_text())
+        (self.path / "status.json").write_text(json.dumps({**status, "state": state, **changed}))
+
+
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
+    path = make_run(tmp_path / "a", training(30), "running", updated=time.time())
+    story = Story(path)
+    monkeypatch.setattr(module.time, "sleep", story.sleep)
+    return story
+
+
+def test_new_records_until_the_end(story: Story) -> None:
+    """Also one that comes in two parts, and the last one, written just before the end."""
+    half = lines([record(50, a=1.0)])
+    story.acts = [
+        lambda: story.append(record(40, a=1.0), torn=half[:30]),
+        lambda: story.append(torn=half[30:]),
+        lambda: None,
+        lambda: (story.append(record(60, a=1.0)), story.end(step=60, epoch=1)),
+    ]
+    told = list(tail(open_run(story.path), 1, True))
+    assert [line.split()[2] for line in told[:-1]] == ["30", "40", "50", "60"]
+    assert told[-1] == "--- completed: step 60, epoch 1"
+    assert story.acts == []
+
+
+@pytest.mark.parametrize("regrown", [False, True])
+def test_a_rewind_is_followed(regrown: bool, story: Story) -> None:
+    """The file is cut back to step 20, and may be longer than before at the next look."""
+
+    def resume() -> None:
+        story.cut(2)
+        story.event("rewind", 20)
+        if regrown:
+            story.append(*(record(step, again=1.0) for step in (30, 40, 50, 60)))
+
+    story.acts = [
+        lambda: story.append(record(40, a=1.0)),
+        resume,
+        lambda: story.append(record(70, again=1.0)),
+        lambda: story.end("stopped"),
+    ]
+    told = [json.loads(line) for line in tail(open_run(story.path), 9, True, True)]
+    assert told[:4] == [*training(30), record(40, a=1.0)]
+    assert told[4] == {"rewound": 20}
+    again = [30, 40, 50, 60, 70] if regrown else [70]
+    assert [one["step"] for one in told[5:]] == again
+
+
+def test_a_run_that_was_set_aside(story: Story) -> None:
+    """--overwrite: another run stands there."""
+
+    def overwrite() -> None:
+        story.path.rename(story.path.with_name("a.old"))
+        make_run(story.path, [record(5, a=1.0)], "running", updated=time.time())
+
+    story.acts = [overwrite, lambda: story.end("failed", reason="ValueError: x")]
+    told = list(tail(open_run(story.path), 1, True))
+    assert told[1] == "--- back to step 0" and "step 5" in told[2]
+    assert told[3].startswith("--- failed (ValueError: x)") and len(told) == 4
+
+
+def test_a_lost_run_may_come_back_for_a_while(story: Story) -> None:
+    """torchrun starts a killed attempt again: for that long its run is not over."""
+    story.end("running", pid=2**22 + 1, updated=time.time())
+    story.acts = [
+        lambda: story.append(record(40, a=1.0)),
+        lambda: story.end("running", pid=2**22 + 1, updated=time.time() - module.GRACE_S - 5),
+    ]
+    told = list(tail(open_run(story.path), 0, True))
+    assert "step 40" in told[0] and told[1].startswith("--- lost (process") and len(told) == 2
+
+
+def test_records_that_are_not_there_yet(story: Story) -> None:
+    (story.path / "metrics.jsonl").unlink()
+    story.acts = [lambda: story.append(record(1, a=1.0)), story.end]
+    assert len(list(tail(open_run(story.path), 5, True))) == 2
+
+
+def test_another_programs_run_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"iteration": 19, "loss": 1.0}\n')
+    with pytest.raises(UsageError, match="detectron2's"):
+        list(tail(open_run(tmp_path), 1, True))

@@ -1,0 +1,168 @@
+"""What verify finds in directories made by hand; tests/system/test_runs.py damages real ones."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import UsageError
+from launcher.runs.run import open_run
+from launcher.runs.verify import MOST, verify
+from tests.runs.made import START, lines, make_run, record, training
+
+OFF = {"LOG.TENSORBOARD": False, "CHECKPOINT.EVERY": ""}
+
+
+def findings(path: Path) -> list[str]:
+    found = [f"{one.where}: {one.what}" for one in verify(open_run(path))]
+    return [text for text in found if not text.startswith("checkpoints: none of")]
+
+
+def rewritten(path: Path, records: list[dict[str, Any]]) -> Path:
+    (path / "metrics.jsonl").write_text(lines(records))
+    return path
+
+
+def test_nothing_is_wrong(tmp_path: Path) -> None:
+    nulls = [*training(100)[:-2], record(100, train__loss=None, train__lr=0.1), training(100)[-1]]
+    assert findings(make_run(tmp_path / "a", nulls, config=OFF)) == []
+    now = time.time()
+    live = make_run(tmp_path / "b", training(57), "running", OFF, updated=now)
+    assert findings(live) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"step": 5, "step": 6}', "not strict JSON: the key 'step' stands twice"),
+        ('{"step": 5, "a": Infinity}', "not strict JSON: Infinity is no JSON"),
+        ("[]", "not an object"),
+        ("", "not strict JSON"),
+        (json.dumps({**record(100), "a": "x"}), "a is 'x', no number"),
+        (json.dumps({**record(100), "a": True}), "a is True, no number"),
+        (json.dumps({**record(100), "a": None}), "null are ['a'], but nonfinite names []"),
+        (json.dumps({**record(100), "nonfinite": ["b"]}), "null are [], but nonfinite names ['b']"),
+        (json.dumps({**record(100), "samples": 1.5}), "samples is 1.5"),
+        (json.dumps({**record(100), "time": None}), "time is None"),
+    ],
+)
+def test_a_line_that_is_no_record(line: str, what: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", config=OFF)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(line + "\n")
+    found = findings(path)
+    assert found[0].startswith("metrics.jsonl:13: ") and what in found[0]
+
+
+def test_repeated_and_missing_records(tmp_path: Path) -> None:
+    records = training(100)
+    path = make_run(tmp_path / "a", records, config=OFF)
+    assert findings(rewritten(path, records[:3] + records[2:])) == [
+        "metrics.jsonl: step 30 stands twice for train/loss, train/lr"
+    ]
+    assert findings(rewritten(path, records[:3] + records[4:])) == [
+        "metrics.jsonl: no train/* record at step 40"
+    ]
+    assert findings(
+        rewritten(path, [r for r in records if "val/loss" not in r or r["step"] > 50])
+    ) == ["metrics.jsonl: no val/* record at step 50"]
+    swapped = [*records[:2], records[3], records[2], *records[4:]]
+    assert findings(rewritten(path, swapped)) == ["metrics.jsonl: step 30 after step 40"]
+
+
+def test_a_key_missing_in_one_record(tmp_path: Path) -> None:
+    records = training(400)
+    del records[7]["train/lr"]
+    rare = [{**r, "train/rare": 1.0} if r["step"] == 70 else r for r in records]
+    found = findings(make_run(tmp_path / "a", rare, config=OFF))
+    assert found == [f"metrics.jsonl: no train/lr at step {records[7]['step']}"]
+
+
+def test_epochs_are_counted_where_the_period_is_in_epochs(tmp_path: Path) -> None:
+    config = {**OFF, "EVAL.EVERY": "2ep"}
+    records = [r for r in training(300) if "val/loss" not in r or r["epoch"] % 2 == 0]
+    path = make_run(tmp_path / "a", records, config=config)
+    assert findings(path) == []
+    missing = [r for r in records if "val/loss" not in r or r["epoch"] != 4]
+    assert findings(rewritten(path, missing)) == ["metrics.jsonl: no val/* record at epoch 4"]
+
+
+def test_a_resume_may_change_the_period(tmp_path: Path) -> None:
+    """The first attempt recorded every 20 steps, the second every 10."""
+    records = [record(s, train__loss=1.0) for s in (*range(20, 101, 20), *range(110, 201, 10))]
+    path = make_run(tmp_path / "a", records, config={**OFF, "EVAL.EVERY": ""})
+    events = [("start", 0), ("resume", 140), ("rewind", 100), ("resume", 100), ("finish", 200)]
+    told = [{"event": event, "step": step, "time": START} for event, step in events]
+    (path / "history.jsonl").write_text(lines(told))
+    assert findings(path) == []
+    assert findings(rewritten(path, records[:2] + records[3:])) == [
+        "metrics.jsonl: no train/* record at step 60"
+    ]
+    assert findings(rewritten(path, records[:7] + records[8:])) == [
+        "metrics.jsonl: no train/* record at step 130"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        (
+            {"state": "stopped"},
+            "stopped at step 100; the end of history.jsonl is finish at step 100",
+        ),
+        ({"state": "failed"}, "failed at step 100; the end of history.jsonl is finish at step 100"),
+        ({"step": 90}, "completed at step 90; the end of history.jsonl is finish at step 100"),
+        ({"state": "odd"}, "cannot be read"),
+    ],
+)
+def test_a_status_that_is_not_what_happened(
+    changed: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "a", config=OFF)
+    status = json.loads((path / "status.json").read_text())
+    (path / "status.json").write_text(json.dumps(status | changed))
+    found = findings(path)
+    assert found[0].startswith("status.json: ") and what in found[0]
+
+
+@pytest.mark.parametrize("step", [90, 110])
+def test_records_that_end_elsewhere(step: int, tmp_path: Path) -> None:
+    """status.json and history.jsonl agree with each other, not with the records."""
+    path = make_run(tmp_path / "a", config=OFF)
+    for name in ("status.json", "history.jsonl"):
+        text = (path / name).read_text()
+        (path / name).write_text(text.replace('"step": 100', f'"step": {step}'))
+    assert findings(path) == [f"status.json: says step {step}, the records 100"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("config.yaml", "a: [", "config.yaml: cannot be read"),
+        ("environment.json", '{"a": NaN}', "environment.json: not strict JSON"),
+        ("failure.json", "{", "failure.json: not strict JSON"),
+        ("history.jsonl", "", "history.jsonl: does not begin with a start"),
+    ],
+)
+def test_other_files(name: str, content: str, what: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", config=OFF)
+    (path / name).write_text(content)
+    assert any(text.startswith(what) for text in findings(path))
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", config=OFF)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write("[]\n" * 100)
+    found = findings(path)
+    assert len(found) == MOST + 1 and found[-1].endswith("and 80 more")
+
+
+def test_another_programs_run_promised_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text('{"iteration": 19, "loss": 1.0}\n')
+    with pytest.raises(UsageError, match="detectron2's"):
+        verify(open_run(tmp_path))

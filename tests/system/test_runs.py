@@ -1,0 +1,327 @@
+"""`launcher runs` over real runs: finished, live, damaged, and as a page in a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import jobs
+
+ARGS = ("--config-file", jobs.ROOT / "configs" / "digits.yaml", "TRAIN.DURATION", "3ep")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def done(folder: Path) -> Path:
+    """A run that was stopped by a kill after a checkpoint, and resumed to its end."""
+    run = folder / "real" / "resumed"
+    more = ("CHECKPOINT.EVERY", "10step", "LOG.EVERY", "5step", "OUTPUT_DIR", run)
+    job = jobs.start(*ARGS, *more)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.kill()
+    jobs.train(*ARGS, *more, "--resume").ok()
+    assert [e["event"] for e in jobs.history(run)].count("resume") == 1
+    return run
+
+
+@pytest.fixture(scope="module")
+def other(folder: Path) -> Path:
+    """The same with another rate, uninterrupted."""
+    run = folder / "real" / "other"
+    jobs.train(*ARGS, "OPTIM.LR", "0.01", "OUTPUT_DIR", run).ok()
+    return run
+
+
+def runs(folder: Path, *words: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """`launcher runs ...`, as it answers in a pipe."""
+    env = jobs.clean_environment(
+        {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(jobs.ROOT), "TZ": "UTC"}
+    )
+    command = [sys.executable, "-m", "launcher", "runs", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def test_all_commands_over_real_runs(folder: Path, done: Path, other: Path) -> None:
+    """They agree with each other and with the files, and change nothing in a run."""
+    before = jobs.snapshot(folder / "real")
+    listed = runs(folder, "list", folder / "real", "--json")
+    rows = {row["run"]: row for row in json.loads(listed.stdout)}
+    assert set(rows) == {"resumed", "other"}
+    best = {run.name: max(jobs.values(run, "val/accuracy").values()) for run in (done, other)}
+    for name, row in rows.items():
+        assert (row["state"], row["metric"], row["best"]) == (
+            "completed",
+            "val/accuracy",
+            best[name],
+        )
+        assert row["step"] == row["total"] == 69
+
+    shown = runs(folder, "show", done)
+    assert shown.returncode == 0 and "checkpoint" in shown.stdout and "█" in shown.stdout
+    compared = json.loads(runs(folder, "compare", done, other, "--json").stdout)
+    assert compared["config"]["OPTIM.LR"] == [0.05, 0.01]
+    assert compared["config"].keys() == {"OPTIM.LR", "LOG.EVERY", "CHECKPOINT.EVERY"}
+
+    assert runs(folder, "export", done, other, "-o", folder / "x.jsonl").returncode == 0
+    exported = [json.loads(line) for line in (folder / "x.jsonl").read_text().splitlines()]
+    assert [r for r in exported if r.pop("run") == "resumed"] == jobs.metrics(done)
+    for run in (done, other):
+        verified = runs(folder, "verify", run)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert jobs.snapshot(folder / "real") == before
+
+
+def lines(run: Path, change: Callable[[list[str]], list[str]], name: str = "metrics.jsonl") -> None:
+    """Rewrite a file of lines in a copy of a run."""
+    file = run / name
+    file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
+
+
+def status(run: Path, **changed: object) -> None:
+    found = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps(found | changed))
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def events(run: Path) -> Path:
+    """The largest event file."""
+    return max((run / "tensorboard").glob("*tfevents*"), key=lambda p: p.stat().st_size)
+
+
+def manifest(run: Path) -> None:
+    """A checkpoint whose files are right and whose metric is not what was recorded."""
+    from launcher.checkpoint.store import _digest
+
+    file = run / "checkpoints" / "step_69" / "manifest.json"
+    found = json.loads(file.read_text())
+    found["metrics"]["val/accuracy"] = 0.123
+    found.pop("digest")
+    file.write_text(json.dumps({**found, "digest": _digest(found)}))
+
+
+def another_value(rows: list[str]) -> list[str]:
+    return [*rows[:2], re.sub(r'("train/loss": )\d', r"\g<1>7", rows[2]), *rows[3:]]
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a record is gone": (
+        lambda run: lines(run, lambda rows: rows[:3] + rows[4:]),
+        r"metrics.jsonl: no train/\* record at step \d+",
+    ),
+    "an evaluation is gone": (
+        lambda run: lines(
+            run, lambda rows: [r for r in rows if '"step": 46' not in r or "val" not in r]
+        ),
+        r"metrics.jsonl: no val/\* record at epoch 2",
+    ),
+    "a record stands twice": (
+        lambda run: lines(run, lambda rows: rows[:3] + rows[2:]),
+        r"metrics.jsonl: step \d+ stands twice for train/loss",
+    ),
+    "a torn line": (
+        lambda run: lines(run, lambda rows: [*rows, rows[-1][:40]]),
+        "metrics.jsonl:.* a torn last line",
+    ),
+    "a damaged line": (
+        lambda run: lines(run, lambda rows: [*rows[:2], rows[2][:50] + "\n", *rows[3:]]),
+        "metrics.jsonl:3: not strict JSON",
+    ),
+    "NaN": (
+        lambda run: lines(run, lambda rows: [rows[0].replace("}", ', "x": NaN}'), *rows[1:]]),
+        "metrics.jsonl:1: not strict JSON: NaN is no JSON",
+    ),
+    "another value": (
+        lambda run: lines(run, another_value),
+        "tensorboard: train/loss at step .* is",
+    ),
+    "events are gone": (lambda run: events(run).unlink(), "tensorboard: no train/loss.* at step"),
+    "events are cut": (
+        lambda run: os.truncate(events(run), events(run).stat().st_size * 2 // 3),
+        "tensorboard: no .* at step",
+    ),
+    "a bit of a checkpoint": (
+        lambda run: flip(run / "checkpoints/step_69/state.pt"),
+        "checkpoints/step_69: state.pt: its sha256",
+    ),
+    "a checkpoint's metric": (manifest, "checkpoints/step_69: val/accuracy is 0.123"),
+    "the last checkpoint is gone": (
+        lambda run: shutil.rmtree(run / "checkpoints/step_69"),
+        "checkpoints: none of the last step, 69",
+    ),
+    "the status": (lambda run: status(run, state="stopped"), "status.json: stopped at step 69"),
+    "the status's step": (lambda run: status(run, step=60), "status.json: completed at step 60"),
+    "the history's end": (
+        lambda run: lines(run, lambda rows: rows[:-1], "history.jsonl"),
+        "status.json: completed at step 69; the end of history.jsonl is",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_verify_finds_the_damage(name: str, folder: Path, done: Path, tmp_path: Path) -> None:
+    """Exit 1 and what is wrong; and the other commands read what is left."""
+    run = tmp_path / "damaged"
+    shutil.copytree(done, run, symlinks=True)
+    damage, told = DAMAGES[name]
+    damage(run)
+    found = runs(folder, "verify", run)
+    assert found.returncode == 1, found.stderr
+    assert re.search(f"^{told}", found.stdout, re.MULTILINE), found.stdout
+    for words in (("list", tmp_path), ("show", run)):
+        answer = runs(folder, *words)
+        assert answer.returncode == 0 and "Traceback" not in answer.stderr, answer.stderr
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[tuple[Path, jobs.Job]]:
+    """A run that goes on until it is killed."""
+    run = tmp_path / "live"
+    more = ("TRAIN.DURATION", "1000000step", "EVAL.EVERY", "", "LOG.EVERY", "5step")
+    job = jobs.start(*ARGS, *more, "CHECKPOINT.EVERY", "", "OUTPUT_DIR", run)
+    try:
+        deadline = time.monotonic() + 120
+        metrics = run / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert metrics.exists(), jobs.read(job.err)
+        yield run, job
+    finally:
+        job.kill()
+
+
+def test_a_live_run(live: tuple[Path, jobs.Job], tmp_path: Path) -> None:
+    """It is running, grows from one look to the next, is as promised, and can be followed to its
+    end; when it is killed it is lost."""
+    run, job = live
+    steps = []
+    for _ in range(3):
+        (row,) = json.loads(runs(tmp_path, "list", run, "--json").stdout)
+        assert (row["state"], row["total"]) == ("running", 1_000_000)
+        steps.append(row["step"])
+        time.sleep(0.3)
+    assert steps[0] < steps[-1]
+    verified = runs(tmp_path, "verify", run)
+    assert verified.returncode == 0, verified.stdout
+
+    env = jobs.clean_environment({"PYTHONPATH": str(jobs.ROOT), "XDG_CACHE_HOME": str(tmp_path)})
+    command = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "runs",
+        "tail",
+        "-f",
+        "-n",
+        "1",
+        "--json",
+        str(run),
+    ]
+    tail = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        assert tail.stdout is not None
+        followed = [json.loads(tail.stdout.readline())["step"] for _ in range(20)]
+        assert followed == list(range(followed[0], followed[0] + 100, 5))
+        job.kill()
+        told = json.loads(runs(tmp_path, "status", run, "--json").stdout)
+        assert told["state"] == "lost"
+        (row,) = json.loads(runs(tmp_path, "list", run, "--json").stdout)
+        assert row["state"] == "lost"
+        tail.send_signal(signal.SIGINT)
+        tail.communicate(timeout=30)
+        assert tail.returncode == 130
+    finally:
+        tail.kill()
+        tail.wait()
+
+
+def browse(page: Path, folder: Path, *options: str) -> str:
+    """What headless Chromium makes of a page: the document after its scripts have run."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"]
+    process = subprocess.Popen(
+        [*map(str, command), *options, page.as_uri()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HOME": str(folder)},
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err[-2000:]
+        return out
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here")
+def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path: Path) -> None:
+    """Every metric is a figure with a curve a run, of as many points as it has records; zooming
+    and smoothing draw it anew."""
+    page = tmp_path / "report.html"
+    assert runs(folder, "report", done, other, "-o", page).returncode == 0
+    html = browse(page, tmp_path, "--dump-dom")
+    drawn: dict[str, dict[str, int]] = {}
+    for figure in re.findall(r"<figure>.*?</figure>", html, re.DOTALL):
+        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)
+        assert caption is not None
+        drawn[caption[1]] = {
+            name: int(points)
+            for name, points in re.findall(
+                r'class="curve" d="M[^"]+L[^"]+"[^>]* data-run="(\w+)" data-points="(\d+)"', figure
+            )
+        }
+    records = {"resumed": jobs.metrics(done), "other": jobs.metrics(other)}
+    keys = {k for r in records["other"] for k in r} - {"step", "epoch", "samples", "time"}
+    assert {"val/accuracy", "train/loss", "perf/step_s"} <= keys
+    assert drawn == {
+        key: {name: sum(key in r for r in rows) for name, rows in records.items()} for key in keys
+    }
+    for word in ("OPTIM.LR", "checkpoint", "versions: launcher"):
+        assert word in html
+
+    # The same page with somebody who smooths and zooms.
+    acts = """
+    const svg = charts[0].svg, box = svg.getBoundingClientRect(), before = svg.innerHTML;
+    const at = (kind, share) => svg.dispatchEvent(new PointerEvent(kind,
+        {bubbles: true, clientX: box.left + share * box.width, clientY: box.top + 50}));
+    byId("smooth").value = 0.9; byId("smooth").dispatchEvent(new Event("input"));
+    const smooth = svg.innerHTML;
+    at("pointerdown", .3); at("pointermove", .7); at("pointerup", .7);
+    const zoomed = charts[0].zoom;
+    svg.dispatchEvent(new MouseEvent("dblclick"));
+    document.title = JSON.stringify({smoothed: smooth !== before && smooth.includes('class="raw"'),
+        zoomed, tip: charts[0].tip.textContent, back: svg.innerHTML === smooth});
+    """
+    acted = tmp_path / "acted.html"
+    acted.write_text(page.read_text().replace("</body>", f"<script>{acts}</script></body>"))
+    title = re.search(r"<title>(.*?)</title>", browse(acted, tmp_path, "--dump-dom"))
+    assert title is not None
+    found = json.loads(title[1])
+    assert found["smoothed"] and found["back"] and "resumed" in found["tip"]
+    low, high = found["zoomed"]
+    assert 23 < low < high < 69
