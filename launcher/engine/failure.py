@@ -1,8 +1,9 @@
 """The end of a run that fails: which rank was first, told once, on the console and in failure.json.
 
-Every rank tells the board (runtime/board.py) what happened to it before it leaves, so whoever
+Every rank puts what happened to it on the board (runtime/board.py) before it leaves, so whoever
 notices only that a connection is gone finds there why. Rank 0 writes; where it is gone, the lowest
-living rank does.
+living rank does. An error unwinds the main thread; where that is stuck, in a hang or in a backend
+that does not tell of a peer's end (NCCL), the watch's thread ends the process.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 BEAT_S = 1.0
 # A rank of another host that posts nothing for so long is taken for gone.
 SILENT_S = 3.0
+# For how long ranks that end by their watch wait for each other's stacks, and for the writer.
+STACKS_S, WRITTEN_S = 4.0, 6.0
 LOG_LINES, TRACE_LINES = 50, 20  # in failure.json; on the console
 
 
@@ -72,7 +75,7 @@ class Failures:
         logger.critical("this rank failed", exc_info=error, extra={"file_only": True})
         mine = self._describe(error)
         first = self._first(mine, lost_connection(error))
-        if self._is_writer():
+        if self._is_writer(first):
             self._write(first)
         if first["rank"] != self.runtime.rank:
             error = FirstFailure(_headline(first))
@@ -106,7 +109,14 @@ class Failures:
             f"({self.cfg.EVAL.BATCH_SIZE})."
         )
 
-    def _record(self, rank: int, exception: str, trace: str, step: int | None = None) -> dict:
+    def _record(
+        self,
+        rank: int,
+        exception: str,
+        trace: str,
+        step: int | None = None,
+        silent: list[int] | None = None,
+    ) -> dict[str, Any]:
         member = self.members[rank]
         return {
             "rank": rank,
@@ -116,6 +126,7 @@ class Failures:
             "exception": exception,
             "traceback": trace,
             "time": time.time(),
+            "silent": silent or [],  # ranks that cannot speak for themselves; for other ranks only
         }
 
     def _first(self, mine: dict[str, Any], lost: bool) -> dict[str, Any]:
@@ -188,30 +199,35 @@ class Failures:
             text += f" with {beat['rss_gib']:.2f} GiB of memory"
         if here:
             text += f"; this host has {memory.available / 2**30:.1f} GiB free now"
-        return self._record(rank, text, "", beat.get("step"))
+        return self._record(rank, text, "", beat.get("step"), gone)
 
-    def _is_writer(self) -> bool:
-        """Whether no rank below this one lives."""
+    def _is_writer(self, first: dict[str, Any]) -> bool:
+        """Whether this rank is the one to write: the lowest that lives, and no other has."""
         board, rank = self.runtime.board, self.runtime.rank
-        if rank == 0 or board is None:
+        if board is None:
             return True
-        lower = range(rank)
-        if any(
-            self.members[r]["host"] == self.host
-            and hang.is_alive(self.members[r]["pid"], self.members[r]["created"])
-            for r in lower
-        ):
+        lower = [r for r in range(rank) if r not in first["silent"]]
+        if any(self._is_beside(r) and self._lives(r) for r in lower):
             return False
-        away = [r for r in lower if self.members[r]["host"] != self.host]
+        away = [r for r in lower if not self._is_beside(r)]
         try:
-            if not away or any(r in board.read("failed") for r in away):
-                return not away
-            before = board.read("beat")
-            time.sleep(SILENT_S)
-            after = board.read("beat")
+            if away:
+                if any(r in board.read("failed") for r in away):
+                    return False
+                before = board.read("beat")
+                time.sleep(SILENT_S)
+                after = board.read("beat")
+                if any(before.get(r) != after.get(r) for r in away):
+                    return False
+            return bool(board.first("writer", rank) == rank)
         except Unreachable:
             return True
-        return all(before.get(r) == after.get(r) for r in away)
+
+    def _is_beside(self, rank: int) -> bool:
+        return bool(self.members[rank]["host"] == self.host)
+
+    def _lives(self, rank: int) -> bool:
+        return hang.is_alive(self.members[rank]["pid"], self.members[rank]["created"])
 
     # In the watch's thread.
 
@@ -231,58 +247,43 @@ class Failures:
             "rss_gib": hang.rss_gib(),
         }
         board.post("beat", beat)
-        if watch.stop is not None and watch.phase != "end" and watch.age > SILENT_S:
-            self._look_for_failure()
-
-    def _look_for_failure(self) -> None:
-        """What looks like a stop request may be torchrun ending the ranks that another's failure
-        left over, and NCCL lets them wait for that one in vain."""
-        assert self.runtime.board is not None
-        try:
-            first = self.runtime.board.seen("failure")
-            if first is None and (gone := self._gone(None)):
-                first = self.runtime.board.first("failure", self._killed(gone))
-        except Unreachable:
-            return
-        if first is not None and self.runtime.watch.begin_end():
-            self._end(first, writer=self._is_writer())
+        first = board.peek("failure")
+        stuck = watch.age > SILENT_S and watch.phase not in hang.ALONE
+        if first is None and watch.stop is not None and stuck and (gone := self._gone(None)):
+            # What looked like a stop request is torchrun ending those that a killed rank left over.
+            with contextlib.suppress(Unreachable):
+                first = board.first("failure", self._killed(gone))
+        # The main thread has the first word, so that it can close what is open, unless it is stuck.
+        if first is not None and stuck and watch.begin_end():
+            self._end(first)
 
     def _stall(self) -> None:
         """Nothing has moved for longer than it may: find out why, and end the run."""
-        watch, board, world = self.runtime.watch, self.runtime.board, self.runtime.world_size
+        watch, board, rank = self.runtime.watch, self.runtime.board, self.runtime.rank
         if board is None:
-            if watch.begin_end():
-                self._end(self._hung(self.runtime.rank, alive=True), writer=True)
-            return
-        silent: list[int] = []
-        try:
-            if self.before is None:
-                # Whoever is blamed is overdue itself, and so has told where it stands by then.
-                board.post("stack", hang.main_stack())
-                self.before = time.monotonic(), board.read("beat")
-                return
-            if time.monotonic() - self.before[0] < SILENT_S:
-                return
-            (_, before), self.before = self.before, None
-            verdict = hang.judge(before, board.read("beat"), world, watch.age, watch.limit)
-            if verdict is None:
-                return
-            blamed, silent = verdict
-            first = self._hung(blamed, alive=blamed not in silent)
-            if not watch.begin_end():
-                return
-            first = board.first("failure", first)
-        except Unreachable:
-            # The store lies on rank 0's host, or is rank 0's own.
-            if not watch.begin_end():
-                return
-            away = (r for r, m in enumerate(self.members) if m["host"] != self.host)
-            first = self._hung(0 if self.runtime.rank else next(away, 0), alive=False)
-            silent = [first["rank"]]
-        lowest = next((r for r in range(world) if r not in silent), self.runtime.rank)
-        self._end(first, writer=self.runtime.rank == lowest, silent=silent)
+            first = self._hung(rank, [])
+        else:
+            try:
+                if self.before is None:
+                    self.before = time.monotonic(), board.read("beat")
+                    return
+                if time.monotonic() - self.before[0] < SILENT_S:
+                    return
+                (_, before), self.before = self.before, None
+                world = self.runtime.world_size
+                verdict = hang.judge(before, board.read("beat"), world, watch.age, watch.limit)
+                if verdict is None:
+                    return
+                first = board.first("failure", self._hung(*verdict))
+            except Unreachable:
+                # The store lies on rank 0's host, or is rank 0's own.
+                away = (r for r in range(self.runtime.world_size) if not self._is_beside(r))
+                blamed = 0 if rank else next(away, 0)
+                first = self._hung(blamed, [] if blamed == rank else [blamed])
+        if watch.begin_end():
+            self._end(first)
 
-    def _hung(self, rank: int, alive: bool) -> dict[str, Any]:
+    def _hung(self, rank: int, silent: list[int]) -> dict[str, Any]:
         watch = self.runtime.watch
         beat: dict[str, Any] = {"step": self.progress.step, "phase": watch.phase}
         if self.runtime.board is not None and rank != self.runtime.rank:
@@ -292,54 +293,72 @@ class Failures:
             f"hang: nothing has moved for {watch.age:.0f} s, and all ranks wait for rank {rank} "
             f"({beat['phase']}, {beat['step']} steps done)"
         )
-        if not alive:
+        if rank in silent:
             text += ", which gives no sign of life"
         # The others could not have finished a step without it.
-        return self._record(rank, text, "", max(beat["step"], self.progress.step))
+        return self._record(rank, text, "", max(beat["step"], self.progress.step), silent)
 
-    def _end(self, first: dict[str, Any], writer: bool, silent: list[int] | None = None) -> None:
-        """Say what is known, write it down where this rank is the one to, and leave."""
-        board, rank = self.runtime.board, self.runtime.rank
-        mine = hang.stacks()
+    def _end(self, first: dict[str, Any]) -> None:
+        """Say what is known, write it down where this rank is the one to, and leave.
+
+        No rank leaves before all that can have told where they stand: a rank's end would unwind
+        the main threads of the others, and torchrun would end them.
+        """
+        board, rank, silent = self.runtime.board, self.runtime.rank, first["silent"]
         # Not through logging, whose lock the main thread may hold.
         with contextlib.suppress(OSError), self.directory.log(rank).open("a") as log:
-            log.write(f"{first['exception']}\nthe stacks of this rank's threads:\n{mine}\n")
-        blamed = self.members[first["rank"]]
-        beside = [r for r in silent or [] if self.members[r]["host"] == self.host and r != rank]
-        if board is not None and first["rank"] in beside:
-            board.post("look", hang.process_state(blamed["pid"]))
-        if writer:
-            first["traceback"] = first["traceback"] or self._look_at(first["rank"], beside)
-            self._write(first)
+            log.write(
+                f"{first['exception']}\nthe stacks of this rank's threads:\n{hang.stacks()}\n"
+            )
+        beside = [r for r in silent if self._is_beside(r) and r != rank]
+        if board is not None:
+            states = {r: hang.process_state(self.members[r]["pid"]) for r in beside}
+            board.post("told", {rank: hang.main_stack(), **states})
+            if self._is_writer(first):
+                self._write({**first, "traceback": first["traceback"] or self._stack_of(first)})
+                board.post("written", True)
+            else:
+                hang.wait_until(lambda: self._told("written", 1), WRITTEN_S)
+            board.flush()
+        else:
+            self._write({**first, "traceback": hang.main_stack()})
         for other in beside:
             # torchrun would wait for a frozen rank for 30 s more.
             hang.kill(self.members[other]["pid"], self.members[other]["created"])
         tell_torchrun(FirstFailure(_headline(first)))
         leave(1)
 
-    def _look_at(self, rank: int, beside: list[int]) -> str:
-        """The stack of a rank, or its process's state where it cannot tell."""
+    def _stack_of(self, first: dict[str, Any]) -> str:
+        """The stack of the rank to blame, or its process's state where it cannot tell; waits for
+        all that can tell theirs."""
         board = self.runtime.board
-        if rank == self.runtime.rank or board is None:
-            return hang.main_stack()
-        if rank in beside:
-            return hang.process_state(self.members[rank]["pid"])
-        found: list[str] = []
+        assert board is not None
+        hang.wait_until(
+            lambda: self._told("told", self.runtime.world_size - len(first["silent"])), STACKS_S
+        )
+        with contextlib.suppress(Unreachable):
+            for told in board.read("told").values():
+                if (found := told.get(str(first["rank"]))) is not None:
+                    return str(found)
+        return ""
 
-        def told() -> bool:
-            with contextlib.suppress(Unreachable):
-                stack = board.read("stack").get(rank)
-                found.extend([stack] if stack else board.read("look").values())
-            return bool(found)
-
-        hang.wait_until(told, 4.0)
-        return found[0] if found else ""
+    def _told(self, name: str, ranks: int) -> bool:
+        """Whether so many ranks have; also where nobody can be asked."""
+        assert self.runtime.board is not None
+        try:
+            board = self.runtime.board
+            return (
+                len({*board.read(name), *(board.read("failed") if name == "told" else ())}) >= ranks
+            )
+        except Unreachable:
+            return True
 
     def _write(self, first: dict[str, Any]) -> None:
         self._print(first)
         if not self.opened or not self.directory.take_over(self.members[0]):
             return  # not begun, or a successor has begun
         first = {**first, "log": _tail(self.directory.log(first["rank"]))}
+        del first["silent"]
         reason = first["exception"]
         if first["rank"] != self.runtime.rank:
             reason = f"rank {first['rank']} on {first['host']}: {reason}"

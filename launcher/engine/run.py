@@ -148,6 +148,7 @@ def _run(
         if stopped is None:
             state.recorder.finish()
     finally:
+        runtime.watch.enter("save")
         console.close()
         data.close()
         if saver is not None:

@@ -7,6 +7,7 @@ in a thread, and whoever asks waits only so long.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
@@ -31,6 +32,7 @@ class Board:
         self.store, self.rank, self.world_size = store, rank, world_size
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
+        self._peeks: dict[str, Future[Any]] = {}
         self.thread = threading.Thread(target=self._serve, name="board", daemon=True)
         self.thread.start()
 
@@ -63,12 +65,27 @@ class Board:
 
     def seen(self, name: str) -> Any:
         """The value that `first` wrote under a name, or None."""
-        found = self._ask(lambda: self.store.get(name) if self.store.check([name]) else None)
-        return None if found is None else json.loads(found)
+        return self._ask(lambda: self._get(name))
+
+    def peek(self, name: str) -> Any:
+        """The same as far as the last call's question is answered by now; waits for nothing."""
+        asked = self._peeks.get(name)
+        if asked is not None and not asked.done():
+            return None
+        self._peeks[name] = self._call(lambda: self._get(name))
+        return asked.result() if asked is not None and asked.exception() is None else None
+
+    def flush(self) -> None:
+        """Wait until what was posted is there, or the store does not answer."""
+        with contextlib.suppress(Unreachable):
+            self._ask(lambda: None)
 
     def close(self) -> None:
         self._calls.put(None)
         self.thread.join(1.0)  # a hanging call is left to the process's end
+
+    def _get(self, name: str) -> Any:
+        return json.loads(self.store.get(name)) if self.store.check([name]) else None
 
     def _call(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
