@@ -41,7 +41,6 @@ class Saver:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.buffers: dict[str, torch.Tensor] = {}
         self.pending: dict[str, Any] | None = None
-        self.longest_s = 0.0  # that a save has taken so far
 
     def save(
         self, state: dict[str, Any], manifest: dict[str, Any], changing: list[torch.Tensor]
@@ -139,9 +138,7 @@ class Saver:
             # next one is due. The checkpoints before it are still there.
             error = caught
         self.pending = None
-        seconds = time.monotonic() - began
-        self.longest_s = max(self.longest_s, seconds)
-        self.done(manifest, seconds, error)
+        self.done(manifest, time.monotonic() - began, error)
         return error
 
 

@@ -67,6 +67,11 @@ class Failures:
 
     # In the main thread.
 
+    def open(self) -> None:
+        """The directory is this attempt's from now on."""
+        self.opened = True
+        self.runtime.watch.stacks = self.directory.log(self.runtime.rank).open("a")
+
     def failed(self, error: BaseException) -> BaseException:
         """Tell of this rank's error, or of the one of another rank behind it; what to raise."""
         watch = self.runtime.watch

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -24,7 +21,6 @@ from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.checkpoint.weights import load_weights
 from launcher.config import CfgNode, flatten, parse_duration
 from launcher.data.splits import Data
-from launcher.engine.agreement import LAG
 from launcher.engine.evaluate import evaluate
 from launcher.engine.failure import Failures
 from launcher.engine.loop import Loop
@@ -33,6 +29,7 @@ from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.schedule import build_schedule
 from launcher.engine.step import TrainStep
+from launcher.engine.stopping import StopMargin, deadlines
 from launcher.errors import RunError, UsageError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -48,8 +45,6 @@ from launcher.telemetry.task_recorder import RunRecorder
 from launcher.telemetry.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
-# Slurm kills at the very second of its limit; the job file still has something to do before.
-SLURM_SPARE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ def _run(
     resumed = found is not None and found.step is not None
     total = schedule.total_steps
     open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed, total)
-    failures.opened = True
+    failures.open()
     console = Console(total, enabled=runtime.is_main)
     logs.attach(console)
     saver = heartbeat = None
@@ -136,8 +131,13 @@ def _run(
                 SystemFigures(runtime.device, directory.path),
             )
         ]
-        saver = Saver(store, runtime.device, directory.saved)
-        margin = stop_margin(runtime, saver, state.progress)
+        margin = StopMargin(runtime, state.progress)
+
+        def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
+            directory.saved(manifest, seconds, error)
+            margin.saved(seconds)
+
+        saver = Saver(store, runtime.device, saved)
         ask = runtime.watch.request_stop
         heartbeat = Heartbeat(directory, state.progress, deadlines(cfg), margin, ask)
     try:
@@ -172,32 +172,6 @@ def _write_end(directory: RunDirectory, progress: Progress, stopped: str | None)
         how = f"stopped ({stopped}), to go on with --resume"
     told = (how, progress.step, progress.epoch, directory.path)
     logger.info("%s: %d steps, %d epochs. The run is in %s", *told)
-
-
-def stop_margin(runtime: Runtime, saver: Saver, progress: Progress) -> Callable[[], float]:
-    """How long before a deadline a stop must begin, in seconds: the last checkpoint has to be
-    written, and the ranks agree a step later, on CUDA some more."""
-    began, first = time.monotonic(), progress.step
-    steps = 2 + (LAG if runtime.device.type == "cuda" else 0)
-
-    def margin() -> float:
-        per_step = (time.monotonic() - began) / max(1, progress.step - first)
-        return saver.longest_s + steps * per_step
-
-    return margin
-
-
-def deadlines(cfg: CfgNode) -> dict[str, float]:
-    """The moments of time.monotonic() at which this attempt must have stopped, by what sets them:
-    TRAIN.MAX_TIME after the process began, and the end of Slurm's time limit."""
-    found = {}
-    if (most := parse_duration(cfg.TRAIN.MAX_TIME)) is not None:
-        age = time.time() - psutil.Process().create_time()
-        found[f"TRAIN.MAX_TIME {cfg.TRAIN.MAX_TIME}"] = time.monotonic() - age + most.amount
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    if end.isdigit():
-        found["Slurm's time limit"] = time.monotonic() + int(end) - time.time() - SLURM_SPARE_S
-    return found
 
 
 def evaluate_only(

@@ -3,12 +3,14 @@ goes on.
 
 The thread waits for no collective, no file and no lock of the loop's. Signals reach it through a
 file descriptor (signal.set_wakeup_fd), so also while the main thread waits inside a collective,
-where Python's own handlers do not run.
+where Python's own handlers do not run. Where even this thread cannot run, because native code holds
+Python's lock (the GIL), faulthandler's timer, which needs no lock, writes the stacks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import select
 import signal
@@ -17,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -28,6 +30,8 @@ TICK_S = 0.5
 # Signals within this time of the first are the same request: torchrun forwards to every rank what
 # a scheduler sends to everyone (10 ms apart, measured).
 SAME_REQUEST_S = 5.0
+# How much later than this thread would have noticed faulthandler's timer goes off.
+STACKS_S = 1.5
 # How long an ending rank may take for its last words.
 LAST_WORDS_S = 30.0
 STOPPED = 75  # sysexits.h's EX_TEMPFAIL: stopped early on purpose, and resumable
@@ -50,6 +54,7 @@ class Watch:
         self.joined = self.started = False  # the process group; an attempt's first step
         self.age = 0.0  # seconds since something moved
         self.stop: str | None = None
+        self.stacks: IO[Any] | None = None  # an open file for faulthandler's timer
         self.on_tick: Callable[[], None] | None = None
         self.on_stall: Callable[[], None] | None = None
         self._ending = threading.Lock()
@@ -98,6 +103,9 @@ class Watch:
             self._closed.set()
             os.write(writer, b"\0")
             thread.join(2 * TICK_S)
+            faulthandler.cancel_dump_traceback_later()
+            if self.stacks is not None:
+                self.stacks.close()
             signal.set_wakeup_fd(old_writer)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -121,7 +129,13 @@ class Watch:
             if self.on_tick is not None:
                 self.on_tick()
             if self.age > self.limit and not self._closed.is_set():
+                faulthandler.cancel_dump_traceback_later()  # the stacks are told below
                 self._stalled()
+            elif self.stacks is not None:
+                # Armed again each tick (53 microseconds). It ends nothing: a process that was
+                # frozen by its scheduler finds its time over when it wakes.
+                left = self.limits["step" if self.started else "start"] + STACKS_S
+                faulthandler.dump_traceback_later(left, file=self.stacks)
 
     def _signalled(self, number: int) -> None:
         if number not in SIGNALS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -58,6 +59,9 @@ class Failing(Task):
             os.kill(os.getpid(), signal.SIGSTOP)
         if keys.FAILURE == "hang":
             time.sleep(1000)
+        if keys.FAILURE == "gil":
+            time.sleep(1.5)  # the timer is set anew only every half a second
+            ctypes.PyDLL(None).sleep(1000)  # keeps Python's lock, so no thread of Python's runs
 
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch

@@ -66,6 +66,8 @@ def test_short_device_memory_names_the_key_to_change(tmp_path: Path) -> None:
         ("freeze", 0, 2),
         ("hang", 0, None),
         ("hang", 1, 2),
+        ("gil", 1, 2),
+        pytest.param("gil", 0, 2, marks=pytest.mark.slow),
         pytest.param("freeze", 2, 4, marks=pytest.mark.slow),
         pytest.param("hang", 0, 2, marks=pytest.mark.slow),
     ],
@@ -76,10 +78,16 @@ def test_a_hang_names_its_rank(what: str, rank: int, ranks: int | None, tmp_path
     assert failure["step"] == 5 and failure["exception"].startswith("hang: nothing has moved for")
     if what == "freeze":
         assert "stopped" in failure["traceback"]  # its process's state
+    elif what == "gil":
+        assert "sleeping" in failure["traceback"]  # the same; its stack is written by a timer
+        log = (tmp_path / f"run/logs/rank{rank}.log").read_text()
+        assert "Timeout" in log and "in _fail" in log
     else:
         assert "in _fail" in failure["traceback"]
     for other in range(ranks or 1):
-        if what != "freeze" or other != rank:
+        if what in ("freeze", "gil") and other == rank:
+            continue
+        else:
             log = (tmp_path / f"run/logs/rank{other}.log").read_text()
             assert "thread MainThread" in log and "in train" in log
     assert ended.seconds < 90  # bounds the test; what is measured stands in docs/clusters.md
