@@ -215,7 +215,7 @@ class Loop:
         if self.state.scaler.is_enabled():
             batches = self.data.train_plan.batches_in(self.state.progress.samples)
             extra["train/skipped_steps"] = batches - self.state.progress.step
-        self.state.recorder.record(self.state.progress.as_dict(), extra)
+        self.state.recorder.record(self.state.progress.as_dict(), extra, self.step.own.take)
         self._advise(now)
         self.clock = StopWatch(time.monotonic())
 

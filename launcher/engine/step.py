@@ -20,6 +20,7 @@ from launcher.config import CfgNode
 from launcher.engine.agreement import Agreement
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
+from launcher.telemetry.stragglers import OwnTime
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,6 +100,7 @@ class TrainStep:
         self.observe: Callable[[], None] | None = None  # called with the gradients of each step
         self.model, self.optimizer, self.ema = state.model, state.optimizer, state.ema
         self.scaler, self.recorder, self.clip = state.scaler, state.recorder, cfg.TRAIN.GRAD_CLIP
+        self.own = OwnTime(runtime.device)
         self.agreement = Agreement(runtime.device, runtime.world_size)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg)
@@ -132,6 +134,7 @@ class TrainStep:
 
         Returns whether the gradient scaler skipped the update, and the requests all ranks saw.
         """
+        self.own.begin()
         self.module.train()
         weighted = False
         for i, samples in enumerate(sizes or [0]):
@@ -140,7 +143,10 @@ class TrainStep:
             # Gradients cross the ranks once a step: with the last micro-batch.
             with contextlib.nullcontext() if last else self._no_sync():
                 out = self.module(batch, samples, count, requests)
-                (self.scaler.scale(out.loss) + out.term).backward()
+                loss = self.scaler.scale(out.loss) + out.term
+                if last:
+                    self.own.watch(loss)
+                loss.backward()
             if samples:
                 weighted = isinstance(out.weight, torch.Tensor)
                 self.recorder.add(out.values, out.weight)

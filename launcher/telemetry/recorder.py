@@ -5,13 +5,14 @@ put together over the ranks and handed to the sinks on rank 0.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from launcher.runtime.process import Runtime
 from launcher.telemetry.media import Media
+from launcher.telemetry.stragglers import Stragglers
 
 # One metrics record: step, epoch, samples, time, and a number for each metric.
 Record = dict[str, Any]
@@ -52,6 +53,7 @@ class Recorder:
         # For each set of keys that was added together: weighted sums in float64 on the device, and
         # the weight itself as the last element. One small kernel or two an addition.
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}
+        self.stragglers = Stragglers()
 
     def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
         """Count scalars, means over a batch, with its weight. Never waits for the device."""
@@ -67,15 +69,23 @@ class Recorder:
         """Count scalars that are the same on all ranks, once a step."""
         self.add(values, 1.0)
 
-    def record(self, position: Mapping[str, int], extra: Mapping[str, float]) -> None:
-        """Write one record of the means since the last one, and `extra` values of rank 0."""
+    def record(
+        self,
+        position: Mapping[str, int],
+        extra: Mapping[str, float],
+        own_s: Callable[[], float] | None = None,
+    ) -> None:
+        """Write one record of the means since the last one, and `extra` values of rank 0. `own_s`
+        tells this rank's own seconds a step, see OwnTime."""
         # A collective, and the one place where training waits for the device to read values.
-        parts = self.runtime.gather(self.state())
+        parts = self.runtime.gather((self.state(), own_s() if own_s is not None else None))
         self._sums.clear()
         if parts is None:
             return
-        means = {f"train/{key}": value for key, value in _means(parts).items()}
-        self.write(position, {**means, **extra})
+        means = {f"train/{key}": value for key, value in _means([s for s, _ in parts]).items()}
+        own = [seconds for _, seconds in parts if seconds is not None]
+        ranks = self.stragglers.figures(own) if len(own) > 1 else {}
+        self.write(position, {**means, **extra, **ranks})
 
     def write(self, position: Mapping[str, int], values: Mapping[str, float]) -> None:
         """Hand one record to the sinks."""

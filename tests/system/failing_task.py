@@ -18,6 +18,19 @@ from launcher import CfgNode, Task
 RANK = int(os.environ.get("RANK", "0"))
 
 
+class SlowToLoad(TensorDataset):
+    """One rank takes long for each sample."""
+
+    def __init__(self, rank: int, *tensors: torch.Tensor) -> None:
+        super().__init__(*tensors)
+        self.rank = rank
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        if self.rank == RANK:
+            time.sleep(0.01)
+        return super().__getitem__(index)
+
+
 class Failing(Task):
     """FAILURE happens to RANK at its step AT; ONCE names a file that says it has happened."""
 
@@ -33,12 +46,17 @@ class Failing(Task):
         if self.cfg.TASK.FAILURE == "start" and self.cfg.TASK.RANK == RANK:
             raise FileNotFoundError("no data here")
         x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-        return TensorDataset(x, x.sum(1, keepdim=True))
+        y = x.sum(1, keepdim=True)
+        if self.cfg.TASK.SLOW == "data":
+            return SlowToLoad(self.cfg.TASK.RANK, x, y)
+        return TensorDataset(x, y)
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch
         self.steps += 1
         time.sleep(0.02)
+        if self.cfg.TASK.SLOW == "train" and self.cfg.TASK.RANK == RANK:
+            time.sleep(0.08)
         if self.steps == self.cfg.TASK.AT and self.cfg.TASK.RANK == RANK:
             self._fail()
         return {"loss": nn.functional.mse_loss(model(x), y)}

@@ -100,6 +100,29 @@ def test_rank_0_may_be_slow_alone(slow: str, tmp_path: Path) -> None:
     jobs.train(*args, "OUTPUT_DIR", tmp_path / "run", ranks=2, timeout=120).ok()
 
 
+@pytest.mark.parametrize(
+    ("slow", "rank", "ranks"),
+    [
+        ("data", 0, 2),
+        ("train", 1, 2),
+        pytest.param("train", 2, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_slow_rank_is_named(slow: str, rank: int, ranks: int, tmp_path: Path) -> None:
+    """Item 6: by its own part of the steps; the others wait for it, and take as long."""
+    run = tmp_path / "run"
+    args = [*COMMON, "LOG.EVERY", "4step", "TASK.SLOW", slow, "TASK.RANK", rank]
+    ended = jobs.train(*args, "OUTPUT_DIR", run, ranks=ranks).ok()
+    records = [record for record in jobs.metrics(run) if "perf/step_s" in record]
+    assert len(records) == 5
+    for record in records:
+        assert record["perf/slowest_rank"] == rank
+        assert record["perf/rank_spread_s"] > 0.3 * record["perf/step_s"]
+    assert ended.err.count(f"rank {rank} holds the others up") == 1
+    log = (run / "logs/rank0.log").read_text()
+    assert log.count(f"own seconds a step by rank, slowest first: {rank}: 0.") == 5
+
+
 def test_a_killed_rank_and_max_restarts(tmp_path: Path) -> None:
     """Item 3: torchrun starts the ranks again, and they go on from the newest checkpoint."""
     run, whole = tmp_path / "run", tmp_path / "whole"
