@@ -3,6 +3,7 @@
 The same processes make one group after the other, of 3 and then of 2 ranks, one for each port.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,10 @@ def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> di
         Regression(weighted), runtime=runtime, batch_size=batch_size, micro_batch_size=micro
     )
     asked = {step: names for (step, rank), names in ASKED.items() if rank == runtime.rank}
-    seen = [seen for _, seen in trainer.run(STEPS, asked)]
+    seen, begun = [], []
+    for step in range(STEPS):
+        seen.append(trainer.one(step, asked.get(step, frozenset()))[1])
+        begun.append(runtime.collectives())
     written: list[dict[str, Any]] = []
 
     class Sink:
@@ -76,7 +80,12 @@ def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> di
 
     trainer.state.recorder.sinks = [Sink()] if runtime.is_main else []
     trainer.state.recorder.record({"step": STEPS, "epoch": 0, "samples": 0}, {})
-    return {"weights": trainer.weights, "seen": [sorted(s) for s in seen], "written": written}
+    seen_names = [sorted(names) for names in seen]
+    return {
+        **{"weights": trainer.weights, "seen": seen_names, "written": written},
+        # In the first step DDP agrees on its layout of buckets, in two more.
+        "collectives": [after - before for before, after in itertools.pairwise(begun)],
+    }
 
 
 def main(rank: int, folder: Path, ports: list[str]) -> None:

@@ -92,3 +92,14 @@ def test_metrics_are_those_of_one_process_to_the_last_bit(
     """Also where the ranks' buffers differ: rank 0's count."""
     for rank in ranks[:world_size]:
         assert rank[world_size]["evaluated"] == evaluated(ALONE)
+
+
+@worlds
+@cases
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_step_has_one_collective_that_of_the_gradients(
+    ranks: list[Any], world_size: int, case: tuple[int, int], weighted: bool
+) -> None:
+    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one."""
+    found = [found_by(rank, world_size, case, weighted) for rank in ranks[:world_size]]
+    assert [one["collectives"] for one in found] == [[1] * (STEPS - 1)] * world_size
