@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 
 from tests.system import jobs
 from tests.system.exact import COMMON, assert_same
-from tests.system.test_exact import family, wait_for_step
+from tests.system.test_exact import family, saving, wait_for_step
 
 SLEEP = {"LAUNCHER_TEST_SLEEP": "0.05"}
 
@@ -63,8 +64,12 @@ def assert_stopped(run: Path, reason: str) -> None:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
+    """No process is left after 10 s, and no shared memory that one of them made."""
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
+    pids = {str(process.pid) for process in processes}
+    shared = [path.name for path in Path("/dev/shm").glob("*")]
+    assert not [name for name in shared if pids & set(re.split(r"\D+", name))], shared
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,101 @@ def test_a_signal(
         assert ended.code == 0  # torchrun would take any other for a failure
     jobs.train(*args, "--resume", ranks=ranks).ok()
     assert_same(run, reference[ranks])
+
+
+@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_inside_a_save(ranks: int | None, tmp_path: Path) -> None:
+    """The save is finished, and the stop's own one made; nothing of either is left half done."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    args = [*COMMON, "TASK.WIDTH", "2560"]  # large enough for a save to be caught at work
+    job = jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=SLEEP)
+    try:
+        wait_for_step(run, 3, job)
+        deadline = time.monotonic() + 60
+        while not (under_way := saving(run)):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        send(job, signal.SIGTERM, "everyone")
+        assert saving(run) == under_way  # the signal fell into it
+        job.wait(60)
+    finally:
+        if job.process.poll() is None:
+            job.kill()
+    assert_stopped(run, "SIGTERM")
+    assert not saving(run)
+    jobs.train(*args, "OUTPUT_DIR", run, "--resume", ranks=ranks).ok()
+    jobs.train(*args, "OUTPUT_DIR", whole, ranks=ranks).ok()
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_second_signal_leaves_at_once(ranks: int | None, tmp_path: Path) -> None:
+    """Five seconds after the first it is no longer the same request."""
+    run = tmp_path / "run"
+    env = {"LAUNCHER_TEST_EVAL_SLEEP": "1000"}  # a stop would have to wait for its batch
+    job = jobs.start(
+        *COMMON,
+        "LOG.EVERY",
+        "1step",
+        "DATALOADER.NUM_WORKERS",
+        "1",
+        "OUTPUT_DIR",
+        run,
+        ranks=ranks,
+        env=env,
+    )
+    try:
+        wait_for_step(run, 3, job)
+        time.sleep(1)
+        left = descendants(job)
+        send(job, signal.SIGINT, "everyone, twice")
+        time.sleep(5.5)
+        assert job.process.poll() is None
+        send(job, signal.SIGINT, "everyone")
+        ended = job.wait(20)
+        assert_gone(left)
+    finally:
+        if job.process.poll() is None:
+            job.kill()
+    assert ended.code != 0 and "SIGINT again: leaving at once" in ended.err
+    assert jobs.status(run)["state"] == "running"  # readers call it lost; the last save is there
+    assert jobs.checkpoint_steps(run) == [4]
+
+
+@pytest.mark.slow
+def test_a_signal_while_ranks_start(tmp_path: Path) -> None:
+    """Ranks that have met stop together, after the first step."""
+    run = tmp_path / "run"
+    env = {"LAUNCHER_TEST_BUILD_SLEEP": "8"}
+    job = jobs.start(*COMMON, "OUTPUT_DIR", run, ranks=2, env=env)
+    try:
+        deadline = time.monotonic() + 60
+        while jobs.read(job.err).count("rank 0 of 2") == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        send(job, signal.SIGTERM, "everyone")
+        job.wait(60)
+    finally:
+        if job.process.poll() is None:
+            job.kill()
+    assert_stopped(run, "SIGTERM")
+    assert jobs.status(run)["step"] == 1
+
+
+def test_two_jobs_start_at_once(tmp_path: Path) -> None:
+    """On one machine, without a clash of ports."""
+    runs = [tmp_path / "a", tmp_path / "b"]
+    started = [
+        jobs.start(*COMMON, "TRAIN.DURATION", "6step", "OUTPUT_DIR", run, ranks=2) for run in runs
+    ]
+    try:
+        for job in started:
+            job.wait(90).ok()
+    finally:
+        for job in started:
+            if job.process.poll() is None:
+                job.kill()
+    assert [jobs.status(run)["state"] for run in runs] == ["completed"] * 2
 
 
 @pytest.mark.parametrize(
