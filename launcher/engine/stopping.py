@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import re
 import time
-from collections.abc import Mapping
 
 import psutil
 
@@ -15,6 +12,7 @@ from launcher.config import CfgNode, parse_duration
 from launcher.engine.agreement import LAG
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
+from launcher.runtime.topology import shutdown_timeout
 
 logger = logging.getLogger(__name__)
 # Slurm kills at the very second of its limit; the job file still has something to do before.
@@ -48,19 +46,6 @@ class StopMargin:
                 *(needed, seconds, self.granted_s, 2 * needed),
             )
             self.granted_s = None  # once is enough
-
-
-def shutdown_timeout(env: Mapping[str, str]) -> float:
-    """Seconds that torchrun gives its ranks between SIGTERM and SIGKILL.
-
-    https://docs.pytorch.org/docs/stable/elastic/run.html; a torch without the setting gives 30.
-    """
-    command = ""
-    with contextlib.suppress(psutil.Error):
-        command = " ".join(psutil.Process(os.getppid()).cmdline())
-    found = re.search(r"--shutdown[-_]timeout[= ](\d+)", command)
-    text = found[1] if found else env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
-    return float(text) if text.isdigit() else 30.0
 
 
 def deadlines(cfg: CfgNode) -> dict[str, float]:
