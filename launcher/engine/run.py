@@ -96,7 +96,11 @@ def _run(
     failures.progress = state.progress
     task.recorder = RunRecorder(state.recorder, state.progress, runtime)
     schedule = build_schedule(cfg, data.train_plan)
-    compare({"steps": schedule.total_steps, "model": model_layout(state.model)}, runtime)
+    built = {
+        "the number of steps": schedule.total_steps,
+        "the model's layout": model_layout(state.model),
+    }
+    compare(built, runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, start.resume, start.resume_from, runtime)
     if found is not None:

@@ -40,16 +40,21 @@ class Failing(Task):
 
     def build_model(self) -> nn.Module:
         self.steps = 0
-        return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+        width = 17 if self._is_odd("model") else 16
+        return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
 
     def build_dataset(self, split: str) -> TensorDataset:
         if self.cfg.TASK.FAILURE == "start" and self.cfg.TASK.RANK == RANK:
             raise FileNotFoundError("no data here")
-        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+        length = 80 if self._is_odd("length") else 64
+        x = torch.randn(length, 4, generator=torch.Generator().manual_seed(1))
         y = x.sum(1, keepdim=True)
         if self.cfg.TASK.SLOW == "data":
             return SlowToLoad(self.cfg.TASK.RANK, x, y)
         return TensorDataset(x, y)
+
+    def _is_odd(self, what: str) -> bool:
+        return self.cfg.TASK.FAILURE == what and self.cfg.TASK.RANK == RANK
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch

@@ -137,6 +137,21 @@ def test_a_killed_rank_and_max_restarts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("length", "train 80, val 80"),
+        pytest.param("model", "the model's layout is", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_that_built_different_things_are_named(what: str, told: str, tmp_path: Path) -> None:
+    """Item 5: before the first step, with nothing made."""
+    run = tmp_path / "run"
+    ended = jobs.train(*COMMON, "TASK.FAILURE", what, "OUTPUT_DIR", run, ranks=2, timeout=60)
+    assert ended.code == 1 and not run.exists()
+    assert told in ended.err and "rank 1 on" in ended.err
+
+
+@pytest.mark.parametrize(
     ("name", "told"),
     [("config", "OPTIM.LR is 0.2, on rank 0 0.1"), ("code", "code of")],
 )
