@@ -54,7 +54,7 @@ class Failing(Task):
         return TensorDataset(x, y)
 
     def _is_odd(self, what: str) -> bool:
-        return self.cfg.TASK.FAILURE == what and self.cfg.TASK.RANK == RANK
+        return what == self.cfg.TASK.FAILURE and self.cfg.TASK.RANK == RANK
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch
