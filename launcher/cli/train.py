@@ -110,7 +110,7 @@ def train(argv: list[str]) -> int:
                 logger.info("a restart: going on with the run in %s", directory.path)
             if options.eval_only:
                 which = options.checkpoint
-                done = evaluate_only(config.cfg, task, runtime, logs, directory, which)
+                done = evaluate_only(config.cfg, task, runtime, directory, which)
             else:
                 done = run(config.cfg, task, runtime, logs, directory, how)
     except UsageError as error:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from launcher.config import CfgNode
-from launcher.errors import RunError
+from launcher.errors import RunError, UsageError
 from launcher.runtime import hang
 from launcher.runtime.board import Unreachable
 from launcher.runtime.memory import memory_budget, oom_kills
@@ -44,8 +47,25 @@ class FirstFailure(RunError):
     """What ended the run, where that was another rank; it has been told of already."""
 
 
+@contextmanager
+def watching(
+    runtime: Runtime, directory: RunDirectory, members: list[dict[str, Any]], cfg: CfgNode
+) -> Iterator[Failures]:
+    """Tell of any error inside, of a hang and of other ranks' errors, before it is raised.
+
+    `members` are `hang.myself()` of all ranks. What the user must mend is raised as it is.
+    """
+    failures = Failures(runtime, directory, members, cfg)
+    try:
+        yield failures
+    except BaseException as error:
+        if isinstance(error, UsageError) and not isinstance(error, RunError):
+            raise
+        raise failures.failed(error) from None
+
+
 class Failures:
-    """Watches over one attempt from its directory's opening on; the same on every rank."""
+    """Watches over one attempt; the same on every rank."""
 
     def __init__(
         self,
@@ -54,7 +74,6 @@ class Failures:
         members: list[dict[str, Any]],
         cfg: CfgNode,
     ) -> None:
-        """`members` are `hang.myself()` of all ranks."""
         self.runtime, self.directory, self.members = runtime, directory, members
         self.cfg, self.progress = cfg, Progress()  # replaced by the run's own when there is one
         self.host = members[runtime.rank]["host"]
@@ -311,10 +330,13 @@ class Failures:
         """
         board, rank, silent = self.runtime.board, self.runtime.rank, first["silent"]
         # Not through logging, whose lock the main thread may hold.
-        with contextlib.suppress(OSError), self.directory.log(rank).open("a") as log:
-            log.write(
-                f"{first['exception']}\nthe stacks of this rank's threads:\n{hang.stacks()}\n"
-            )
+        words = f"{first['exception']}\nthe stacks of this rank's threads:\n{hang.stacks()}\n"
+        with contextlib.suppress(OSError):
+            if self.opened:
+                with self.directory.log(rank).open("a") as log:
+                    log.write(words)
+            else:
+                os.write(2, words.encode())
         beside = [r for r in silent if self._is_beside(r) and r != rank]
         if board is not None:
             states = {r: hang.process_state(self.members[r]["pid"]) for r in beside}

@@ -22,7 +22,7 @@ from launcher.checkpoint.weights import load_weights
 from launcher.config import CfgNode, flatten, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
-from launcher.engine.failure import Failures
+from launcher.engine.failure import Failures, watching
 from launcher.engine.loop import Loop
 from launcher.engine.members import compare, introduce, model_layout
 from launcher.engine.optim import build_optimizer
@@ -30,7 +30,6 @@ from launcher.engine.resume import check_config, check_length, choose_checkpoint
 from launcher.engine.schedule import build_schedule
 from launcher.engine.step import TrainStep
 from launcher.engine.stopping import StopMargin, deadlines
-from launcher.errors import RunError, UsageError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.background import Background
@@ -72,13 +71,9 @@ def run(
     other error is told of on the console and in failure.json before it is raised.
     """
     logger.info("%s on %s", runtime.topology, runtime.device)
-    failures = Failures(runtime, directory, introduce(cfg, task_class, runtime), cfg)
-    try:
+    members = introduce(cfg, task_class, runtime)
+    with watching(runtime, directory, members, cfg) as failures:
         return _run(cfg, task_class, runtime, logs, directory, start, failures)
-    except BaseException as error:
-        if isinstance(error, UsageError) and not isinstance(error, RunError):
-            raise
-        raise failures.failed(error) from None
 
 
 def _run(
@@ -182,7 +177,6 @@ def evaluate_only(
     cfg: CfgNode,
     task_class: type,
     runtime: Runtime,
-    logs: Logs,
     directory: RunDirectory,
     which: str,
 ) -> bool:
@@ -191,6 +185,13 @@ def evaluate_only(
 
     Raises UsageError where there is no such checkpoint.
     """
+    with watching(runtime, directory, introduce(cfg, task_class, runtime), cfg):
+        return _evaluate_only(cfg, task_class, runtime, directory, which)
+
+
+def _evaluate_only(
+    cfg: CfgNode, task_class: type, runtime: Runtime, directory: RunDirectory, which: str
+) -> bool:
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     model = task.build_model().to(runtime.device)

@@ -23,6 +23,7 @@ from typing import IO, Any
 
 import psutil
 
+from launcher.runtime import hang
 from launcher.runtime.topology import Topology
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -30,6 +31,8 @@ TICK_S = 0.5
 # Signals within this time of the first are the same request: torchrun forwards to every rank what
 # a scheduler sends to everyone (10 ms apart, measured).
 SAME_REQUEST_S = 5.0
+# Before a run's ranks know each other, joining raises after the same time, with better words.
+GRACE_S = 10.0
 # How much later than this thread would have noticed faulthandler's timer goes off.
 STACKS_S = 1.5
 # How long an ending rank may take for its last words.
@@ -165,6 +168,9 @@ class Watch:
             leave(1)
         elif self.on_stall is not None:
             self.on_stall()
+        elif self.age > self.limit + GRACE_S:
+            _say(f"{self.topology}: nothing has moved for {self.age:.0f} s. {hang.stacks()}")
+            leave(1)
 
 
 def _noted(number: int, frame: Any) -> None:

@@ -110,3 +110,18 @@ def test_nothing_moving_for_longer_than_it_may_is_told() -> None:
         watch.enter("step")
         wait_for(lambda: stalls)
     assert set(stalls) == {"step"}
+
+
+def test_a_rank_that_nobody_watches_yet_ends_with_its_stacks() -> None:
+    """Before the ranks know each other, say in a collective that one of them never comes to."""
+    code = (
+        "import time\n"
+        "from launcher.runtime import watch\n"
+        "watch.GRACE_S = 0.1\n"
+        "with watch.Watch(limits={'start': 0.5}).running():\n"
+        "    time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 1
+    assert "rank 0 of 1" in ended.stderr and "nothing has moved for" in ended.stderr
+    assert "time.sleep(60)" in ended.stderr or 'File "<string>", line 5' in ended.stderr

@@ -90,6 +90,8 @@ class Failing(Task):
         x, y = batch
         if self.cfg.TASK.SLOW == "evaluation" and RANK == 0:
             time.sleep(2.5)
+        if self.cfg.TASK.SLOW == "stuck" and self.cfg.TASK.RANK == RANK:
+            time.sleep(1000)
         return {"loss": (model(x) - y).square().squeeze(1)}
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, float]:

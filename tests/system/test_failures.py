@@ -93,6 +93,18 @@ def test_a_hang_names_its_rank(what: str, rank: int, ranks: int | None, tmp_path
     assert ended.seconds < 90  # bounds the test; what is measured stands in docs/clusters.md
 
 
+def test_a_hang_in_eval_only_names_its_rank(tmp_path: Path) -> None:
+    """On the console; the run's own status and failure.json are not those of an evaluation."""
+    run = tmp_path / "run"
+    jobs.train(*COMMON, "TRAIN.DURATION", "3step", "OUTPUT_DIR", run).ok()
+    args = [*COMMON, "TASK.SLOW", "stuck", "EVAL.BATCH_SIZE", "16", "OUTPUT_DIR", run]
+    ended = jobs.train(*args, "--eval-only", ranks=2, timeout=90)
+    assert ended.code == 1
+    assert "launcher: rank 1 on " in ended.err and "failed first" in ended.err
+    assert "in eval_step" in ended.err
+    assert jobs.status(run)["state"] == "completed" and not (run / "failure.json").exists()
+
+
 @pytest.mark.parametrize("slow", ["evaluation", "summary"])
 def test_rank_0_may_be_slow_alone(slow: str, tmp_path: Path) -> None:
     """Evaluation batches are progress, and what rank 0 does alone has a timeout of its own."""
