@@ -11,7 +11,6 @@ from typing import Any
 
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState, random_state, set_random_state
-from launcher.checkpoint.store import CheckpointStore
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
@@ -67,13 +66,12 @@ class Loop:
         data: Data,
         state: TrainingState,
         schedule: Schedule,
-        step: TrainStep,
-        store: CheckpointStore,
         saver: Saver | None,
     ) -> None:
         self.cfg, self.task, self.runtime, self.directory = cfg, task, runtime, directory
-        self.data, self.state, self.schedule, self.step = data, state, schedule, step
-        self.store, self.saver = store, saver
+        self.data, self.state, self.schedule, self.saver = data, state, schedule, saver
+        before_update = saver.before_update if saver is not None else None
+        self.step = TrainStep(cfg, task, state, runtime, before_update)
         self.periods = {
             "record": Every(cfg.LOG.EVERY),
             "evaluate": Every(cfg.EVAL.EVERY),
@@ -81,7 +79,7 @@ class Loop:
         }
         period = cfg.LOG.HISTOGRAMS if cfg.LOG.TENSORBOARD else ""
         self.histograms = Histograms(period, state.model, state.recorder)
-        step.observe = self.histograms.gradients
+        self.step.observe = self.histograms.gradients
         self.throughput = Throughput(cfg, task, runtime.device, runtime.world_size)
         self.timed = [name for name, period in self.periods.items() if period.timed]
         self.clock = StopWatch(time.monotonic())
@@ -259,7 +257,7 @@ class Loop:
             )
         best = None
         if self.saver is not None:
-            best = self.store.is_best(self.metrics, self.saver.pending)
+            best = self.saver.store.is_best(self.metrics, self.saver.pending)
         # A collective: rank 0 alone sees the checkpoints.
         return self.runtime.broadcast(best)
 

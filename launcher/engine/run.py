@@ -28,7 +28,6 @@ from launcher.engine.members import compare, introduce, model_layout
 from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.schedule import build_schedule
-from launcher.engine.step import TrainStep
 from launcher.engine.stopping import StopMargin, deadlines
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -141,8 +140,7 @@ def _run(
         heartbeat = Heartbeat(directory, state.progress, deadlines(cfg), margin, ask)
     try:
         console.start(state.progress.step)
-        step = TrainStep(cfg, task, state, runtime, saver.before_update if saver else None)
-        loop = Loop(cfg, task, runtime, directory, data, state, schedule, step, store, saver)
+        loop = Loop(cfg, task, runtime, directory, data, state, schedule, saver)
         stopped = loop.train()
         if stopped is None:
             state.recorder.finish()
