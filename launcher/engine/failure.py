@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from launcher.config import CfgNode
-from launcher.errors import RunError
-from launcher.runtime import hang
+from launcher.errors import RunError, UsageError
+from launcher.runtime import hang, restarts
 from launcher.runtime.board import Unreachable
 from launcher.runtime.memory import memory_budget, oom_kills
 from launcher.runtime.process import Runtime
@@ -70,22 +70,32 @@ class Failures:
         if not watch.begin_end():
             time.sleep(LAST_WORDS_S)  # the watch is telling of a hang, and ends this process
         logger.critical("this rank failed", exc_info=error, extra={"file_only": True})
-        mine = self._describe(error)
-        first = self._first(mine, lost_connection(error))
-        if self._is_writer():
+        mine, lost = self._describe(error), lost_connection(error)
+        if not (lost or watch.started) and restarts.repeats(error, self.progress.step):
+            mine["final"] = "the attempt before failed likewise, before its first step"
+        first = self._first(mine, lost)
+        if writer := self._is_writer():
             self._write(first)
         if first["rank"] != self.runtime.rank:
             error = FirstFailure(_headline(first))
         error.__dict__["told"] = True
         tell_torchrun(error)
+        _end_if_final(first, writer)
         return error
+
+    def refused(self, error: UsageError) -> None:
+        """Let the other ranks know of what the user must mend, for it may be at this one alone."""
+        if self.runtime.board is not None:
+            with contextlib.suppress(Unreachable):
+                final = {"final": "another try would end the same way"}
+                self.runtime.board.first("failure", self._describe(error) | final)
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
         text = f"{type(error).__name__}: {error}".strip(": ")
         if isinstance(error, torch.OutOfMemoryError):
             text = f"{text}\n{self._memory_hint()}"
         trace = "".join(traceback.format_exception(error))
-        return self._record(self.runtime.rank, text, "" if isinstance(error, RunError) else trace)
+        return self._record(self.runtime.rank, text, "" if isinstance(error, UsageError) else trace)
 
     def _memory_hint(self) -> str:
         train, device, figures = self.cfg.TRAIN, self.runtime.device, ""
@@ -315,6 +325,7 @@ class Failures:
             # torchrun would wait for a frozen rank for 30 s more.
             hang.kill(self.members[other]["pid"], self.members[other]["created"])
         tell_torchrun(FirstFailure(_headline(first)))
+        _end_if_final(first, writer)
         leave(1)
 
     def _look_at(self, rank: int, beside: list[int]) -> str:
@@ -377,6 +388,13 @@ def tell_torchrun(error: BaseException) -> None:
     """Write torchrun's own error file, whose first entry it shows as the root cause."""
     with contextlib.suppress(BaseException):
         _raise(error)
+
+
+def _end_if_final(first: dict[str, Any], writer: bool) -> None:
+    """Keep torchrun from trying in vain. On every rank, since each node has a torchrun."""
+    if "final" in first:
+        time.sleep(0.0 if writer else 1.0)  # the writer may still be telling why
+        restarts.end_job(first["final"])
 
 
 def _headline(first: dict[str, Any]) -> str:

@@ -82,6 +82,7 @@ def run(
         return _run(cfg, task_class, runtime, logs, directory, start, failures)
     except BaseException as error:
         if isinstance(error, UsageError) and not isinstance(error, RunError):
+            failures.refused(error)
             raise
         raise failures.failed(error) from None
 

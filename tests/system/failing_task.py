@@ -13,8 +13,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from launcher import CfgNode, Task
+from launcher.errors import UsageError
 
 RANK = int(os.environ.get("RANK", "0"))
+ALONE = os.environ.get("WORLD_SIZE", "1") == "1"
+SLEEP = float(os.environ.get("LAUNCHER_TEST_SLEEP_ALONE" if ALONE else "", "0.02"))
 
 
 class Failing(Task):
@@ -31,13 +34,15 @@ class Failing(Task):
     def build_dataset(self, split: str) -> TensorDataset:
         if self.cfg.TASK.FAILURE == "start" and self.cfg.TASK.RANK == RANK:
             raise FileNotFoundError("no data here")
+        if self.cfg.TASK.FAILURE == "usage" and self.cfg.TASK.RANK == RANK:
+            raise UsageError("no data for you")
         x = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
         return TensorDataset(x, x.sum(1, keepdim=True))
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch
         self.steps += 1
-        time.sleep(0.02)
+        time.sleep(SLEEP)
         if self.steps == self.cfg.TASK.AT and self.cfg.TASK.RANK == RANK:
             self._fail()
         return {"loss": nn.functional.mse_loss(model(x), y)}
