@@ -2,7 +2,10 @@
 
 
 class UsageError(Exception):
-    """Something the user can mend before a run starts; the command prints it and exits 2."""
+    """Something the user can mend before a run starts; the command prints it and exits 2.
+
+    Trying again would only tell it again: neither torchrun nor a job file should.
+    """
 
     exit_code = 2
 

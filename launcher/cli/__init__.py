@@ -74,6 +74,10 @@ def call(command: Callable[[list[str]], int], argv: list[str]) -> int:
             time.sleep(GRACE_S)
         prefix = "launcher" if rank == "0" else f"launcher: rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        if error.exit_code == UsageError.exit_code:
+            from launcher.runtime.restarts import end_job
+
+            end_job("another try would end the same way")
         return error.exit_code
     except BrokenPipeError:  # `launcher config keys | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
     c = command("status", _status, f"how a run is doing; {CODES}", "RUN")
     c.add_argument("--json", action="store_true", help="print JSON instead of a line")
+    c.add_argument("--again", type=Path, metavar="NOTES", help=AGAIN)
 
     c = command("tail", _tail, "the last records, and with -f those that come", "RUN")
     c.add_argument("-f", "--follow", action="store_true", help="until the run ends")
@@ -82,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 WHERE = "also <, <=, >, >=, !=; a column, config key or metric (min:, max: or best: before it)"
+
+
+AGAIN = (
+    "for job files, before the first attempt and after each: exit 75 where another is worth it, "
+    "also after a failure, else 0 (completed), 1 (a file STOP, or two attempts in a row without a "
+    "new checkpoint) or 3; NOTES, a file of the job's own, counts them"
+)
 
 
 def _weight(text: str) -> float:
@@ -165,8 +173,13 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from launcher.runs.again import again
     from launcher.runs.status import read_status
 
+    if options.again is not None:
+        code, told = again(options.run, options.again)
+        print(told)
+        return code
     found = read_status(options.run)
     if options.json:
         print(json.dumps(vars(found), indent=2))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
-from launcher.errors import UsageError
+from launcher.errors import RunError, UsageError
 from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
 from launcher.telemetry.rundir import RunDirectory
@@ -84,7 +84,11 @@ def train(argv: list[str]) -> int:
     restarted = topology.restarts > 0 or directory.left_unfinished_by(topology.job_id)
     resume = options.resume or restarted
     if topology.is_main and not options.eval_only:
-        refuse(directory, resume, options.overwrite)
+        try:
+            refuse(directory, resume, options.overwrite)
+        except UsageError as error:
+            # What a restart finds in its way may be gone at the next: a rank that still ends, say.
+            raise (RunError(str(error)) if restarted else error) from None
 
     # From here on torch is needed, which takes seconds to import.
     from launcher.engine.run import Start, evaluate_only, run

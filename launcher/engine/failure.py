@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from launcher.config import CfgNode
 from launcher.errors import RunError, UsageError
-from launcher.runtime import hang
+from launcher.runtime import hang, restarts
 from launcher.runtime.board import Unreachable
 from launcher.runtime.memory import memory_budget, oom_kills
 from launcher.runtime.process import Runtime
@@ -60,6 +60,7 @@ def watching(
         yield failures
     except BaseException as error:
         if isinstance(error, UsageError) and not isinstance(error, RunError):
+            failures.refused(error)
             raise
         raise failures.failed(error) from None
 
@@ -97,22 +98,32 @@ class Failures:
         if not watch.begin_end():
             time.sleep(LAST_WORDS_S)  # the watch is telling of a hang, and ends this process
         logger.critical("this rank failed", exc_info=error, extra={"file_only": True})
-        mine = self._describe(error)
-        first = self._first(mine, lost_connection(error))
-        if self._is_writer(first):
+        mine, lost = self._describe(error), lost_connection(error)
+        if not (lost or watch.started) and restarts.repeats(error, self.progress.step):
+            mine["final"] = "the attempt before failed likewise, before its first step"
+        first = self._first(mine, lost)
+        if writer := self._is_writer(first):
             self._write(first)
         if first["rank"] != self.runtime.rank:
             error = FirstFailure(_headline(first))
         error.__dict__["told"] = True
         tell_torchrun(error)
+        _end_if_final(first, writer)
         return error
+
+    def refused(self, error: UsageError) -> None:
+        """Let the other ranks know of what the user must mend, for it may be at this one alone."""
+        if self.runtime.board is not None:
+            with contextlib.suppress(Unreachable):
+                final = {"final": "another try would end the same way"}
+                self.runtime.board.first("failure", self._describe(error) | final)
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
         text = f"{type(error).__name__}: {error}".strip(": ")
         if isinstance(error, torch.OutOfMemoryError):
             text = f"{text}\n{self._memory_hint()}"
         trace = "".join(traceback.format_exception(error))
-        return self._record(self.runtime.rank, text, "" if isinstance(error, RunError) else trace)
+        return self._record(self.runtime.rank, text, "" if isinstance(error, UsageError) else trace)
 
     def _memory_hint(self) -> str:
         train, device, figures = self.cfg.TRAIN, self.runtime.device, ""
@@ -341,18 +352,20 @@ class Failures:
         if board is not None:
             states = {r: hang.process_state(self.members[r]["pid"]) for r in beside}
             board.post("told", {rank: hang.main_stack(), **states})
-            if self._is_writer(first):
+            if writer := self._is_writer(first):
                 self._write({**first, "traceback": first["traceback"] or self._stack_of(first)})
                 board.post("written", True)
             else:
                 hang.wait_until(lambda: self._told("written", 1), WRITTEN_S)
             board.flush()
         else:
+            writer = True
             self._write({**first, "traceback": hang.main_stack()})
         for other in beside:
             # torchrun would wait for a frozen rank for 30 s more.
             hang.kill(self.members[other]["pid"], self.members[other]["created"])
         tell_torchrun(FirstFailure(_headline(first)))
+        _end_if_final(first, writer)
         leave(1)
 
     def _stack_of(self, first: dict[str, Any]) -> str:
@@ -385,7 +398,8 @@ class Failures:
         if not self.opened or not self.directory.take_over(self.members[0]):
             return  # not begun, or a successor has begun
         first = {**first, "log": _tail(self.directory.log(first["rank"]))}
-        del first["silent"]
+        for key in ("silent", "final"):  # for other ranks
+            first.pop(key, None)
         reason = first["exception"]
         if first["rank"] != self.runtime.rank:
             reason = f"rank {first['rank']} on {first['host']}: {reason}"
@@ -423,6 +437,13 @@ def tell_torchrun(error: BaseException) -> None:
     """Write torchrun's own error file, whose first entry it shows as the root cause."""
     with contextlib.suppress(BaseException):
         _raise(error)
+
+
+def _end_if_final(first: dict[str, Any], writer: bool) -> None:
+    """Keep torchrun from trying in vain. On every rank, since each node has a torchrun."""
+    if "final" in first:
+        time.sleep(0.0 if writer else 1.0)  # the writer may still be telling why
+        restarts.end_job(first["final"])
 
 
 def _headline(first: dict[str, Any]) -> str:

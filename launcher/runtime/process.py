@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import CfgNode, parse_duration
-from launcher.errors import UsageError
+from launcher.errors import RunError, UsageError
 from launcher.runtime.board import Board
 from launcher.runtime.cpu import CpuBudget, cpu_budget
 from launcher.runtime.topology import Topology
@@ -251,7 +251,7 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board
             device_id=device if cuda else None,
         )
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
-        raise UsageError(
+        raise RunError(
             f"{topology} could not join its process group at {topology.master_addr}:"
             f"{topology.master_port} within {cfg.DIST.INIT_TIMEOUT} (DIST.INIT_TIMEOUT): "
             f"{error}. Did all ranks start, with the same rendezvous address?"

@@ -14,8 +14,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from launcher import CfgNode, Task
+from launcher.errors import UsageError
 
 RANK = int(os.environ.get("RANK", "0"))
+ALONE = os.environ.get("WORLD_SIZE", "1") == "1"
+SLEEP = float(os.environ.get("LAUNCHER_TEST_SLEEP_ALONE" if ALONE else "", "0.02"))
 
 
 class SlowToLoad(TensorDataset):
@@ -46,6 +49,8 @@ class Failing(Task):
     def build_dataset(self, split: str) -> TensorDataset:
         if self.cfg.TASK.FAILURE == "start" and self.cfg.TASK.RANK == RANK:
             raise FileNotFoundError("no data here")
+        if self._is_odd("usage"):
+            raise UsageError("no data for you")
         length = 80 if self._is_odd("length") else 64
         x = torch.randn(length, 4, generator=torch.Generator().manual_seed(1))
         y = x.sum(1, keepdim=True)
@@ -59,7 +64,7 @@ class Failing(Task):
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch
         self.steps += 1
-        time.sleep(0.02)
+        time.sleep(SLEEP)
         if self.cfg.TASK.SLOW == "train" and self.cfg.TASK.RANK == RANK:
             time.sleep(0.08)
         if self.steps == self.cfg.TASK.AT and self.cfg.TASK.RANK == RANK:
