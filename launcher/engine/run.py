@@ -45,7 +45,6 @@ from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict
 from launcher.telemetry.system import SystemFigures, describe, this_rank
 from launcher.telemetry.task_recorder import RunRecorder
-from launcher.telemetry.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 # Slurm kills at the very second of its limit; the job file still has something to do before.
@@ -129,13 +128,11 @@ def _run(
             directory.rewind(found.state["files"], state.progress.step, found.damaged)
         else:
             store.clean()
-        state.recorder.sinks = [
-            Background(
-                build_sinks(cfg, directory, console, state.progress),
-                directory.write_history,
-                SystemFigures(runtime.device, directory.path),
-            )
-        ]
+        state.recorder.sink = Background(
+            build_sinks(cfg, directory, console, state.progress),
+            directory.write_history,
+            SystemFigures(runtime.device, directory.path).latest,
+        )
         saver = Saver(store, runtime.device, directory.saved)
         margin = stop_margin(runtime, saver, state.progress)
         ask = runtime.watch.request_stop
@@ -145,14 +142,15 @@ def _run(
         step = TrainStep(cfg, task, state, runtime, saver.before_update if saver else None)
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, step, store, saver)
         stopped = loop.train()
-        if stopped is None:
-            state.recorder.finish()
+        if stopped is None and state.recorder.sink is not None:
+            state.recorder.sink.finish()
     finally:
         console.close()
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
-        state.recorder.close()
+        if state.recorder.sink is not None:
+            state.recorder.sink.close()
         if heartbeat is not None:
             heartbeat.close()
     if runtime.is_main:
@@ -261,6 +259,10 @@ def build_sinks(
     """Where rank 0's records go."""
     sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
     if cfg.LOG.TENSORBOARD:
+        # Before any loader worker is forked: one that is forked while another thread imports a
+        # module cannot import it.
+        from launcher.telemetry.tensorboard import TensorBoard
+
         folder, first = directory.tensorboard, progress.step + 1
         sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
     return sinks
