@@ -2,21 +2,22 @@
 
     python benchmarks/recording.py [--quick] [--json]
 
-Ratios within one run are what to compare. Each case is measured in turn, several times over, and
-the median of its step times counts.
+Ratios within one run are what to compare. The cases take turns, many times over; of a turn's steps
+the mean counts, and of a case's turns the quickest: what other work on the machine adds is not its.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +27,7 @@ from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
 from launcher.telemetry import append
 from launcher.telemetry.background import Background
-from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.recorder import Record, Recorder, Sink
 from launcher.telemetry.sinks import JsonLines
 from launcher.telemetry.tensorboard import TensorBoard
 
@@ -39,6 +40,11 @@ _write = append.AppendFile._write
 def slow_write(self: append.AppendFile, file: Any, data: bytes) -> None:
     time.sleep(SLOW_S)
     _write(self, file, data)
+
+
+def now() -> np.ndarray:
+    """The clock, and the CPU time of the thread that trains, which other work leaves alone."""
+    return np.array([time.perf_counter(), time.thread_time()])
 
 
 class Training:
@@ -58,71 +64,119 @@ class Training:
         return {"loss": loss, "accuracy": loss.detach() * 2}
 
 
-def sinks(folder: Path) -> list[Any]:
+def sinks(folder: Path) -> list[Sink]:
     return [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", 1)]
 
 
-def bare(steps: int, folder: Path) -> float:
+def bare(steps: int, folder: Path) -> np.ndarray:
     training = Training()
-    began = time.perf_counter()
+    began = now()
     for _ in range(steps):
         training.step()
-    return (time.perf_counter() - began) / steps
+    return (now() - began) / steps
 
 
-def added(steps: int, folder: Path) -> float:
+def added(steps: int, folder: Path) -> np.ndarray:
     training, recorder = Training(), Recorder(RUNTIME)
-    began = time.perf_counter()
+    began = now()
     for _ in range(steps):
         recorder.add(training.step(), 64)
-    return (time.perf_counter() - began) / steps
+    return (now() - began) / steps
 
 
-def recorded(slow: bool, threaded: bool) -> Callable[[int, Path], float]:
-    """A record every step, the worst case, into metrics.jsonl and TensorBoard."""
+class Inline(Sink):
+    """The same sinks without a thread: each record is in the files before the next step."""
 
-    def measure(steps: int, folder: Path) -> float:
-        training, recorder = Training(), Recorder(RUNTIME, sinks(folder))
-        if threaded:
-            recorder.sinks = [Background(recorder.sinks, lambda *_, **__: True)]
-        append.AppendFile._write = slow_write if slow else _write  # type: ignore[method-assign]
-        began = time.perf_counter()
+    def __init__(self, sinks: list[Sink]) -> None:
+        self.sinks = sinks
+
+    def write(self, record: Record) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+            sink.flush()
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def fails(self: append.AppendFile, file: Any, data: bytes) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def recorded(
+    every: int, threaded: bool = True, write: Any = None
+) -> Callable[[int, Path], np.ndarray]:
+    """A record every so many steps, into metrics.jsonl and TensorBoard; the files' own `write`."""
+
+    def measure(steps: int, folder: Path) -> np.ndarray:
+        training, made = Training(), sinks(folder)
+        sink = Background(made, lambda *_, **__: True) if threaded else Inline(made)
+        recorder = Recorder(RUNTIME, sink)
+        append.AppendFile._write = write or _write  # type: ignore[method-assign]
+        began = now()
         for step in range(1, steps + 1):
             recorder.add(training.step(), 64)
-            recorder.record({"step": step, "epoch": 0, "samples": 0}, EXTRA)
-            if not threaded:
-                recorder.flush()
-        seconds = (time.perf_counter() - began) / steps
-        recorder.close()
+            if step % every == 0:
+                recorder.record({"step": step, "epoch": 0, "samples": 0}, EXTRA)
+        seconds = (now() - began) / steps
         append.AppendFile._write = _write  # type: ignore[method-assign]
+        sink.close()
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        assert len(lines) == steps, f"{len(lines)} records of {steps}"
+        assert len(lines) == steps // every, f"{len(lines)} records of {steps // every}"
         return seconds
 
     return measure
 
 
-def summary_writer(steps: int, folder: Path) -> float:
+def summary_writer(steps: int, folder: Path) -> np.ndarray:
     """torch's writer fed in the loop, as most scripts do: the values leave the device each step."""
     training, writer = Training(), SummaryWriter(str(folder))
-    began = time.perf_counter()
+    began = now()
     for step in range(steps):
         values = {f"train/{k}": v.item() for k, v in training.step().items()}
         for key, value in {**values, **EXTRA}.items():
             writer.add_scalar(key, value, step)
-    seconds = (time.perf_counter() - began) / steps
+    seconds = (now() - began) / steps
     writer.close()
     return seconds
 
 
-CASES: dict[str, Callable[[int, Path], float]] = {
+INLINE = "50 ms a write, without the thread"
+CASES: dict[str, Callable[[int, Path], np.ndarray]] = {
     "bare loop": bare,
-    "Recorder.add each step": added,
-    "a record each step": recorded(slow=False, threaded=True),
-    "a record each step, files 50 ms slow": recorded(slow=True, threaded=True),
-    "the same without the thread": recorded(slow=True, threaded=False),
+    "`Recorder.add` each step": added,
+    "and a record every 10 steps": recorded(10),
+    "and a record each step": recorded(1),
+    "and its files take 50 ms a write": recorded(1, write=slow_write),
+    "and its files fail": recorded(1, write=fails),
+    INLINE: recorded(1, threaded=False, write=slow_write),
     "torch's SummaryWriter each step": summary_writer,
 }
+
+
+def calls(number: int = 50, repeats: int = 200) -> dict[str, float]:
+    """Microseconds of one call in the training's thread: so short that the quickest of many was
+    disturbed by nothing. The thread is handed what it cannot write."""
+    append.AppendFile._write = fails  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        sink = Background(sinks(Path(folder)), lambda *_, **__: True)
+        recorder, values = Recorder(RUNTIME, sink), Training().step()
+        position = {"step": 1, "epoch": 0, "samples": 0}
+        functions = {
+            "add": lambda: recorder.add(values, 64),
+            "add and record": lambda: (
+                recorder.add(values, 64),
+                recorder.record(position, EXTRA),
+            ),
+        }
+        found = {
+            name: 1e6 * min(timeit.repeat(function, number=number, repeat=repeats)) / number
+            for name, function in functions.items()
+        }
+        append.AppendFile._write = _write  # type: ignore[method-assign]
+        sink.close()
+    return found
 
 
 def main() -> None:
@@ -131,19 +185,27 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    steps, rounds = (60, 3) if options.quick else (200, 9)
-    times: dict[str, list[float]] = {name: [] for name in CASES}
+    steps, rounds = (50, 4) if options.quick else (100, 10)
+    times: dict[str, list[np.ndarray]] = {name: [] for name in CASES}
     for _ in range(rounds):
         for name, measure in CASES.items():
             with tempfile.TemporaryDirectory() as folder:
-                times[name].append(measure(steps, Path(folder)))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+                few = steps // 10 if name == INLINE else steps
+                times[name].append(measure(few, Path(folder)))
+    least = {name: np.min(values, axis=0) for name, values in times.items()}
+    found = {}
+    for name, (step_s, cpu_s) in least.items():
+        ratio, cpu_ratio = (step_s, cpu_s) / least["bare loop"]
+        found[name] = {"step_s": step_s, "ratio": ratio, "cpu_s": cpu_s, "cpu_ratio": cpu_ratio}
+    micros = calls()
     if options.json:
-        print(json.dumps(medians))
+        print(json.dumps({"cases": found, "calls_us": micros}))
         return
-    print("| | step | beside the bare loop |\n| --- | --- | --- |")
-    for name, seconds in medians.items():
-        print(f"| {name} | {1000 * seconds:.2f} ms | {seconds / medians['bare loop']:.2f} x |")
+    print("| | step | its thread's CPU time |\n| --- | --- | --- |")
+    for name, case in found.items():
+        wall = f"{1000 * case['step_s']:.2f} ms, {case['ratio']:.2f} x"
+        print(f"| {name} | {wall} | {1000 * case['cpu_s']:.2f} ms, {case['cpu_ratio']:.2f} x |")
+    print("\nOne call takes", ", ".join(f"{us:.0f} us ({name})" for name, us in micros.items()))
 
 
 if __name__ == "__main__":

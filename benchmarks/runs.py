@@ -117,7 +117,7 @@ def compare(runs: int, records: int, long: int, repeats: int, folder: Path) -> d
     add(f"plot {long} records", "plot", one, "--key", "train/loss", "-o", folder / "x.png")
     add(f"export {records} records as CSV", "export", few / "run-0", "-o", folder / "x.csv")
 
-    from launcher.telemetry.sinks import TensorBoard
+    from launcher.telemetry.tensorboard import TensorBoard
 
     sink = TensorBoard(folder / "events", purge_step=1)
     for line in lines:

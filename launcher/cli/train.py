@@ -109,7 +109,7 @@ def train(argv: list[str]) -> int:
     logs = Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT)
 
     try:
-        with start(topology, config.cfg) as runtime:
+        with start(topology, config.cfg) as runtime, logs.beside(runtime.board):
             if restarted and topology.is_main and not options.eval_only:
                 logger.info("a restart: going on with the run in %s", directory.path)
             if options.eval_only:

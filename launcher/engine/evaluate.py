@@ -13,7 +13,8 @@ from launcher.data.plan import Plan
 from launcher.engine.step import autocast
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
-from launcher.telemetry.task_recorder import Notes, evaluating, means, on_host
+from launcher.telemetry.recorder import means
+from launcher.telemetry.task_recorder import on_host
 
 
 def evaluate(
@@ -26,19 +27,16 @@ def evaluate(
     the data set's order before they are averaged in float64, so the metrics of any number of ranks
     are those of one process to the last bit.
     """
-    with torch.no_grad(), evaluating(task) as notes:
-        return _evaluate(cfg, task, model, batches, plan, runtime, notes)
+    with torch.no_grad(), task.recorder.evaluating():
+        metrics = _evaluate(cfg, task, model, batches, plan, runtime)
+    if metrics is not None:
+        task.recorder.show_held()
+    return metrics
 
 
 def _evaluate(
-    cfg: CfgNode,
-    task: Any,
-    model: nn.Module,
-    batches: Iterable[Any],
-    plan: Plan,
-    runtime: Runtime,
-    notes: Notes,
-) -> dict[str, float]:
+    cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
+) -> dict[str, float] | None:
     # DDP gives every rank rank 0's buffers at the start of a step, but the last step changed them
     # by each rank's own batch. One collective a buffer, once an evaluation.
     runtime.broadcast_tensors(list(model.buffers()))
@@ -50,7 +48,7 @@ def _evaluate(
         if abandoned := runtime.watch.stop is not None:
             break
         with autocast(cfg, runtime.device):
-            outputs.append((_checked(task, task.eval_step(model, batch)), notes.take()))
+            outputs.append((_checked(task, task.eval_step(model, batch)), task.recorder.take()))
     model.train(was_training)
     # The one point where evaluation waits for the device.
     mine = [
@@ -63,9 +61,9 @@ def _evaluate(
     if parts is not None and None not in parts:
         runtime.watch.enter("summarize")
         whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
-        metrics = means([noted for _, noted in whole])
+        metrics = means(note for _, noted in whole for note in noted)
         metrics |= _metrics(task, [output for output, _ in whole], plan.length)
-        metrics |= means([on_host(notes.take())])  # what summarize noted
+        metrics |= means(on_host(task.recorder.take()))  # what summarize noted
     # A collective: all ranks learn the result, so that all agree on a new best.
     return runtime.broadcast(metrics)
 

@@ -398,8 +398,7 @@ class Failures:
         if not self.opened or not self.directory.take_over(self.members[0]):
             return  # not begun, or a successor has begun
         first = {**first, "log": _tail(self.directory.log(first["rank"]))}
-        for key in ("silent", "final"):  # for other ranks
-            first.pop(key, None)
+        del first["silent"]
         reason = first["exception"]
         if first["rank"] != self.runtime.rank:
             reason = f"rank {first['rank']} on {first['host']}: {reason}"

@@ -40,7 +40,6 @@ from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict
 from launcher.telemetry.system import SystemFigures, describe, this_rank
 from launcher.telemetry.task_recorder import RunRecorder
-from launcher.telemetry.tensorboard import TensorBoard
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +103,9 @@ def _run(
         duration = parse_duration(cfg.TRAIN.DURATION)
         if duration is not None and state.progress.reached(duration) and not state.due:
             logger.info("this run is complete: step %d. Nothing to do.", state.progress.step)
+            # Killed after its last checkpoint, it could not say so itself.
+            if runtime.is_main and directory.read_status().get("state") != "completed":
+                _write_end(directory, state.progress, None)
             return True
     elif cfg.MODEL.WEIGHTS:
         load_weights(Path(cfg.MODEL.WEIGHTS), state.model, runtime, strict=cfg.MODEL.WEIGHTS_STRICT)
@@ -122,13 +124,11 @@ def _run(
             directory.rewind(found.state["files"], state.progress.step, found.damaged)
         else:
             store.clean()
-        state.recorder.sinks = [
-            Background(
-                build_sinks(cfg, directory, console, state.progress),
-                directory.write_history,
-                SystemFigures(runtime.device, directory.path),
-            )
-        ]
+        state.recorder.sink = Background(
+            build_sinks(cfg, directory, console, state.progress),
+            directory.write_history,
+            SystemFigures(runtime.device, directory.path).latest,
+        )
         margin = StopMargin(runtime, state.progress)
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
@@ -142,15 +142,16 @@ def _run(
         console.start(state.progress.step)
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, saver)
         stopped = loop.train()
-        if stopped is None:
-            state.recorder.finish()
+        if stopped is None and state.recorder.sink is not None:
+            state.recorder.sink.finish()
     finally:
         runtime.watch.enter("save")
         console.close()
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
-        state.recorder.close()
+        if state.recorder.sink is not None:
+            state.recorder.sink.close()
         if heartbeat is not None:
             heartbeat.close()
     if runtime.is_main:
@@ -239,6 +240,10 @@ def build_sinks(
     """Where rank 0's records go."""
     sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
     if cfg.LOG.TENSORBOARD:
+        # Before any loader worker is forked: one that is forked while another thread imports a
+        # module cannot import it.
+        from launcher.telemetry.tensorboard import TensorBoard
+
         folder, first = directory.tensorboard, progress.step + 1
         sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
     return sinks

@@ -72,11 +72,12 @@ class StepModule(nn.Module):
         scalars = {}
         for key, value in values.items():
             if isinstance(value, (int, float)):
-                value = torch.tensor(value, dtype=torch.float32, device=device)
+                # A fill on the device; a copy to it would wait.
+                value = torch.full((), value, dtype=torch.float32, device=device)
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
                 raise RunError(f"{name} must return scalars; {key!r} is {shape}")
-            scalars[key] = value
+            scalars[key] = value.to(device, non_blocking=True)
         if not scalars["loss"].requires_grad:
             raise RunError(
                 f"{name} returned a 'loss' that depends on no weight: it has no gradient"

@@ -2,18 +2,20 @@
 the training.
 
 One thread, one queue: what is recorded reaches every sink in the order it was recorded. A forked
-loader worker has neither, and needs none of their locks.
+loader worker has neither.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from concurrent.futures import Future, wait
+from typing import Any
 
 from launcher.telemetry.media import Media
 from launcher.telemetry.recorder import Record, Sink
@@ -27,64 +29,56 @@ RECORD_BYTES = 4096  # about what a record takes in memory
 # the training for a moment.
 LINGER_S = 0.05
 # How long a checkpoint waits for the files, and the end of a run for a sink that is stuck.
-FLUSH_S, CLOSE_S = 60.0, 60.0
+FLUSH_S, CLOSE_S = 60.0, 20.0
+# A sink is told of as slow when its writes took so much longer, in all, than the first of these
+# each; quicker ones in between count against it.
+QUICK_S, SLOW_S = 0.02, 0.5
 
 History = Callable[..., bool]
 
 
-class Figures(Protocol):
-    """Figures that are read in the thread, and stand in the records that tell of speed."""
-
-    def latest(self) -> Mapping[str, float]: ...
-
-
-@dataclass
-class _Flush:
-    done: threading.Event = field(default_factory=threading.Event)
-    complete: bool = False
-    last: bool = False  # the thread ends with it
-
-
-class Background:
+class Background(Sink):
     """A sink that passes on to others in a thread.
 
-    A sink that fails is reported once, on the console and in history.jsonl, and is tried again
-    with every later record. Where it is stuck, records wait in memory; pictures, histograms and
-    texts are left out beyond MEDIA_LIMIT, records beyond RECORD_LIMIT. After a lost record `flush`
-    never answers True again: a checkpoint must not follow records that are not in the files.
+    A sink that fails, or is slow, is reported once, on the console and in history.jsonl; one that
+    fails is tried again with every later record. Where it is stuck, records wait in memory;
+    pictures, histograms and texts are left out beyond MEDIA_LIMIT, records beyond RECORD_LIMIT.
+    After a lost record `flush` never answers True again: a checkpoint must not follow records that
+    are not in the files.
     """
-
-    name, essential = "the records", True
 
     def __init__(
         self,
         sinks: Sequence[Sink],
         history: History,
-        figures: Figures | None = None,
+        figures: Callable[[], Mapping[str, float]] = dict,
         media_limit: int = MEDIA_LIMIT,
         record_limit: int = RECORD_LIMIT,
     ) -> None:
-        """`history(event, step, **details)` writes history.jsonl and says whether it could."""
-        self.sinks, self.history, self.figures = list(sinks), history, figures
+        """`history(event, step, **details)` writes history.jsonl and says whether it could;
+        `figures` are read in the thread, for the records that tell of speed."""
+        self.history, self.figures = history, figures
+        self.guarded = [_Guarded(sink, self._report) for sink in sinks]
         self.media_limit, self.record_limit = media_limit, record_limit
         self.pid = os.getpid()
-        self.wake, self.urgent = threading.Condition(), threading.Event()
-        self.queue: deque[tuple[Any, int]] = deque()
-        self.bytes = 0  # in the queue and in the thread's hands
+        # What to call with what, and its bytes; a Future for `flush`; None at the end.
+        self.queue: queue.SimpleQueue[tuple[str, Any, int] | Future[bool] | None]
+        self.queue = queue.SimpleQueue()
+        self.urgent = threading.Event()
+        self.taken = self.done = 0  # bytes, each counted by one thread alone
         self.left_out = self.lost = 0  # media, records
         self.step = 0  # of the newest thing handed on
-        self.failed: dict[int, bool] = {}  # sinks that were told of: whether what waits is retried
         self.untold: deque[dict[str, Any]] = deque()  # for the history
         self.closed = False
         self.thread = threading.Thread(target=self._run, name="records", daemon=True)
         self.thread.start()
 
     def write(self, record: Record) -> None:
-        if not self._put(record, RECORD_BYTES, self.record_limit):
+        if not self._put("write", record, RECORD_BYTES, self.record_limit):
             self.lost += 1
 
     def show(self, media: Media) -> None:
-        if not self._put(media, media.nbytes + RECORD_BYTES, self.media_limit):
+        if not self._put("show", media, media.nbytes + RECORD_BYTES, self.media_limit):
             self.left_out += 1
             if self.left_out == 1:
                 logger.warning(
@@ -93,110 +87,115 @@ class Background:
                 )
 
     def finish(self) -> None:
-        self._put("finish", 0, self.record_limit)
+        self._put("finish", None, 0, self.record_limit)
 
     def flush(self) -> bool:
         """Whether all that was recorded is in the files that must have it. The thread is idle then
         until something is recorded, so the files' lengths stay."""
-        return self._wait(_Flush(), FLUSH_S)
+        if self.closed or os.getpid() != self.pid:
+            return False
+        flushed: Future[bool] = Future()
+        self.queue.put(flushed)
+        self.urgent.set()
+        wait([flushed], FLUSH_S)
+        return flushed.done() and flushed.result() and not self.lost
 
     def close(self) -> None:
         if self.closed:
             return
-        if not self._wait(_Flush(last=True), CLOSE_S) and self.thread.is_alive():
-            logger.warning("a sink is stuck: what waits for it is not written")
         self.closed = True
+        self.queue.put(None)
+        self.urgent.set()
+        self.thread.join(CLOSE_S)
+        if self.thread.is_alive():
+            logger.warning("a sink is stuck: what waits for it is not written")
         if self.left_out:
             logger.warning("%d pictures, histograms and texts were left out", self.left_out)
 
-    def _put(self, item: Any, nbytes: int, limit: int) -> bool:
+    def _put(self, method: str, item: Any, nbytes: int, limit: int) -> bool:
         if self.closed or os.getpid() != self.pid:
             return True
-        with self.wake:
-            if self.bytes + nbytes > limit:
-                return False
-            self.bytes += nbytes
-            self.queue.append((item, nbytes))
-            self.wake.notify()
-        return True
-
-    def _wait(self, flush: _Flush, seconds: float) -> bool:
-        if self.closed or os.getpid() != self.pid:
+        if self.taken - self.done + nbytes > limit:
             return False
-        with self.wake:
-            self.queue.append((flush, 0))
-            self.wake.notify()
-        self.urgent.set()
-        return flush.done.wait(seconds) and flush.complete and not self.lost
+        self.taken += nbytes
+        self.queue.put((method, item, nbytes))
+        return True
 
     def _run(self) -> None:
-        while True:
-            with self.wake:
-                while not self.queue:
-                    self.wake.wait()
+        last = False
+        while not last:
+            batch = [self.queue.get()]
             self.urgent.wait(LINGER_S)
             self.urgent.clear()
-            with self.wake:
-                batch, self.queue = self.queue, deque()
-            flushes = [item for item, _ in batch if isinstance(item, _Flush)]
-            for item, _ in batch:
-                if not isinstance(item, _Flush):
-                    self._hand_on(item)
+            while not self.queue.empty():
+                batch.append(self.queue.get())
+            last = None in batch
+            calls = [self._complete(*item) for item in batch if isinstance(item, tuple)]
             # One write for all that came meanwhile: a slow file does not fall behind.
-            complete = [self._try(sink, sink.flush) for sink in self.sinks]
-            last = any(flush.last for flush in flushes)
-            if last:
-                for sink in self.sinks:
-                    self._try(sink, sink.close)
-            self._tell()
-            with self.wake:
-                self.bytes -= sum(nbytes for _, nbytes in batch)
-            for flush in flushes:
-                flush.complete = all(complete)
-                flush.done.set()
-            if last:
-                return
+            taken = [guarded.take(calls, last) for guarded in self.guarded]
+            # The history may be on the same full disk: it is told when it can be.
+            while self.untold and self.history("sink", **self.untold[0]):
+                self.untold.popleft()
+            self.done += sum(item[2] for item in batch if isinstance(item, tuple))
+            for item in batch:
+                if isinstance(item, Future):
+                    item.set_result(all(taken))
 
-    def _hand_on(self, item: Any) -> None:
+    def _complete(self, method: str, item: Any, nbytes: int) -> tuple[str, Any]:
         if isinstance(item, Media):
             self.step = item.step
-            for sink in self.sinks:
-                self._try(sink, sink.show, item)
-            return
-        if item == "finish":
-            for sink in self.sinks:
-                self._try(sink, sink.finish)
-            return
-        self.step = item["step"]
-        if self.figures is not None and "perf/step_s" in item:
-            try:
-                item = {**item, **self.figures.latest()}
-            except Exception:
-                logger.debug("no system figures", exc_info=True)
-        for sink in self.sinks:
-            self._try(sink, sink.write, item)
+        elif item is not None:
+            self.step = item["step"]
+            if "perf/step_s" in item:
+                try:
+                    item = {**item, **self.figures()}
+                except Exception:
+                    logger.debug("no system figures", exc_info=True)
+        return method, item
 
-    def _try(self, sink: Sink, call: Callable[..., Any], *arguments: Any) -> bool:
-        """Call it; an error is told once a sink. False where a checkpoint must not follow."""
+    def _report(self, sink: Sink, what: str, **details: Any) -> None:
+        logger.warning("%s %s", sink.name, what)
+        self.untold.append({"step": self.step, "sink": sink.name, **details})
+
+
+class _Guarded:
+    """A sink whose errors and delays are reported once each, and end nothing."""
+
+    def __init__(self, sink: Sink, report: Callable[..., None]) -> None:
+        self.sink, self.report = sink, report
+        self.failed = self.waits = self.slow = False  # `waits`: what failed is tried again
+        self.late = 0.0
+
+    def take(self, calls: Sequence[tuple[str, Any]], last: bool) -> bool:
+        """Call the sink's methods, and flush it. False where a checkpoint must not follow."""
+        for method, item in calls:
+            self._try(method, *([] if item is None else [item]))
+        began = time.monotonic()
+        flushed = self._try("flush")
+        self._time(time.monotonic() - began)
+        if last:
+            self._try("close")
+        return flushed or not self.sink.essential
+
+    def _try(self, method: str, *arguments: Any) -> bool:
         try:
-            call(*arguments)
+            getattr(self.sink, method)(*arguments)
         except Exception as error:
-            if id(sink) not in self.failed:
-                self._report(sink, error)
-            self.failed[id(sink)] = isinstance(error, OSError)
-            return not sink.essential
-        if self.failed.get(id(sink)) and call == sink.flush:
-            self.failed[id(sink)] = False
-            logger.info("%s is written again", sink.name)
+            self.waits = isinstance(error, OSError)
+            if not self.failed:
+                self.failed, reason = True, f"{type(error).__name__}: {error}"
+                then = "is tried again" if self.waits else "goes on with the next record"
+                what = f"cannot be written: {reason}. Training goes on; it {then}"
+                self.report(self.sink, what, failed=reason)
+            return False
+        if self.waits and method == "flush":
+            self.waits = False
+            logger.info("%s is written again", self.sink.name)
         return True
 
-    def _report(self, sink: Sink, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}"
-        what = "is tried again" if isinstance(error, OSError) else "goes on with the next record"
-        logger.warning("%s cannot be written: %s. Training goes on; it %s", sink.name, reason, what)
-        self.untold.append({"step": self.step, "sink": sink.name, "failed": reason})
-
-    def _tell(self) -> None:
-        # The history may be on the same full disk: it is told when it can be.
-        while self.untold and self.history("sink", **self.untold[0]):
-            self.untold.popleft()
+    def _time(self, seconds: float) -> None:
+        self.late = max(self.late + seconds - QUICK_S, 0.0)
+        if self.late > SLOW_S and not self.slow:
+            self.slow = True
+            what = f"is slow: {seconds:.2f} s a write. Training does not wait; checkpoints do"
+            self.report(self.sink, what, slow_s=seconds)

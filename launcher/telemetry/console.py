@@ -8,14 +8,9 @@ import sys
 from typing import Any
 
 from launcher.telemetry.elsewhere import Elsewhere
-from launcher.telemetry.logfile import coloured
 from launcher.telemetry.recorder import Record
-from launcher.telemetry.repeats import Repeats
 
-
-def plain(file_only: bool) -> dict[str, bool]:
-    """The `extra` of a log call whose line goes to the log file but not to the console."""
-    return {"file_only": file_only}
+COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
 
 
 class Console:
@@ -79,57 +74,44 @@ class Console:
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Log lines on stderr, above the progress bar where there is one; repeats are counted, and the
-    warnings of a rank other than 0 shown where no lower rank gives them as well."""
+    """Log lines on stderr, above the progress bar where there is one; warnings that several ranks
+    give are shown once."""
 
     console: Console | None = None
-    elsewhere: Elsewhere | None = None  # on ranks other than 0
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__()
-        self.repeats, self.pid = Repeats(), os.getpid()
+        self.elsewhere = Elsewhere(rank, self._show)
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
             return
-        for one in self.repeats(record):
-            if os.getpid() != self.pid:
-                # A forked loader worker: it has neither the threads nor the progress bar.
-                if self.elsewhere is None or not self.elsewhere.given(one):
-                    super().emit(one)
-            elif self.elsewhere is not None and one.levelno < logging.ERROR:
-                self.elsewhere.add(one)
-            else:
-                self._print(one)
+        if logging.WARNING <= record.levelno < logging.ERROR:
+            self.elsewhere.add(record)
+        else:
+            self._show(record)
 
-    def show(self, record: logging.LogRecord) -> None:
-        """Print a record, whatever else there is of it. Called by another thread."""
+    def _show(self, record: logging.LogRecord) -> None:
         self.acquire()
         try:
-            self._print(record)
+            if self.console is not None and self.console.interactive:
+                self.console.print(self.format(record))
+            else:
+                super().emit(record)
         finally:
             self.release()
-
-    def _print(self, record: logging.LogRecord) -> None:
-        if self.console is not None and self.console.interactive:
-            self.console.print(self.format(record))
-        else:
-            super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        return coloured(super().format(record), record.levelno)
+        """The line, in its level's colour where stderr is a terminal that wants colours."""
+        line, code = super().format(record), COLOURS.get(record.levelno)
+        return f"\x1b[{code}m{line}\x1b[0m" if code and wants_colour() else line
 
     def close(self) -> None:
-        self.acquire()
-        try:
-            left = self.repeats.end()
-        finally:
-            self.release()
-        for one in left:
-            if self.elsewhere is not None:
-                self.elsewhere.add(one)
-            else:
-                self._print(one)
-        if self.elsewhere is not None:
-            self.elsewhere.close()
+        self.elsewhere.end()
         super().close()
+
+
+def wants_colour() -> bool:
+    """https://no-color.org, and terminals that have none."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stderr.isatty() and not plain

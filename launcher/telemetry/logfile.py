@@ -1,7 +1,4 @@
-"""Log handlers that hold back repeats: the console's colours, and files that are rotated by size.
-
-A loader worker that is forked writes through the same open files, but rotates and locks nothing.
-"""
+"""The handler of a rank's log file, which is rotated by size, and its format as JSON."""
 
 from __future__ import annotations
 
@@ -9,15 +6,10 @@ import contextlib
 import json
 import logging
 import logging.handlers
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-from launcher.telemetry.repeats import Repeats
-
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
 
 
 class JsonFormatter(logging.Formatter):
@@ -45,15 +37,6 @@ class LogFile(logging.handlers.RotatingFileHandler):
         most = int(file_mb * (1 << 20))
         super().__init__(path, maxBytes=most, backupCount=files_kept, encoding="utf-8")
         self.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT))
-        self.repeats, self.pid = Repeats(), os.getpid()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        for one in self.repeats(record):
-            super().emit(one)
-
-    def shouldRollover(self, record: logging.LogRecord) -> bool:
-        # A worker's file is the rank's: only the rank itself may move it.
-        return os.getpid() == self.pid and bool(super().shouldRollover(record))
 
     def doRollover(self) -> None:
         # Closing a file writes what is left of it: on a full disk that fails, and it is closed.
@@ -65,24 +48,3 @@ class LogFile(logging.handlers.RotatingFileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
-
-    def close(self) -> None:
-        self.acquire()
-        try:
-            for one in self.repeats.end():
-                super().emit(one)
-        finally:
-            self.release()
-        super().close()
-
-
-def coloured(line: str, level: int) -> str:
-    """The line in its level's colour where stderr is a terminal that wants colours."""
-    code = COLOURS.get(level)
-    return f"\x1b[{code}m{line}\x1b[0m" if code and wants_colour() else line
-
-
-def wants_colour() -> bool:
-    """https://no-color.org, and terminals that have none."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stderr.isatty() and not plain

@@ -7,12 +7,15 @@ import logging
 import logging.handlers
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from launcher.runtime.board import Board
 from launcher.runtime.topology import Topology
 from launcher.telemetry.console import Console, ConsoleHandler
-from launcher.telemetry.elsewhere import Elsewhere
+from launcher.telemetry.funnel import Funnel
 from launcher.telemetry.logfile import LogFile
 
 logger = logging.getLogger("launcher")
@@ -33,19 +36,14 @@ class Logs:
         """`form`, `file_mb` and `files_kept` are LOG.FORMAT, LOG.FILE_MB and LOG.FILES_KEPT."""
         self.topology = topology
         self.file_options = form, file_mb, files_kept
-        self.console = ConsoleHandler()
-        if not topology.is_main:
-            self.console.elsewhere = Elsewhere(
-                topology.rank, topology.local_rank, self.console.show
-            )
+        self.console = ConsoleHandler(topology.rank)
         self.console.setFormatter(logging.Formatter(self._console_format(), "%H:%M:%S"))
         # Rank 0 speaks for all; what goes wrong elsewhere is heard with its rank.
         self.console.setLevel(level if topology.is_main else logging.WARNING)
         self.early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         self.file: logging.Handler | None = None
-        root = logging.getLogger()
-        for handler in (self.console, self.early):
-            root.addHandler(handler)
+        self.funnel = Funnel([self.console, self.early])
+        logging.getLogger().addHandler(self.funnel)
         # The level is that of the launcher and of the user's own task; libraries keep theirs.
         for name in ["launcher", *own_modules]:
             logging.getLogger(name).setLevel(level)
@@ -64,23 +62,31 @@ class Logs:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"rank{self.topology.rank}.log"
         self.file = LogFile(path, *self.file_options)
-        root = logging.getLogger()
         self.early.setTarget(self.file)
-        root.removeHandler(self.early)
-        self.early.close()
-        root.addHandler(self.file)
-        if self.console.elsewhere is not None:
-            self.console.elsewhere.open(directory)
+        self.funnel.acquire()
+        try:
+            self.early.close()
+            self.funnel.targets = [self.console, self.file]
+        finally:
+            self.funnel.release()
+
+    @contextmanager
+    def beside(self, board: Board | None) -> Iterator[None]:
+        """Agree on the board which rank shows a warning, while there is one."""
+        with self.console.elsewhere.beside(board):
+            try:
+                yield
+            finally:
+                self.funnel.end()
 
     def attach(self, console: Console) -> None:
         """Print above this progress bar from now on."""
         self.console.console = console
 
     def close(self) -> None:
-        root = logging.getLogger()
-        for handler in (self.console, self.early, self.file):
+        logging.getLogger().removeHandler(self.funnel)
+        for handler in (self.funnel, self.console, self.early, self.file):
             if handler is not None:
-                root.removeHandler(handler)
                 with contextlib.suppress(OSError):  # a full disk
                     handler.close()
         logging.captureWarnings(False)

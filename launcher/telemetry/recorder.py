@@ -5,8 +5,8 @@ put together over the ranks and handed to the sinks on rank 0.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -20,36 +20,33 @@ Record = dict[str, Any]
 POSITION = ("step", "epoch", "samples", "time")
 
 
-class Sink(Protocol):
-    """Where records go. Rank 0 alone has sinks. Methods may raise: see telemetry/background.py."""
+class Sink:
+    """Where records go; rank 0 alone has one. Methods may raise: see telemetry/background.py."""
 
-    name: str  # for people
-    essential: bool  # whether a checkpoint needs all records in it
+    name = ""  # for people
+    essential = False  # whether a checkpoint needs all records in it
 
     def write(self, record: Record) -> None:
         """Take a record; it need not be in the file before `flush`."""
-        ...
 
     def show(self, media: Media) -> None:
-        """Take a picture, histograms or a text; a sink that has no place for it does nothing."""
-        ...
+        """Take a picture, histograms or a text."""
 
     def finish(self) -> None:
         """The run is complete."""
-        ...
 
     def flush(self) -> Any:
         """Have everything in the file."""
-        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Flush, and end."""
 
 
 class Recorder:
     """Sums training values between records; `record` turns them into means over ranks and steps."""
 
-    def __init__(self, runtime: Runtime, sinks: Sequence[Sink] = ()) -> None:
-        self.runtime, self.sinks = runtime, sinks
+    def __init__(self, runtime: Runtime, sink: Sink | None = None) -> None:
+        self.runtime, self.sink = runtime, sink
         # For each set of keys that was added together: weighted sums in float64 on the device, and
         # the weight itself as the last element. One small kernel or two an addition.
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}
@@ -82,26 +79,24 @@ class Recorder:
         self._sums.clear()
         if parts is None:
             return
-        means = {f"train/{key}": value for key, value in _means([s for s, _ in parts]).items()}
+        values = {f"train/{key}": value for key, value in _means([s for s, _ in parts]).items()}
         own = [seconds for _, seconds in parts if seconds is not None]
         ranks = self.stragglers.figures(own) if len(own) > 1 else {}
-        self.write(position, {**means, **extra, **ranks})
+        self.write(position, {**values, **extra, **ranks})
 
     def write(self, position: Mapping[str, int], values: Mapping[str, float]) -> None:
-        """Hand one record to the sinks."""
-        record = {**position, "time": time.time(), **values}
-        for sink in self.sinks:
-            sink.write(record)
+        """Hand one record to the sink."""
+        if self.sink is not None:
+            self.sink.write({**position, "time": time.time(), **values})
 
     def show(self, media: Media) -> None:
-        """Hand a picture, histograms or a text to the sinks."""
-        for sink in self.sinks:
-            sink.show(media)
+        """Hand a picture, histograms or a text to the sink."""
+        if self.sink is not None:
+            self.sink.show(media)
 
-    def finish(self) -> None:
-        """Tell the sinks that the run is complete."""
-        for sink in self.sinks:
-            sink.finish()
+    def flush(self) -> bool:
+        """Have everything written so far in the files; False where that is not possible now."""
+        return self.sink is None or self.sink.flush() is not False
 
     def state(self) -> dict[str, list[float]]:
         """The sums of this rank since the last record. Waits for the device."""
@@ -114,22 +109,21 @@ class Recorder:
             keys = tuple(joined.split("\n"))
             self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
 
-    def flush(self) -> bool:
-        """Have everything written so far in the files; False where that is not possible now."""
-        flushed = [sink.flush() is not False for sink in self.sinks]  # every one of them
-        return all(flushed)
-
-    def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-
 
 def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
     """Means of every key over all ranks' sums, added up in rank order."""
+    return means(
+        (key, value, sums[-1])
+        for part in parts
+        for joined, sums in part.items()
+        for key, value in zip(joined.split("\n"), sums, strict=False)
+    )
+
+
+def means(sums: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Each name's mean from its weighted sums and their weights, added up in the order given."""
     totals: dict[str, tuple[float, float]] = {}
-    for part in parts:
-        for joined, sums in part.items():
-            for key, value in zip(joined.split("\n"), sums, strict=False):
-                total, weight = totals.get(key, (0.0, 0.0))
-                totals[key] = (total + value, weight + sums[-1])
-    return {key: total / weight for key, (total, weight) in totals.items() if weight > 0}
+    for name, value, weight in sums:
+        total, weights = totals.get(name, (0.0, 0.0))
+        totals[name] = (total + value, weights + weight)
+    return {name: total / weight for name, (total, weight) in totals.items() if weight > 0}

@@ -51,6 +51,10 @@ class RunDirectory:
         self._failed: set[str] = set()
         self._appending = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[RunDirectory], tuple[Path]]:
+        # Sent to another process it is the same directory, without this one's claim and locks.
+        return RunDirectory, (self.path,)
+
     def log(self, rank: int) -> Path:
         """The log file of a rank."""
         return self.logs / f"rank{rank}.log"

@@ -6,14 +6,14 @@ import io
 import json
 import logging
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import jsonlines
 
 from launcher.telemetry.append import AppendFile
-from launcher.telemetry.console import Console, plain
-from launcher.telemetry.media import Media
-from launcher.telemetry.recorder import POSITION, Record
+from launcher.telemetry.console import Console
+from launcher.telemetry.recorder import POSITION, Record, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def strict(record: Record) -> Record:
     return {**record, **dict.fromkeys(bad), "nonfinite": bad}
 
 
-class JsonLines:
+class JsonLines(Sink):
     """metrics.jsonl: a line a record.
 
     A record that cannot be written (a full disk) waits, and is tried again with the next one.
@@ -47,12 +47,6 @@ class JsonLines:
         self.line.seek(0)
         self.line.truncate()
 
-    def show(self, media: Media) -> None:
-        """Pictures and texts have no place in it."""
-
-    def finish(self) -> None:
-        """The last record is the end."""
-
     def flush(self) -> None:
         self.file.flush()
 
@@ -60,10 +54,10 @@ class JsonLines:
         self.file.close()
 
 
-class ConsoleLines:
+class ConsoleLines(Sink):
     """A line a record in the log, and the same values beside the progress bar on a terminal."""
 
-    name, essential = "the console", False
+    name = "the console"
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -72,17 +66,9 @@ class ConsoleLines:
         line = summary(record)
         evaluation = not any(key.startswith("train/") for key in record)
         # On a terminal the bar shows training records; evaluations deserve a line there too.
-        logger.info(line, extra=plain(not evaluation and self.console.interactive))
+        file_only = not evaluation and self.console.interactive
+        logger.info(line, extra={"file_only": file_only})
         self.console.update(record)
-
-    def show(self, media: Media) -> None:
-        """A terminal shows no pictures."""
-
-    def finish(self) -> None:
-        """The run itself says that it is done."""
-
-    def flush(self) -> None:
-        """Each line is out at once."""
 
     def close(self) -> None:
         self.console.close()
@@ -96,15 +82,5 @@ def summary(record: Record) -> str:
         if key not in POSITION and not key.startswith("system/") and key != "perf/eta_s":
             parts.append(f"{key.removeprefix('train/')} {value:.4g}")
     if "perf/eta_s" in record:
-        parts.append(f"eta {duration(record['perf/eta_s'])}")
+        parts.append(f"eta {timedelta(seconds=round(record['perf/eta_s']))}")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 0:03:20, or 2d 01:00:00."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return (
-        f"{days}d {hour:02}:{minute:02}:{second:02}" if days else f"{hour}:{minute:02}:{second:02}"
-    )

@@ -87,7 +87,8 @@ class SystemFigures:
                 figures["system/gpu_percent"] = float(torch.cuda.utilization(self.device))
             except Exception as error:  # no nvidia-ml-py, or a device that does not tell (MIG)
                 self.utilisation = False
-                logger.info("no system/gpu_percent: %s", str(error).splitlines()[0])
+                hint = "; pip install 'launcher[gpu]'" if isinstance(error, ImportError) else ""
+                logger.info("no system/gpu_percent: %s%s", str(error).splitlines()[0], hint)
         return figures
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,8 @@ from launcher.tasks.recorder import TaskRecorder
 from launcher.telemetry.media import Media, OnHost, picture, spread
 from launcher.telemetry.recorder import Recorder
 
-# What eval_step or summarize gave to `scalar`: name, value, weight.
-Note = tuple[str, Any, float]
+# A scalar of an evaluation: name, value, weight.
+Note = tuple[str, Any, Any]
 
 
 class RunRecorder(TaskRecorder):
@@ -27,7 +27,10 @@ class RunRecorder(TaskRecorder):
     def __init__(self, recorder: Recorder, progress: Progress, runtime: Runtime) -> None:
         self.recorder, self.progress, self.runtime = recorder, progress, runtime
         self.pid = os.getpid()
-        self.notes: list[Note] | None = None  # not None while an evaluation runs
+        self.split = "train"
+        # Of an evaluation: scalars since `take`, and what is shown when it is complete.
+        self.notes: list[Note] = []
+        self.held: list[Media] = []
         self.shown: set[str] = set()
         self.shown_at = -1
 
@@ -37,21 +40,41 @@ class RunRecorder(TaskRecorder):
 
     @property
     def step(self) -> int:
-        return self.progress.step + (self.notes is None)
+        return self.progress.step + (self.split == "train")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While it lasts, what the task records belongs to the evaluation."""
+        self.split, self.notes, self.held = "val", [], []
+        try:
+            yield
+        finally:
+            self.split = "train"
+
+    def take(self) -> list[Note]:
+        """The evaluation's scalars since the last call."""
+        taken, self.notes = self.notes, []
+        return taken
+
+    def show_held(self) -> None:
+        """The evaluation is complete: one that is given up is done once more, and shown then."""
+        for media in self.held:
+            self.recorder.show(media)
 
     def scalar(self, name: str, value: Any, weight: float = 1.0) -> None:
         if os.getpid() != self.pid:
             return
-        if self.notes is not None:
-            value = value.detach() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            if value.dim() != 0:
+                raise ValueError(f"{name!r} is no scalar: its shape is {tuple(value.shape)}")
+            value = value.detach()
+        if self.split == "val":
             self.notes.append((name, value, weight))
             return
         device = self.runtime.device
         if not isinstance(value, torch.Tensor):
             # A fill on the device; a copy to it would wait.
             value = torch.full((), float(value), dtype=torch.float64, device=device)
-        elif value.dim() != 0:
-            raise ValueError(f"{name!r} is no scalar: its shape is {tuple(value.shape)}")
         self.recorder.add({name: value.to(device, non_blocking=True)}, weight)
 
     def image(self, name: str, image: Any) -> None:
@@ -81,9 +104,9 @@ class RunRecorder(TaskRecorder):
     def _new(self, name: str) -> str:
         """The tag, or "" where there is nothing to do: another rank or process, no sink, or the
         name was shown at this step (by another micro-batch, or a step that the scaler skipped)."""
-        if not self.recorder.sinks or os.getpid() != self.pid:
+        if self.recorder.sink is None or os.getpid() != self.pid:
             return ""
-        tag = f"{'train' if self.notes is None else 'val'}/{name}"
+        tag = f"{self.split}/{name}"
         if self.shown_at != self.step:
             self.shown, self.shown_at = set(), self.step
         if tag in self.shown:
@@ -92,47 +115,13 @@ class RunRecorder(TaskRecorder):
         return tag
 
     def _show(self, kind: str, tag: str, value: OnHost | str) -> None:
-        self.recorder.show(Media(kind, [tag], value, self.step))
+        media = Media(kind, [tag], value, self.step)
+        if self.split == "val":
+            self.held.append(media)
+        else:
+            self.recorder.show(media)
 
 
-class Notes:
-    """The scalars of an evaluation, batch by batch."""
-
-    def __init__(self, recorder: TaskRecorder) -> None:
-        self.recorder = recorder
-
-    def take(self) -> list[Note]:
-        """What was noted since the last call."""
-        if not isinstance(self.recorder, RunRecorder):
-            return []
-        taken, self.recorder.notes = self.recorder.notes or [], []
-        return taken
-
-
-@contextmanager
-def evaluating(task: Any) -> Iterator[Notes]:
-    """While it lasts, what the task records belongs to the evaluation."""
-    recorder = getattr(task, "recorder", None) or TaskRecorder()
-    if not isinstance(recorder, RunRecorder):
-        yield Notes(recorder)
-        return
-    recorder.notes = []
-    try:
-        yield Notes(recorder)
-    finally:
-        recorder.notes = None
-
-
-def on_host(notes: Sequence[Note]) -> list[Note]:
-    """Notes with plain numbers. Waits for the device."""
-    return [(name, float(value), float(weight)) for name, value, weight in notes]
-
-
-def means(batches: Sequence[Sequence[Note]]) -> dict[str, float]:
-    """Each name's mean, added up in the order of the batches: the same at any number of ranks."""
-    totals: dict[str, tuple[float, float]] = {}
-    for notes in batches:
-        for name, value, weight in notes:
-            total, weights = totals.get(name, (0.0, 0.0))
-            totals[name] = (total + value * weight, weights + weight)
-    return {name: total / weight for name, (total, weight) in totals.items() if weight > 0}
+def on_host(notes: list[Note]) -> list[tuple[str, float, float]]:
+    """Names, weighted values and weights as plain numbers. Waits for the device."""
+    return [(name, float(value) * float(weight), float(weight)) for name, value, weight in notes]

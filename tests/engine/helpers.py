@@ -15,11 +15,19 @@ from launcher.engine.run import build_state
 from launcher.engine.step import TrainStep
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
+from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
+from launcher.telemetry.recorder import Recorder, Sink
+from launcher.telemetry.task_recorder import RunRecorder
 
 LENGTH = 23
 ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 Weights = list[torch.Tensor]
+
+
+def recording(runtime: Runtime = ALONE, sink: Sink | None = None) -> RunRecorder:
+    """What a run gives a task to record with."""
+    return RunRecorder(Recorder(runtime, sink), Progress(), runtime)
 
 
 def config(*words: object) -> CfgNode:

@@ -15,7 +15,8 @@ from launcher.data.plan import Plan
 from launcher.engine.evaluate import evaluate
 from launcher.runtime.process import Runtime, start
 from launcher.runtime.topology import Topology
-from tests.engine.helpers import LENGTH, Regression, Trainer, config, take
+from launcher.telemetry.recorder import Sink
+from tests.engine.helpers import LENGTH, Regression, Trainer, config, recording, take
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -51,6 +52,7 @@ class Shifted(Regression):
 def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float]:
     """The metrics of a split over the ranks of a group."""
     task = Shifted(float(runtime.rank))
+    task.recorder = recording(runtime)
     plan = Plan(LENGTH, batch_size, world_size=runtime.world_size)
     batches = [
         take(task.build_dataset(), range(*plan.batch(k)))
@@ -71,14 +73,10 @@ def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> di
         begun.append(runtime.collectives())
     written: list[dict[str, Any]] = []
 
-    class Sink:
+    class Kept(Sink):
         write = staticmethod(written.append)
 
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    trainer.state.recorder.sinks = [Sink()] if runtime.is_main else []
+    trainer.state.recorder.sink = Kept() if runtime.is_main else None
     trainer.state.recorder.record({"step": STEPS, "epoch": 0, "samples": 0}, {})
     seen_names = [sorted(names) for names in seen]
     return {

@@ -9,7 +9,10 @@ from torch import nn
 from launcher.data.plan import Plan
 from launcher.engine.evaluate import evaluate
 from launcher.errors import RunError
-from tests.engine.helpers import ALONE, config
+from launcher.runtime.process import Runtime
+from launcher.telemetry.media import Media
+from launcher.telemetry.recorder import Sink
+from tests.engine.helpers import ALONE, config, recording
 
 N = 10
 X = torch.arange(N, dtype=torch.float32) ** 2 / 7
@@ -19,7 +22,7 @@ class Table:
     """Answers with a table of outputs, a row a sample."""
 
     def __init__(self, **columns: Any) -> None:
-        self.columns = columns
+        self.columns, self.recorder = columns, recording()
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
         return {key: value[batch] for key, value in self.columns.items()}
@@ -33,6 +36,7 @@ class Summed(Table):
 
 class Always(Table):
     def __init__(self, answer: Any) -> None:
+        super().__init__()
         self.answer = answer
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
@@ -109,3 +113,51 @@ def test_the_model_evaluates_without_gradients_and_is_put_back(training: bool) -
     run(Looks(loss=X), model=model)
     assert set(seen) == {(False, False)}
     assert model.training is training and torch.is_grad_enabled()
+
+
+class Shown(Sink):
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def show(self, media: Media) -> None:
+        self.names += media.names
+
+
+class Recording(Table):
+    """Shows and counts something in each batch, and asks to stop in the second if told to."""
+
+    def __init__(self, runtime: Runtime, stops: bool) -> None:
+        super().__init__(loss=X)
+        self.runtime, self.stops, self.sink, self.seen = runtime, stops, Shown(), 0
+        self.recorder = recording(runtime, self.sink)
+
+    def eval_step(self, model: nn.Module, batch: slice) -> Any:
+        self.seen += 1
+        self.recorder.text("note", "x")
+        self.recorder.scalar("seen", self.seen, weight=self.seen)
+        if self.stops and self.seen == 2:
+            self.runtime.watch.stop = "asked to"
+        return super().eval_step(model, batch)
+
+    def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+        self.recorder.text("end", "x")
+        self.recorder.scalar("whole", len(outputs["loss"]))
+        return {}
+
+
+def test_what_is_recorded_meanwhile_is_the_evaluations() -> None:
+    task = Recording(ALONE, stops=False)
+    metrics = run(task)
+    assert (metrics["seen"], metrics["whole"]) == ((1 + 4 + 9) / 6, N)
+    assert task.sink.names == ["val/note", "val/end"]
+    assert task.recorder.split == "train" and task.recorder.recorder.state() == {}
+
+
+def test_an_evaluation_that_is_given_up_shows_nothing() -> None:
+    """It is done once more after the resume, at the same step, and shows it then."""
+    runtime = Runtime(ALONE.topology, ALONE.device, ALONE.cpu)
+    task = Recording(runtime, stops=True)
+    plan = Plan(N, 4)
+    batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
+    assert evaluate(config(), task, nn.Linear(1, 1), batches, plan, runtime) is None
+    assert task.seen == 2 and task.sink.names == []

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from launcher.errors import RunError
+from launcher.telemetry.recorder import Sink
 from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, rows, take
 
 SGD = {"lr": 0.1, "momentum": 0.9}
@@ -47,14 +48,10 @@ def collect(trainer: Trainer) -> list[dict[str, Any]]:
     """The list in which the trainer's records arrive."""
     written: list[dict[str, Any]] = []
 
-    class Sink:
+    class Kept(Sink):
         write = staticmethod(written.append)
 
-        def flush(self) -> None: ...
-
-        def close(self) -> None: ...
-
-    trainer.state.recorder.sinks = [Sink()]
+    trainer.state.recorder.sink = Kept()
     return written
 
 

@@ -2,7 +2,8 @@
 
 LAUNCHER_TEST_STUCK  the records' files can be written only after this training step
 LAUNCHER_TEST_FAIL   NAME:COUNT, so many writes to files whose path holds NAME fail, half written
-LAUNCHER_TEST_WARN   train_step warns: all ranks alike, and rank 1 alone
+LAUNCHER_TEST_SLOW   NAME:SECONDS, so much longer takes a write to files whose path holds NAME
+LAUNCHER_TEST_WARN   train_step and collate (in workers) warn: on all ranks alike, and on one alone
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 import warnings
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.system.exact_task import Exact
 
 STUCK = int(os.environ.get("LAUNCHER_TEST_STUCK", "0"))
 NAME, _, COUNT = os.environ.get("LAUNCHER_TEST_FAIL", "").partition(":")
+SLOW, _, SECONDS = os.environ.get("LAUNCHER_TEST_SLOW", "").partition(":")
 WARN = bool(os.environ.get("LAUNCHER_TEST_WARN"))
 reached, failures = threading.Event(), [int(COUNT or 0)]
 _write = append.AppendFile._write
@@ -30,6 +33,8 @@ def misbehave(self: append.AppendFile, file: Any, data: bytes) -> None:
     recording = any(name in str(self.path) for name in ("metrics.jsonl", "tfevents"))
     if STUCK and recording and not reached.wait(60):
         raise AssertionError("the training waited for the file")
+    if SLOW and SLOW in str(self.path):
+        time.sleep(float(SECONDS))
     if NAME and NAME in str(self.path) and failures[0]:
         failures[0] -= 1
         _write(self, file, data[: len(data) // 2])
@@ -42,6 +47,13 @@ append.AppendFile._write = misbehave  # type: ignore[method-assign]
 
 class Telling(Exact):
     """Two parameter groups, and something of every kind at a pace of its own."""
+
+    def collate(self, samples: list[Any]) -> Any:
+        if WARN:
+            warnings.warn("of all workers", stacklevel=1)
+            if os.environ["RANK"] == "2":
+                warnings.warn("of one worker", stacklevel=1)
+        return torch.utils.data.default_collate(samples)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         self.calls, self.model = 0, model

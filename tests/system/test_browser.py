@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG
 
 from tests.system import jobs
 from tests.system.browser import CHROMIUM, Browser
+from tests.system.test_exact import wait_for_step
 from tests.system.test_tensorboard import tensorboard
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt: chromium)")
@@ -19,11 +24,32 @@ SHOT = os.environ.get("LAUNCHER_TEST_SCREENSHOT", "")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of the digits with everything that it can show."""
+    """A short run of the digits with everything that it can show, stopped once and resumed."""
     run = tmp_path_factory.mktemp("browser") / "run"
-    few = ("TRAIN.DURATION", "3ep", "LOG.HISTOGRAMS", "1ep", "OUTPUT_DIR", run)
-    jobs.train("--config-file", jobs.DIGITS, *few).ok()
+    few = ("TRAIN.DURATION", "2ep", "LOG.HISTOGRAMS", "1ep", "OUTPUT_DIR", run)
+    job = jobs.start("--config-file", jobs.DIGITS, "LOG.EVERY", "1step", *few)
+    try:
+        wait_for_step(run, 5, job)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.wait(60).code == 75
+    finally:
+        job.kill()
+    # All that was recorded before the stop is in the files, and no end of the run is.
+    stopped = jobs.status(run)
+    assert stopped["state"] == "stopped"
+    assert max(jobs.values(run, "train/loss")) == stopped["step"]
+    assert max(step for _, step in jobs.event_scalars(run)) == stopped["step"]
+    assert ends(run) == 0
+    jobs.train("--config-file", jobs.DIGITS, "--resume", "LOG.EVERY", "1step", *few).ok()
+    assert ends(run) == 1
     return run
+
+
+def ends(run: Path) -> int:
+    """How often the event files say that the run succeeded."""
+    paths = (run / "tensorboard").iterdir()
+    events = [Event.FromString(data) for p in paths for data in RawEventFileLoader(str(p)).Load()]
+    return sum(v.tag == SESSION_END_INFO_TAG for event in events for v in event.summary.value)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +92,9 @@ def test_hparams(run: Path, page: Page) -> None:
     seen = browser.wait_for("Trial ID", "OPTIM.LR", "TASK.DROPOUT", "val/accuracy", str(run))
     assert seen.count(str(run)) == 1
     assert "OUTPUT_DIR" not in seen and "LOG.EVERY" not in seen
-    # The final metric; TensorBoard shows it once its box is ticked.
+    # The final metrics: one in the table, another as the page gets it.
+    loss = list(jobs.values(run, "val/loss").values())[-1]
+    browser.wait_for(browser.run(f"({jobs.single(loss)!r}).toPrecision(5)"))
     last = jobs.values(run, "val/accuracy")
     groups = browser.run(
         """(() => {

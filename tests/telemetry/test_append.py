@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.telemetry import append
 from launcher.telemetry.append import AppendFile, append_line
 
 
@@ -87,16 +88,6 @@ def test_what_was_there_stays(tmp_path: Path) -> None:
     assert path.read_text() == "one\ntwo\n"
 
 
-def test_a_new_file_is_never_one_that_is_there(tmp_path: Path) -> None:
-    for content in (b"a", b"b", b"c"):
-        file = AppendFile(tmp_path / "events.9", new=True)
-        file.add(content)
-        file.flush()
-        file.close()
-    found = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    assert found == {"events.9": b"a", "events.10": b"b", "events.11": b"c"}
-
-
 def test_nothing_is_made_for_nothing(tmp_path: Path) -> None:
     file = AppendFile(tmp_path / "folder" / "file")
     file.flush()
@@ -119,6 +110,7 @@ def test_too_much_that_waits_is_lost_and_every_flush_says_so(tmp_path: Path) -> 
 def test_whole_pieces_in_order_whatever_room_there_is(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[bytes, int]]
 ) -> None:
+    """Of all that waits as one part: what is written at once is written whole."""
     file = AppendFile(tmp_path_factory.mktemp("law") / "file")
     file.add(b"start")
     file.flush()
@@ -139,3 +131,27 @@ def test_whole_pieces_in_order_whatever_room_there_is(
     disk.room = 1000
     file.close()
     assert file.path.read_bytes() == written + waiting
+
+
+def test_much_that_waited_is_written_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A try that fails costs no more than one of them, and what was written is not tried again."""
+    monkeypatch.setattr(append, "PART", 10)
+    file = AppendFile(tmp_path / "file")
+    file.add(b"start")
+    file.flush()
+    disk = Full(0)
+    limit(file, disk)
+    for number in range(10):
+        file.add(b"%d" % number * 5)
+    with pytest.raises(OSError):
+        file.flush()
+    disk.room = 25
+    with pytest.raises(OSError):
+        file.flush()
+    assert file.path.read_bytes() == b"start" + b"0000011111" + b"2222233333"
+    disk.room = 1000
+    file.flush()
+    assert file.path.read_bytes() == b"start" + b"".join(b"%d" % n * 5 for n in range(10))
+    file.close()

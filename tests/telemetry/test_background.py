@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from launcher.telemetry import background
 from launcher.telemetry.background import RECORD_BYTES, Background
 from launcher.telemetry.media import Media, OnHost
+from launcher.telemetry.recorder import Sink
 
 HERE = {"epoch": 0, "samples": 0, "time": 1.0}
 
 
-class Kept:
+class Kept(Sink):
     """A sink that keeps what it gets, waits at its gate, and fails as often as it is told to."""
 
     def __init__(self, name: str = "kept", essential: bool = True) -> None:
@@ -73,8 +75,8 @@ def ended() -> Iterator[None]:
     yield
     while made:
         one = made.pop()
-        for sink in one.sinks:
-            sink.gate.set()
+        for guarded in one.guarded:
+            guarded.sink.gate.set()  # type: ignore[attr-defined]
         one.close()
 
 
@@ -205,14 +207,10 @@ def test_after_a_lost_record_no_checkpoint_follows() -> None:
     assert thread.flush() is False and sink.got[-1] == 10
 
 
-class Figures:
-    def __init__(self, error: Exception | None = None) -> None:
-        self.error = error
-
-    def latest(self) -> dict[str, float]:
-        if self.error is not None:
-            raise self.error
-        return {"system/x": 1.0}
+def system_figures(error: Exception | None) -> dict[str, float]:
+    if error is not None:
+        raise error
+    return {"system/x": 1.0}
 
 
 class Whole(Kept):
@@ -223,7 +221,7 @@ class Whole(Kept):
 @pytest.mark.parametrize("error", [None, OSError("gone")])
 def test_records_of_the_training_get_system_figures(error: Exception | None) -> None:
     sink = Whole()
-    thread = start(sink, figures=Figures(error))
+    thread = start(sink, figures=lambda: system_figures(error))
     training, evaluation = {**record(1), "perf/step_s": 0.1}, record(1)
     thread.write(training)
     thread.write(evaluation)
@@ -233,29 +231,17 @@ def test_records_of_the_training_get_system_figures(error: Exception | None) -> 
 
 
 def test_a_forked_process_has_no_part_in_it() -> None:
-    """A loader worker that is forked while the thread holds its lock must not wait for it."""
+    """A loader worker's copy of the queue has no thread behind it: nothing may wait for one."""
     sink = Kept()
     thread = start(sink)
     thread.write(record(1))
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with thread.wake:
-            held.set()
-            done.wait(60)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert held.wait(60)
     child = os.fork()
     if child == 0:
         signal.alarm(20)
         thread.write(record(2))
         thread.show(text("x"))
         thread.flush()
-        os._exit(7)
-    done.set()
-    holder.join()
+        os._exit(7 if thread.queue.empty() or thread.taken == RECORD_BYTES else 8)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert thread.flush() and sink.got == [1]
 
@@ -273,3 +259,31 @@ def test_close_comes_to_an_end_beside_a_stuck_sink(
     assert "a sink is stuck" in caplog.text
     thread.write(record(2))
     assert thread.flush() is False
+
+
+def test_a_slow_sink_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that takes 50 ms a write; a single one of these is nothing to tell of."""
+    monkeypatch.setattr(background, "QUICK_S", 0.04)
+    monkeypatch.setattr(background, "SLOW_S", 0.015)
+    sink, history = Kept("slow"), History()
+    flush = sink.flush
+
+    def slow() -> None:
+        time.sleep(0.05)
+        flush()
+
+    thread = start(sink, history=history)
+    monkeypatch.setattr(sink, "flush", slow)
+    thread.write(record(1))
+    assert thread.flush()
+    assert history.lines == []
+    for step in range(2, 20):
+        thread.write(record(step))
+        assert thread.flush()
+    (line,) = history.lines
+    assert line["sink"] == "slow" and line["slow_s"] >= 0.05 and 1 < line["step"] < 20
+    (told,) = [r.message for r in caplog.records if "is slow" in r.message]
+    assert told.startswith("slow is slow: 0.0")
+    assert sink.got == list(range(1, 20))

@@ -10,12 +10,12 @@ from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
 from launcher.telemetry.histograms import Histograms
 from launcher.telemetry.media import Media, OnHost, buckets
-from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.recorder import Recorder, Sink
 
 ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 
 
-class Shown:
+class Shown(Sink):
     def __init__(self) -> None:
         self.media: list[Media] = []
 
@@ -37,7 +37,7 @@ def model() -> nn.Module:
 def run(period: str, steps: int, skipped: tuple[int, ...] = ()) -> list[Media]:
     """Steps of 4 samples, epochs of 10; a skipped one comes again."""
     shown, net, progress = Shown(), model(), Progress()
-    histograms = Histograms(period, net, Recorder(ALONE, [shown]))
+    histograms = Histograms(period, net, Recorder(ALONE, shown))
     for number in range(steps):
         histograms.prepare(progress, 4, 10)
         histograms.gradients()
@@ -67,7 +67,7 @@ def test_what() -> None:
     assert (weight[0, 0], weight[-1, 1], weight[:, 2].sum()) == (0, 5, 6)
 
 
-def test_ranks_without_sinks_do_nothing() -> None:
+def test_ranks_without_a_sink_do_nothing() -> None:
     histograms = Histograms("1step", model(), Recorder(ALONE))
     histograms.prepare(Progress(), 4, 10)
     histograms.gradients()

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import warnings
@@ -254,22 +255,98 @@ def test_a_full_disk_loses_lines_and_nothing_else(
     assert "third" in file_of(tmp_path)
 
 
-def test_a_worker_moves_no_file(logs: Opener, tmp_path: Path) -> None:
-    """A forked loader worker writes through the rank's file; were it to rotate it, the rank would
-    go on writing into one that is gone."""
-    made = Logs(Topology(), "INFO", [], file_mb=300 / 2**20, files_kept=1)
+def in_workers(count: int, work: Callable[[], None]) -> None:
+    """Do this in forked processes, one after the other, as loader workers end."""
+    for _ in range(count):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(20)  # nothing in it may wait for the rank
+                work()
+                logging.shutdown()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_workers_lines_are_the_ranks(
+    logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their repeats are counted together, and the rank rotates the file that holds them."""
+    made = Logs(Topology(), "INFO", [], file_mb=370 / 2**20, files_kept=1)
     try:
         made.open(tmp_path / "logs")
         logger.info("of the rank %s", "x" * 200)
-        child = os.fork()
-        if child == 0:
-            logger.info("of the worker %s", "x" * 200)
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert [p.name for p in (tmp_path / "logs").iterdir()] == ["rank0.log"]
-        assert "of the worker" in file_of(tmp_path)
+        in_workers(3, lambda: logger.warning("a bad sample %s", "x" * 100))
     finally:
         made.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "bad sample" in line]
+    assert len(lines) == 2 and "(repeated 2 times in 0 s) a bad sample" in lines[1]
+    assert file_of(tmp_path).count("WARNING launcher.test: ") == 2
+    assert "of the rank" in (tmp_path / "logs/rank0.log.1").read_text()
+
+
+def test_a_worker_can_log_whatever_it_likes(logs: Opener, tmp_path: Path) -> None:
+    """More than a pipe takes, and lines that are too long."""
+    made = logs()
+    made.open(tmp_path / "logs")
+
+    def work() -> None:
+        logger.info("größer %s", "ö" * 100_000)
+        try:
+            raise ValueError("in a worker")
+        except ValueError:
+            logger.exception("it failed")
+
+    def flood() -> None:
+        for number in range(2000):
+            logger.info("%d %s", number, "x" * 2000)
+
+    in_workers(1, work)
+    made.funnel.acquire()  # the rank itself is stuck in a log line
+    in_workers(1, flood)
+    made.funnel.release()
+    in_workers(1, lambda: logger.info("the last"))
+    made.close()
+    text = file_of(tmp_path)
+    assert "größer ööö" in text and "ValueError: in a worker" in text and "the last" in text
+
+
+def test_a_broken_log_call_ends_nothing(
+    logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with Python's own handlers: it is told of on stderr."""
+    made = logs()
+    made.open(tmp_path / "logs")
+    # pytest's own handler would raise.
+    made.funnel.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    logger.info("after")
+    assert "Logging error" in capsys.readouterr().err
+    assert "after" in file_of(tmp_path)
+
+
+def test_loggers_of_libraries_are_left_alone(
+    logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their levels, handlers and propagation; and the root logger's level, which is theirs."""
+    theirs, root = logging.getLogger("some.library"), logging.getLogger()
+    own = logging.StreamHandler(stream := io.StringIO())
+    theirs.addHandler(own)
+    try:
+        before = theirs.level, theirs.propagate, list(theirs.handlers), root.level
+        made = logs(level="DEBUG")
+        made.open(tmp_path / "logs")
+        theirs.info("chatter")
+        theirs.warning("look here")
+        assert (theirs.level, theirs.propagate, list(theirs.handlers), root.level) == before
+        made.close()
+    finally:
+        theirs.removeHandler(own)
+    assert stream.getvalue() == "look here\n"
+    for text in (capsys.readouterr().err, file_of(tmp_path)):
+        assert "look here" in text and "chatter" not in text
 
 
 class Terminal(io.StringIO):

@@ -1,5 +1,6 @@
 """Figures of this process and its children."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -71,7 +72,9 @@ def test_disk(tmp_path: Path) -> None:
     assert "system/disk_free_gib" not in SystemFigures(CPU, tmp_path / "gone").latest()
 
 
-def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where torch has no library to ask for the utilisation, it is told once and left out."""
     asked = []
 
@@ -83,12 +86,13 @@ def test_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 * GIB)
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     figures = SystemFigures(torch.device("cuda", 0), tmp_path)
+    caplog.set_level(logging.INFO, "launcher")
     for _ in range(2):
         figures.next = 0.0
         found = figures.latest()
         assert (found["system/gpu_mem_gib"], found["system/gpu_mem_reserved_gib"]) == (3, 4)
         assert "system/gpu_percent" not in found
-    assert len(asked) == 1
+    assert len(asked) == 1 and caplog.text.count("launcher[gpu]") == 1
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 55)
     again = SystemFigures(torch.device("cuda", 0), tmp_path)
     assert again.latest()["system/gpu_percent"] == 55

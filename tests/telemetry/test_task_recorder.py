@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +14,13 @@ from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
 from launcher.tasks.recorder import TaskRecorder
 from launcher.telemetry.media import Media, OnHost
-from launcher.telemetry.recorder import Recorder, _means
-from launcher.telemetry.task_recorder import RunRecorder, evaluating, means, on_host
+from launcher.telemetry.recorder import Recorder, Sink, _means, means
+from launcher.telemetry.task_recorder import RunRecorder, on_host
 
 ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 
 
-class Kept:
+class Kept(Sink):
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.media: list[Media] = []
@@ -33,9 +32,9 @@ class Kept:
         self.media.append(media)
 
 
-def run(step: int = 4, sinks: int = 1) -> tuple[RunRecorder, Kept]:
+def run(step: int = 4, is_main: bool = True) -> tuple[RunRecorder, Kept]:
     kept = Kept()
-    recorder = Recorder(ALONE, [kept] * sinks)
+    recorder = Recorder(ALONE, kept if is_main else None)
     return RunRecorder(recorder, Progress(step=step), ALONE), kept
 
 
@@ -50,7 +49,7 @@ def test_scalars_of_the_training_are_weighted_means() -> None:
 
 
 def test_ranks_are_put_together_and_a_checkpoint_keeps_the_sums() -> None:
-    (one, _), (two, _) = run(), run(sinks=0)
+    (one, _), (two, _) = run(), run(is_main=False)
     one.scalar("gate", 1.0)
     two.scalar("gate", 4.0, weight=2)
     two.scalar("of one rank", 7)
@@ -61,8 +60,11 @@ def test_ranks_are_put_together_and_a_checkpoint_keeps_the_sums() -> None:
 
 
 def test_what_is_no_scalar_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'gate' is no scalar: its shape is \(2,\)"):
-        run()[0].scalar("gate", torch.ones(2))
+    task, told = run()[0], r"'gate' is no scalar: its shape is \(2,\)"
+    with pytest.raises(ValueError, match=told):
+        task.scalar("gate", torch.ones(2))
+    with pytest.raises(ValueError, match=told), task.evaluating():
+        task.scalar("gate", torch.ones(2))
 
 
 def test_media_carry_the_step_under_way_and_the_phase() -> None:
@@ -72,9 +74,10 @@ def test_media_carry_the_step_under_way_and_the_phase() -> None:
     task.image("picture", torch.rand(3, 4))
     task.histogram("spread", [1.0, 2.0])
     task.histogram("nothing", [])
-    with evaluating(SimpleNamespace(recorder=task)):
+    with task.evaluating():
         assert task.step == 4
         task.text("note", "evaluation")
+    task.show_held()
     found = [(m.kind, m.names, m.step) for m in kept.media]
     assert found == [
         ("text", ["train/note"], 5),
@@ -95,7 +98,7 @@ def test_a_name_stands_once_a_step() -> None:
 
 
 def test_other_ranks_show_nothing() -> None:
-    task, kept = run(sinks=0)
+    task, kept = run(is_main=False)
     task.text("note", "x")
     task.image("picture", torch.rand(3, 4))
     task.figure("figure", object())  # not even drawn
@@ -118,22 +121,22 @@ def test_a_figure_is_drawn_at_once() -> None:
 
 def test_scalars_of_an_evaluation_are_means_in_the_order_of_its_batches() -> None:
     task, _ = run()
-    with evaluating(SimpleNamespace(recorder=task)) as notes:
+    with task.evaluating():
         task.scalar("gate", torch.tensor(1.0), weight=2)
-        first = notes.take()
+        first = task.take()
         task.scalar("gate", 4)
         task.scalar("other", 5)
-        second = notes.take()
-    found = means([on_host(first), on_host(second)])
+        second = task.take()
+    found = means(on_host([*first, *second]))
     assert found == {"gate": 2.0, "other": 5.0}
-    assert task.recorder.state() == {} and task.notes is None
+    assert task.recorder.state() == {}
 
 
 def test_an_evaluation_that_fails_is_over() -> None:
     task, _ = run()
-    with pytest.raises(RuntimeError), evaluating(SimpleNamespace(recorder=task)):
+    with pytest.raises(RuntimeError), task.evaluating():
         raise RuntimeError
-    assert task.notes is None
+    assert task.step == 5
 
 
 def test_a_loader_worker_records_nothing() -> None:
@@ -157,5 +160,3 @@ def test_a_task_outside_of_a_run_can_call_it() -> None:
     recorder.text("a", "")
     recorder.figure("a", None)
     assert recorder.step == 0
-    with evaluating(SimpleNamespace()) as notes:
-        assert notes.take() == []

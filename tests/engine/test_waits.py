@@ -1,0 +1,70 @@
+"""No step waits for the device, whatever it records: shown on torch's meta device, whose tensors
+hold no values, so that to read one raises."""
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.engine import step
+from launcher.engine.agreement import Agreement
+from launcher.runtime.cpu import CpuBudget
+from launcher.runtime.process import Runtime
+from launcher.runtime.topology import Topology
+from launcher.telemetry.histograms import Histograms
+from launcher.telemetry.media import spread
+from launcher.telemetry.recorder import Sink
+from tests.engine.helpers import Regression, Trainer, recording
+
+META = Runtime(Topology(), torch.device("meta"), CpuBudget(1, 1, 1, ""))
+
+
+class Recording(Regression):
+    """Its data are where the model is, and it records numbers and tensors of its own."""
+
+    def __init__(self, weighted: bool) -> None:
+        super().__init__(weighted)
+        self.x, self.y, self.w = (t.to("meta") for t in (self.x, self.y, self.w))
+
+    def train_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        self.recorder.scalar("tokens", 17)
+        self.recorder.scalar("gate", batch[0].mean(), weight=3)
+        # A number, and a tensor on the host.
+        return {**super().train_step(model, batch), "number": 0.5, "coin": torch.ones(())}
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for what torch does not do on this device, and does not wait for on CUDA."""
+
+    def norm(gradients: list[torch.Tensor], foreach: bool) -> torch.Tensor:
+        return torch.stack([gradient.norm() for gradient in gradients]).norm()
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
+    monkeypatch.setattr(step, "autocast", lambda cfg, device: contextlib.nullcontext())
+    # On CUDA it reads what was agreed on eight steps before.
+    monkeypatch.setattr(Agreement, "seen", lambda self: frozenset())
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_steps(weighted: bool) -> None:
+    """Only a record reads: what all steps added, at once."""
+    task = Recording(weighted)
+    trainer = Trainer(task, "MODEL.EMA_DECAY", 0.9, runtime=META, micro_batch_size=3)
+    task.recorder = recording(META)
+    task.recorder.recorder = recorder = trainer.state.recorder
+    recorder.sink = Sink()
+    histograms = Histograms("1step", trainer.state.model, recorder)
+    histograms.due = True
+    trainer.step.observe = histograms.gradients
+    trainer.run(5)
+    assert histograms.found and all(found.is_meta for found in histograms.found.values())
+    with pytest.raises(NotImplementedError):
+        recorder.record({"step": 5, "epoch": 1, "samples": 40}, {})
+
+
+def test_a_histogram_of_a_task() -> None:
+    assert spread(torch.ones(7, 3, device="meta")).is_meta
