@@ -222,3 +222,16 @@ def test_resume_of_a_run_without_a_checkpoint_starts_over(tmp_path: Path) -> Non
     assert (old / "metrics.jsonl").read_text().endswith('"samp')
     assert status(run)["state"] == "completed"
     assert metrics(run)[0]["step"] == 1
+
+
+def test_a_run_killed_after_its_last_checkpoint_is_completed_by_a_resume(tmp_path: Path) -> None:
+    """It could not say so itself; a resume has nothing else to do."""
+    run = tmp_path / "run"
+    train(*settings(run), "TRAIN.DURATION", "2step").ok()
+    (run / "status.json").write_text(json.dumps(status(run) | {"state": "running"}))
+    text = (run / "history.jsonl").read_text().splitlines(keepends=True)
+    (run / "history.jsonl").write_text("".join(text[:-1]))
+    for _ in range(2):
+        train("--resume", *settings(run), "TRAIN.DURATION", "2step").ok()
+        assert status(run)["state"] == "completed"
+        assert [e["event"] for e in history(run)] == ["start", "checkpoint", "finish"]
