@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import statistics
 import subprocess
@@ -39,7 +40,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0, "tensors": 0})
 events.Reload()
 tags = events.Tags()
-print(sum(len(events.Tensors(tag)) for tag in tags["tensors"]))
+found = sum(len(events.Tensors(tag)) for tag in tags["tensors"])
+sys.exit(f"{found} values" if found != int(sys.argv[2]) else 0)
 """
 
 
@@ -61,8 +63,9 @@ def write_run(path: Path, lines: list[str]) -> None:
 
 
 def measure(command: Sequence[str], env: dict[str, str]) -> dict[str, float]:
-    """Seconds, and the most memory of the process and those that it started together, in MiB."""
-    began = time.perf_counter()
+    """Seconds, seconds of CPU time, and the most memory in MiB, of the process and those that it
+    started together."""
+    began, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     process = psutil.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
@@ -75,7 +78,9 @@ def measure(command: Sequence[str], env: dict[str, str]) -> dict[str, float]:
     seconds = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    return {"s": seconds, "mib": most / MIB}
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = spent.ru_utime + spent.ru_stime - used.ru_utime - used.ru_stime
+    return {"s": seconds, "cpu_s": cpu, "mib": most / MIB}
 
 
 def compare(runs: int, records: int, long: int, repeats: int, folder: Path) -> dict[str, Any]:
@@ -100,6 +105,7 @@ def compare(runs: int, records: int, long: int, repeats: int, folder: Path) -> d
                 "what": name,
                 "s": statistics.median(seconds),
                 "range_s": [min(seconds), max(seconds)],
+                "cpu_s": statistics.median(row["cpu_s"] for row in found),
                 "mib": max(row["mib"] for row in found),
             }
         )
@@ -122,8 +128,10 @@ def compare(runs: int, records: int, long: int, repeats: int, folder: Path) -> d
     sink = TensorBoard(folder / "events", purge_step=1)
     for line in lines:
         sink.write(json.loads(line))
+        sink.flush()
     sink.close()
-    reader = [sys.executable, "-c", ACCUMULATE, str(folder / "events")]
+    values = str(len(METRICS) * len(lines))
+    reader = [sys.executable, "-c", ACCUMULATE, str(folder / "events"), values]
     name = f"EventAccumulator, 1 run of {records} records"
     found = measure(reader, env)
     rows.append({"what": name, "range_s": [found["s"]] * 2, **found})
@@ -161,7 +169,8 @@ def main() -> None:
     for row in result["rows"]:
         low, high = row["range_s"]
         spread = f"({low:.2f} to {high:.2f})" if high > low else ""
-        print(f"{row['what']:<45} {row['s']:8.2f} s {spread:<18} {row['mib']:6.0f} MiB")
+        wall, cpu = f"{row['s']:8.2f} s {spread:<18}", f"{row['cpu_s']:8.2f} s CPU"
+        print(f"{row['what']:<45} {wall} {cpu} {row['mib']:6.0f} MiB")
 
 
 if __name__ == "__main__":

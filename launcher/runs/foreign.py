@@ -8,17 +8,21 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launcher.runs.records import POSITION, Damage, Table
+from launcher.runs.records import POSITION, Damage, Table, objects
 
 # Both mean seconds by them, not a moment as `time` does in our records.
 RENAMED = {"time": "perf/step_s", "data_time": "perf/data_s"}
+DOCUMENTED = ("metrics.json", "scalars.json", "metrics.csv")
+TRIED = 16  # most files of a directory that are looked into: it may be one of a million labels
+LINE = 1 << 16  # a longer line is no record
 
 
 def recognise(path: Path) -> tuple[str, Path] | None:
@@ -26,14 +30,37 @@ def recognise(path: Path) -> tuple[str, Path] | None:
     if path.is_file():
         if "tfevents" in path.name:
             return "tensorboard", path.parent
-        return next(((name, path) for name, told in TELLS.items() if told(path)), None)
-    for name, pattern in (("detectron2", "*.json"), ("mmengine", "*.json"), ("lightning", "*.csv")):
-        # The documented names first: mmengine writes the same records to a second file.
-        for file in sorted(path.glob(pattern), key=lambda p: (p.name not in NAMES, p.name)):
-            if TELLS[name](file):
-                return name, file
-    if any(path.glob("*tfevents*")):
-        return "tensorboard", path
+        kind = _kind(path)
+        return (kind, path) if kind else None
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return None
+    # The documented names first: mmengine writes the same records to a second file.
+    tried = [name for name in names if name.endswith((".json", ".csv"))]
+    tried.sort(key=lambda name: (name not in DOCUMENTED, name))
+    for file in (path / name for name in tried[:TRIED]):
+        if file.is_file() and (kind := _kind(file)):
+            return kind, file
+    return ("tensorboard", path) if any("tfevents" in name for name in names) else None
+
+
+def _kind(path: Path) -> str | None:
+    """Who wrote a text file, by its first lines."""
+    try:
+        with path.open("rb") as file:
+            start = [file.readline(LINE) for _ in range(10)]  # the first ones may be damaged
+    except OSError:
+        return None
+    if path.suffix == ".csv":
+        header = start[0].decode(errors="replace").strip().split(",")
+        # `run` stands in what `launcher runs export` wrote.
+        return "lightning" if "step" in header and "run" not in header else None
+    found = [one for _, one in objects(start, _loads) if isinstance(one, dict)]
+    if found and type(found[0].get("iteration")) is int:
+        return "detectron2"
+    if found and type(found[0].get("step")) is int and path.suffix == ".json":
+        return "mmengine"
     return None
 
 
@@ -42,107 +69,65 @@ def read(kind: str, path: Path) -> Table:
     return READERS[kind](path)
 
 
-def _first(path: Path) -> dict[str, Any]:
-    """The first object among a file's first lines, {} where it is no file of JSON lines."""
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for _ in range(10):  # the first ones may be damaged
-                with contextlib.suppress(ValueError):
-                    if isinstance(found := json.loads(file.readline(1 << 16)), dict):
-                        return found
-    except OSError:
-        pass
-    return {}
-
-
-def _is_detectron2(path: Path) -> bool:
-    return type(_first(path).get("iteration")) is int
-
-
-def _is_mmengine(path: Path) -> bool:
-    return type(_first(path).get("step")) is int and path.suffix == ".json"
-
-
-def _is_lightning(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            header = file.readline(1 << 16).strip().split(",")
-            # `run` stands in what `launcher runs export` wrote.
-            return path.suffix == ".csv" and "step" in header and "run" not in header
-    except OSError:
-        return False
-
-
-def _objects(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, object), with a Damage for what is none. Python's writers put NaN there."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found = json.loads(line)
-                yield number, found if isinstance(found, dict) else Damage(number, "not an object")
-            except ValueError as error:
-                torn = not line.endswith("\n")
-                yield number, Damage(number, "a torn last line" if torn else f"no JSON: {error}")
+def _loads(line: bytes) -> Any:
+    """As Python's writers put it down, with NaN and infinity."""
+    return json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 19 else None)
 
 
 def _detectron2(path: Path) -> Table:
     """Iterations count from 0 and stay as they are."""
-    records, damaged = [], []
-    for _, found in _objects(path):
-        if isinstance(found, Damage):
-            damaged.append(found)
-        else:
-            records.append(
-                {RENAMED.get(k, "step" if k == "iteration" else k): found[k] for k in found}
-            )
-    table = Table.build(records, range(1, len(records) + 1))
-    table.damaged += damaged
-    return table
+    with path.open("rb") as file:
+        return Table.build(_renamed(objects(file, _loads), {"iteration": "step"}))
 
 
 def _mmengine(path: Path) -> Table:
+    with path.open("rb") as file:
+        return Table.build(_renamed(_on_one_axis(objects(file, _loads)), {}))
+
+
+def _on_one_axis(lines: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """Where a run counts epochs, an evaluation's `step` is the epoch: it gets the step of the
-    training record before it, so that both have one axis."""
-    records, damaged, last = [], [], {}
-    for _, found in _objects(path):
-        if isinstance(found, Damage):
-            damaged.append(found)
-            continue
-        if "iter" in found:
-            last = found
-        elif found.get("step") == last.get("epoch") and last:
-            found = {**found, "epoch": found["step"], "step": last["step"]}
-        records.append({RENAMED.get(k, k): v for k, v in found.items() if k != "iter"})
-    table = Table.build(records, range(1, len(records) + 1))
-    table.damaged += damaged
-    return table
+    training record before it."""
+    last: dict[str, Any] = {}
+    for number, found in lines:
+        if isinstance(found, dict):
+            if "iter" in found:
+                last = found
+                found.pop("iter")
+            elif last and found.get("step") == last.get("epoch"):
+                found |= {"epoch": found["step"], "step": last["step"]}
+        yield number, found
+
+
+def _renamed(lines: Iterable[tuple[int, Any]], more: dict[str, str]) -> Iterator[tuple[int, Any]]:
+    names = RENAMED | more
+    for number, found in lines:
+        if isinstance(found, dict):
+            found = {names.get(key, key): value for key, value in found.items()}
+        yield number, found
 
 
 def _lightning(path: Path) -> Table:
-    records, lines, damaged = [], [], []
     # NUL bytes, as a full disk leaves them, are an error to csv.
     text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    return Table.build(_rows(text))
+
+
+def _rows(text: str) -> Iterator[tuple[int, Any]]:
     rows = csv.reader(text.splitlines(keepends=True))
     header = next(rows, [])
     for row in rows:
-        if len(row) != len(header) or (rows.line_num == text.count("\n") + 1):
-            damaged.append(Damage(rows.line_num, f"{len(row)} of {len(header)} fields, or torn"))
+        line = rows.line_num
+        if len(row) != len(header) or line > text.count("\n"):
+            yield line, Damage(line, f"{len(row)} of {len(header)} fields, or torn")
             continue
         record: dict[str, Any] = {}
         for key, cell in zip(header, row, strict=True):
-            try:
+            with contextlib.suppress(ValueError):
                 number = float(cell)
-            except ValueError:
-                continue
-            whole = key in ("step", "epoch") and number.is_integer()
-            record[key] = int(number) if whole else number
-        records.append(record)
-        lines.append(rows.line_num)
-    table = Table.build(records, lines)
-    table.damaged += damaged
-    return table
+                whole = key in ("step", "epoch") and number.is_integer()
+                record[key] = int(number) if whole else number
+        yield line, record
 
 
 def scalars(directory: Path) -> dict[str, list[np.ndarray]]:
@@ -166,9 +151,10 @@ def scalars(directory: Path) -> dict[str, list[np.ndarray]]:
                     others.add(value.tag)
                 if value.tag not in others and (number := _scalar(value)) is not None:
                     points = found.setdefault(value.tag, [array("q"), array("d"), array("d")])
-                    points[0].append(event.step)
-                    points[1].append(number)
-                    points[2].append(event.wall_time)
+                    for column, one in zip(
+                        points, (event.step, number, event.wall_time), strict=True
+                    ):
+                        column.append(one)
     return {tag: [np.array(part) for part in points] for tag, points in found.items()}
 
 
@@ -189,23 +175,17 @@ def _scalar(value: Any) -> float | None:
 def _tensorboard(directory: Path) -> Table:
     """One record a step. TensorBoard's files have scalars alone, each with its step."""
     tags = {tag: points for tag, points in scalars(directory).items() if len(points[0])}
-    every = [
+    every, times = (
         np.concatenate([np.empty(0), *(points[i] for points in tags.values())]) for i in (0, 2)
-    ]
-    steps, rows = np.unique(every[0], return_inverse=True)
+    )
+    steps, rows = np.unique(every, return_inverse=True)
     position = {name: np.full(len(steps), np.nan) for name in POSITION}
     position["step"] = steps
-    np.fmax.at(position["time"], rows, every[1])
+    np.fmax.at(position["time"], rows, times)
     columns = {tag: (np.searchsorted(steps, at), values) for tag, (at, values, _) in tags.items()}
     return Table(position, columns)
 
 
-NAMES = ("metrics.json", "scalars.json", "metrics.csv")
-TELLS: dict[str, Callable[[Path], bool]] = {
-    "detectron2": _is_detectron2,
-    "mmengine": _is_mmengine,
-    "lightning": _is_lightning,
-}
 READERS: dict[str, Callable[[Path], Table]] = {
     "detectron2": _detectron2,
     "mmengine": _mmengine,

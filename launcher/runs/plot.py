@@ -8,27 +8,45 @@ from pathlib import Path
 import numpy as np
 
 from launcher.errors import UsageError
-from launcher.runs.records import Array
+from launcher.runs.records import Array, Table
 from launcher.runs.run import Run
 
+POINTS = 2000  # most points of a curve that are drawn
 AXES = {"step": "step", "samples": "samples", "time": "hours since the first record"}
 
 
 def smooth(values: Array, weight: float) -> Array:
     """TensorBoard's smoothing: an exponential moving average, divided by what the values so far
-    weigh, so that the start is not drawn to zero. NaN stays and counts for nothing."""
+    weigh, so that the start is not drawn to zero. NaN and infinity stay and count for nothing."""
     if not weight:
         return values
-    out = np.empty(len(values))
+    out = values.copy()
     average, debias = 0.0, 0.0
-    for place, value in enumerate(values.tolist()):
-        if value == value:
-            average = weight * average + (1 - weight) * value
-            debias = weight * debias + (1 - weight)
-            out[place] = average / debias
-        else:
-            out[place] = value
+    for place in np.flatnonzero(np.isfinite(values)):
+        average = weight * average + (1 - weight) * values[place]
+        debias = weight * debias + (1 - weight)
+        out[place] = average / debias
     return out
+
+
+def thin(values: Array) -> Array:
+    """The places of the values that make the same picture: of each part of a long curve the least
+    and the greatest."""
+    places = np.arange(len(values))
+    if len(values) <= POINTS:
+        return places
+    kept = [places[:1], places[-1:]]
+    for part in np.array_split(places, POINTS // 2):
+        finite = part[np.isfinite(values[part])]
+        for find in (np.argmin, np.argmax) if len(finite) else ():
+            kept.append(finite[[find(values[finite])]])
+    return np.unique(np.concatenate(kept))
+
+
+def hours(table: Table) -> Array:
+    """Since the first record; NaN where a record has no time."""
+    time = table.position["time"]
+    return (time - np.nanmin(time)) / 3600 if np.isfinite(time).any() else time
 
 
 def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, output: Path) -> None:
@@ -50,19 +68,20 @@ def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, out
         panels = figure.subplots(len(keys), squeeze=False)[:, 0]
         drawn: set[str] = set()
         for number, run in enumerate(runs):
-            table, color = run.table(keys), f"C{number % 10}"
+            table, color = run.table().in_order(), f"C{number % 10}"
+            table.position["time"] = hours(table)
             # matplotlib hides labels that begin with _, and takes what is between two $ for maths.
             label = f" {run.name}".replace("$", r"\$")
             for key, axes in zip(keys, panels, strict=True):
                 at, values = table.series(key, x)
                 if not len(values) or np.isnan(at).all():
                     continue
-                if x == "time":
-                    at = (at - np.nanmin(table.position["time"])) / 3600
-                marker = "o" if len(values) == 1 else None
                 if smoothing:
-                    axes.plot(at, values, color=color, alpha=0.25, linewidth=1)
-                axes.plot(at, smooth(values, smoothing), color=color, label=label, marker=marker)
+                    kept = thin(values)
+                    axes.plot(at[kept], values[kept], color=color, alpha=0.25, linewidth=1)
+                smoothed = smooth(values, smoothing)
+                kept, marker = thin(smoothed), "o" if len(values) == 1 else None
+                axes.plot(at[kept], smoothed[kept], color=color, label=label, marker=marker)
                 drawn.add(key)
         if missing := [key for key in keys if key not in drawn]:
             known = sorted({key for run in runs for key in run.summary.series})
@@ -75,9 +94,5 @@ def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, out
             axes.margins(x=0.01)
             axes.legend(frameon=False, fontsize="small")
         panels[-1].set_xlabel(AXES[x])
-        try:
-            figure.savefig(
-                output, dpi=120, metadata={"Date": None} if output.suffix == ".svg" else None
-            )
-        except OSError as error:
-            raise UsageError(f"-o {output}: {error.strerror}") from error
+        undated = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, dpi=120, metadata=undated)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,7 +12,9 @@ import numpy as np
 import orjson
 
 POSITION = ("step", "epoch", "samples", "time")
-CHUNK = 1 << 18  # bytes parsed at once: fits in the cache, and memory does not grow with the file
+TORN = "a torn last line"
+CHUNK = 1 << 22  # bytes read at once, so that memory does not grow with the file
+TOGETHER = 200  # lines parsed at once: they and their objects fit in a processor's cache
 
 Array = np.ndarray
 
@@ -41,22 +42,23 @@ class Table:
     def __len__(self) -> int:
         return len(self.position["step"])
 
-    def latest(self, key: str) -> tuple[Array, Array]:
-        """A metric's rows and values, by step. Where a step stands more than once, after a resume
-        of somebody else's run, the later one counts."""
-        rows, values = self.columns.get(key, (np.empty(0, int), np.empty(0)))
-        steps = self.position["step"][rows]
-        if increasing(steps):
-            return rows, values
-        # np.unique keeps the first of equals: of the reversed array, the last.
-        _, first = np.unique(steps[::-1], return_index=True)
-        kept = len(steps) - 1 - first
-        return rows[kept], values[kept]
-
     def series(self, key: str, x: str = "step") -> tuple[Array, Array]:
-        """A metric's steps (or another of POSITION) and values, each step once and in order."""
-        rows, values = self.latest(key)
+        """A metric's steps (or another of POSITION) and its values."""
+        rows, values = self.columns.get(key, (np.empty(0, int), np.empty(0)))
         return self.position[x][rows], values
+
+    def in_order(self) -> Table:
+        """Every metric by step, each step once: where one stands more than once, as after a resume
+        of another program's run, the later counts."""
+        columns = {}
+        for key, (rows, values) in self.columns.items():
+            steps = self.position["step"][rows]
+            if not np.all(steps[1:] > steps[:-1]):
+                # np.unique keeps the first of equals: of the reversed array, the last.
+                _, first = np.unique(steps[::-1], return_index=True)
+                rows, values = rows[::-1][first], values[::-1][first]
+            columns[key] = rows, values
+        return Table(self.position, columns, self.damaged)
 
     @classmethod
     def join(cls, tables: Sequence[Table]) -> Table:
@@ -71,173 +73,143 @@ class Table:
             for key, (rows, values) in table.columns.items():
                 parts.setdefault(key, []).append((rows + offset, values))
             offset += len(table)
-        columns = {
-            key: (np.concatenate([p[0] for p in pairs]), np.concatenate([p[1] for p in pairs]))
-            for key, pairs in parts.items()
-        }
-        return cls(position, columns, [d for table in tables for d in table.damaged])
+        damaged = [damage for table in tables for damage in table.damaged]
+        return cls(position, {key: _joined(found) for key, found in parts.items()}, damaged)
 
     @classmethod
-    def build(cls, records: Sequence[dict[str, Any]], lines: Sequence[int]) -> Table:
-        """Of parsed lines and their numbers; an object without a step is no record, but damage."""
+    def build(cls, objects: Iterable[tuple[int, Any]]) -> Table:
+        """Of lines by number: what was parsed, or the Damage that a line is."""
+        records: list[dict[str, Any]] = []
+        damaged: list[Damage] = []
+        for line, found in objects:
+            if isinstance(found, Damage):
+                damaged.append(found)
+            elif type(found.get("step")) is not int:
+                damaged.append(Damage(line, "a record without a step"))
+            else:
+                records.append(found)
+        columns = _columns(records)
         position = {name: np.full(len(records), np.nan) for name in POSITION}
-        parts: dict[str, list[tuple[Array, Array]]] = {}
-        for keys, rows, values in _groups(records, range(len(records))):
-            for column, key in enumerate(keys):
-                if key in position:
-                    position[key][rows] = values[:, column]
-                else:
-                    parts.setdefault(key, []).append((rows, values[:, column]))
-        steps = position["step"]
-        good = np.isfinite(steps) & (steps == np.floor(steps))
-        if not good.all():
-            kept, bad = np.flatnonzero(good).tolist(), np.flatnonzero(~good).tolist()
-            table = cls.build([records[i] for i in kept], [lines[i] for i in kept])
-            table.damaged = [Damage(lines[i], "a record without a step") for i in bad]
-            return table
-        columns = {}
-        for key, pairs in parts.items():
-            rows, values = (np.concatenate(part) for part in zip(*pairs, strict=True))
-            if len(pairs) > 1:
-                order = np.argsort(rows)
-                rows, values = rows[order], values[order]
-            columns[key] = rows, values
-        return cls(position, columns)
+        for name in POSITION:
+            if name in columns:
+                rows, values = columns.pop(name)
+                position[name][rows] = values
+        return cls(position, columns, damaged)
 
 
-def increasing(steps: Array) -> bool:
-    return bool(np.all(steps[1:] > steps[:-1]))
+def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    rows, values = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return rows, values
 
 
-def _groups(
-    records: Sequence[dict[str, Any]], rows: Sequence[int]
-) -> Iterator[tuple[tuple[str, ...], Array, Array]]:
-    """Records of the same keys as one matrix each: (keys, rows, values)."""
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for place, record in enumerate(records):
-        groups.setdefault(tuple(record), []).append(place)
+def _columns(records: Sequence[dict[str, Any]]) -> dict[str, tuple[Array, Array]]:
+    """For each key the rows that name it with a number or null, and the values."""
+    groups: dict[tuple[str, ...], list[int]] = {}  # records of the same keys make one matrix
+    for row, record in enumerate(records):
+        groups.setdefault(tuple(record), []).append(row)
+    parts: dict[str, list[tuple[Array, Array]]] = {}
     for keys, places in groups.items():
-        same = records if len(places) == len(records) else [records[i] for i in places]
-        numbers = chain.from_iterable(map(dict.values, same))
-        try:
-            if "nonfinite" in keys:
-                raise TypeError
-            values = np.fromiter(numbers, float, len(keys) * len(places))
-        except (TypeError, ValueError, OverflowError):  # a null or a text among them
-            cleaned = [{k: v for k, n in r.items() if (v := _number(n)) is not None} for r in same]
-            yield from _groups(cleaned, [rows[i] for i in places])
+        same = [records[row] for row in places]
+        rows = np.array(places)
+        flat = list(chain.from_iterable(map(dict.values, same)))
+        if set(map(type, flat)) <= {int, float}:
+            matrix = np.fromiter(flat, float, len(flat)).reshape(-1, len(keys))
+            for key, column in zip(keys, matrix.T, strict=True):
+                parts.setdefault(key, []).append((rows, column))
             continue
-        yield keys, np.array([rows[i] for i in places]), values.reshape(-1, len(keys))
-
-
-def _number(value: Any) -> float | None:
-    """A number, NaN for null, None for what is no number."""
-    if value is None:
-        return float("nan")
-    return float(value) if isinstance(value, (int, float)) else None
+        for key in keys:
+            numbers = [record[key] for record in same]
+            known = [v is None or isinstance(v, (int, float)) for v in numbers]
+            if any(known):
+                column = np.array([v for v, k in zip(numbers, known, strict=True) if k], float)
+                parts.setdefault(key, []).append((rows[known], column))
+    columns = {key: found[0] for key, found in parts.items()}
+    for key, found in parts.items():
+        if len(found) > 1:
+            rows, values = _joined(found)
+            order = np.argsort(rows)
+            columns[key] = rows[order], values[order]
+    return columns
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """The records of a part of a file, where the part ends, and how many lines came before there.
+class Place:
+    """Where a line ends in a file, how many came before that, and what it says."""
 
-    `open` is set where the last line is not ended by a line feed: a torn one is not consumed, since
-    it may still be under way.
-    """
+    end: int = 0
+    lines: int = 0
+    last: bytes = b""
 
-    table: Table
-    end: int
-    lines: int
-    open: bool = False
+    def stands(self, path: Path) -> bool:
+        """Whether the line still ends there: a file that only grew was not cut back meanwhile.
+        No two records are the same, since they have a time."""
+        try:
+            with path.open("rb") as file:
+                file.seek(self.end - len(self.last))
+                return file.read(len(self.last)) == self.last
+        except OSError:
+            return False
 
 
-def read_chunks(
-    path: Path, offset: int = 0, lines: int = 0, limit: int | None = None, size: int = CHUNK
-) -> Iterator[Chunk]:
-    """The records of a file from an offset on, where `lines` lines came before it; of a file that
-    grows, up to `limit`."""
+def read_chunks(path: Path, start: Place, size: int = CHUNK) -> Iterator[tuple[Table, Place]]:
+    """The records from a place on, and where each chunk ends. A last line without its line feed may
+    be under way: it is told as torn, not consumed."""
+    place = start
     with path.open("rb") as file:
-        limit = os.fstat(file.fileno()).st_size if limit is None else limit
-        file.seek(offset)
-        while block := file.read(min(size, max(0, limit - file.tell()))):
-            if not block.endswith(b"\n"):
-                block += file.readline(limit - file.tell())
-            whole, _, last = block.rpartition(b"\n")
-            if whole or not last:
-                whole += b"\n"
-                table, count = parse(whole, lines + 1)
-                offset, lines = offset + len(whole), lines + count
-                yield Chunk(table, offset, lines)
-            if last:
-                table, _ = parse(last + b"\n", lines + 1)
-                complete = len(table) == 1
-                if not complete:
-                    table.damaged = [Damage(lines + 1, "a torn last line")]
-                end = offset + len(last) * complete
-                yield Chunk(table, end, lines + complete, open=True)
+        file.seek(start.end)
+        while lines := file.readlines(size):
+            torn = [] if lines[-1].endswith(b"\n") else [lines.pop()]
+            starts = range(0, len(lines), TOGETHER)
+            tables = [parse(lines[at : at + TOGETHER], place.lines + at + 1) for at in starts]
+            if lines:
+                end = place.end + sum(map(len, lines))
+                place = Place(end, place.lines + len(lines), lines[-1])
+            if torn:
+                tables.append(Table.build([(0, Damage(place.lines + 1, TORN))]))
+            yield Table.join(tables), place
+            if torn:  # its rest, should it have come by now, is no line
                 return
 
 
-def parse(block: bytes, first: int = 1) -> tuple[Table, int]:
-    """The records of whole lines, the first of which has this number; and how many lines."""
-    count = block.count(b"\n")
+def parse(lines: Sequence[bytes], first: int = 1) -> Table:
+    """The records of whole lines, the first of which has this number."""
     # One call for all lines is twice as fast as one a line. It is allowed where every line is an
     # object by the look of its ends, and there are as many objects as lines.
-    if block.startswith(b"{") and block.endswith(b"}\n") and block.count(b"}\n{") == count - 1:
+    if all(line.startswith(b"{") and line.endswith(b"}\n") for line in lines):
         try:
-            records = orjson.loads(b"[%b]" % block[:-1].replace(b"\n", b","))
-            if len(records) == count:
-                return Table.build(records, range(first, first + count)), count
+            records = orjson.loads(b"[%b]" % b",".join(lines))
+            if len(records) == len(lines):
+                return Table.build(enumerate(records, first))
         except orjson.JSONDecodeError:
             pass
-    records, lines, damaged = [], [], []
-    for number, line in enumerate(block.split(b"\n")[:-1], first):
-        if not line.strip():
-            continue
+    return Table.build(objects(lines, orjson.loads, first))
+
+
+def objects(
+    lines: Iterable[bytes], loads: Callable[[bytes], Any], first: int = 1
+) -> Iterator[tuple[int, Any]]:
+    """Each line's number and its object, or the Damage that it is."""
+    for number, line in enumerate(lines, first):
         try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            damaged.append(Damage(number, f"no JSON: {error}"))
+            found = loads(line)
+        except (ValueError, RecursionError) as error:
+            torn = not line.endswith(b"\n")
+            yield number, Damage(number, TORN if torn else f"no JSON: {error}")
             continue
-        if isinstance(record, dict):
-            records.append(record)
-            lines.append(number)
-        else:
-            damaged.append(Damage(number, "not an object"))
-    table = Table.build(records, lines)
-    table.damaged = sorted([*table.damaged, *damaged], key=lambda d: d.line)
-    return table, count
+        yield number, found if isinstance(found, dict) else Damage(number, "not an object")
 
 
-def read_table(path: Path, limit: int | None = None, keys: Sequence[str] = ()) -> Table:
-    """All records of a file, of these keys alone where some are given; an empty table where there
-    is no file."""
-    tables = []
-    for chunk in read_chunks(path, limit=limit) if path.exists() else ():
-        if keys:
-            columns = chunk.table.columns
-            chunk.table.columns = {key: columns[key] for key in keys if key in columns}
-        tables.append(chunk.table)
-    return Table.join(tables)
+def read_table(path: Path) -> Table:
+    """All records of a file as they stand there."""
+    return Table.join([table for table, _ in read_chunks(path, Place())])
 
 
 def read_objects(path: Path) -> tuple[list[dict[str, Any]], list[Damage]]:
-    """The objects of a small file of JSON lines as they stand, and the lines that hold none."""
-    found, damaged = [], []
+    """The objects of a small file of JSON lines, and the lines that hold none."""
     try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+        with path.open("rb") as file:
+            found = [one for _, one in objects(file, orjson.loads)]
+    except OSError:
         return [], []
-    for number, line in enumerate(text.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            value = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            damaged.append(Damage(number, f"no JSON: {error}"))
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-        else:
-            damaged.append(Damage(number, "not an object"))
-    return found, damaged
+    damaged = [one for one in found if isinstance(one, Damage)]
+    return [one for one in found if not isinstance(one, Damage)], damaged

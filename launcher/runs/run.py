@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from multiprocessing import get_context
@@ -15,14 +15,14 @@ import orjson
 import yaml
 
 from launcher.config.units import parse_duration
-from launcher.errors import RunError, UsageError
+from launcher.errors import UsageError
 from launcher.runs import foreign
-from launcher.runs.index import Index, Series, Summary, prune, state
-from launcher.runs.records import Damage, Table, read_objects, read_table
+from launcher.runs.index import OURS, Series, Summary, index_file, prune, read, summarize
+from launcher.runs.records import Damage, Table, read_objects
 from launcher.runs.status import RunStatus, read_status
 from launcher.telemetry.rundir import RunDirectory
 
-PARALLEL = 64 << 20  # bytes to parse from which on it is worth starting processes
+PARALLEL = 64 << 20  # bytes without an index from which on it is worth starting processes
 # Parts of a metric's name that tell which way is better, where the run's config does not.
 BETTER = {
     "min": ("loss", "err", "perplexity", "ppl", "rmse", "mae", "mse", "step_s", "data_s"),
@@ -45,14 +45,14 @@ BETTER = {
 class Run:
     """Everything is read when it is asked for, and read as far as it can be."""
 
-    def __init__(self, path: Path, kind: str, records: Path, name: str = "") -> None:
+    def __init__(self, path: Path, kind: str, records: Path, name: str) -> None:
         self.path, self.kind, self.records = path, kind, records
-        self.name = name or str(path)
+        self.name = printable(name)
         self.directory = RunDirectory(path)
 
     @property
     def ours(self) -> bool:
-        return self.kind == "launcher"
+        return self.kind == OURS
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -62,10 +62,10 @@ class Run:
                 text = (self.path / name).read_text(encoding="utf-8")
                 # libyaml, where PyYAML has it, is ten times as fast.
                 found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            except (OSError, ValueError, yaml.YAMLError):
+                if isinstance(found, dict):
+                    return dict(_flatten(found))
+            except (OSError, ValueError, RecursionError, yaml.YAMLError):
                 continue
-            if isinstance(found, dict):
-                return dict(_flatten(found))
         return {}
 
     @cached_property
@@ -84,6 +84,12 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         return self._history[0]
 
+    @property
+    def attempts(self) -> list[int]:
+        """The places in the history where the run was started or resumed."""
+        begun = ("start", "resume")
+        return [place for place, e in enumerate(self.history) if e.get("event") in begun]
+
     @cached_property
     def status(self) -> RunStatus | None:
         """None where there is none, as in another program's run, or none that can be read."""
@@ -96,52 +102,29 @@ class Run:
     def state(self) -> str:
         return self.status.state if self.status is not None else "?"
 
-    def table(self, keys: Sequence[str] = ()) -> Table:
-        """All records, with at least these metrics. Raises RunError where their file cannot be read
-        at all."""
-        try:
-            if self.ours:
-                return read_table(self.records, keys=keys)
-            return foreign.read(self.kind, self.records)
-        except OSError as error:
-            raise RunError(f"{self.records} cannot be read: {error.strerror}") from error
+    def table(self) -> Table:
+        """All records, as they stand. Raises OSError where their file cannot be read at all."""
+        return read(self.kind, self.records) if self.records.exists() else Table.join([])
 
     @cached_property
     def summary(self) -> Summary:
         """The records in short, from the index where that is possible."""
-        try:
-            if self.records.exists():
-                return Index(self.records).summary(None if self.ours else self.table)
-            return Summary()
-        except (OSError, RunError) as error:
-            return Summary(damaged=[Damage(0, str(error))], damaged_count=1)
-
-    def indexed(self) -> bool:
-        """Take the summary without its curves from the index; False where it is not up to date."""
-        try:
-            kept = Index(self.records).kept()
-        except OSError:
-            return False
-        if kept is not None:
-            self.summary = kept
-        return kept is not None
+        return _summary(self.kind, self.records)
 
     @property
     def damaged(self) -> list[str]:
         """Lines that could not be read, as messages."""
-        told = [f"{self.records}:{d.line}: {d.reason}" for d in self.summary.damaged]
-        more = self.summary.damaged_count - len(told)
-        told += [f"{self.records}: {more} more"] if more > 0 else []
-        return told + [f"{self.directory.history}:{d.line}: {d.reason}" for d in self._history[1]]
+        files = ((self.records, self.summary.damaged), (self.directory.history, self._history[1]))
+        return [f"{file}:{d.line}: {d.reason}" for file, damaged in files for d in damaged]
 
-    @cached_property
+    @property
     def metric(self) -> str:
         """The metric that the run is judged by: its CHECKPOINT.METRIC, else a loss."""
         keys = sorted(self.summary.series)
-        named = self.config.get("CHECKPOINT.METRIC") if self.ours else None
+        named = self.config.get("CHECKPOINT.METRIC", "") if self.ours else ""
         losses = [key for key in keys if "loss" in key]
         evaluated = [key for key in losses if "val" in key]
-        return next((key for key in (named, *evaluated, *losses) if key in keys), named or "")
+        return next((key for key in (named, *evaluated, *losses) if key in keys), str(named))
 
     def mode(self, key: str) -> str:
         """ "min" or "max": which values of a metric are better; "" where that is not known."""
@@ -153,7 +136,7 @@ class Run:
     def best(self, key: str) -> tuple[float, float] | None:
         """Step and value of a metric's best record."""
         series, mode = self.summary.series.get(key, Series()), self.mode(key)
-        return getattr(series, mode) if mode else None
+        return {"min": series.min, "max": series.max}.get(mode)
 
     @property
     def step(self) -> int:
@@ -162,7 +145,8 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps the run is to have; None where nothing says it."""
+        """How many steps the run is to have; None where nothing says it, as in older runs whose
+        duration is in epochs."""
         if isinstance(total := self.environment.get("total_steps"), int):
             return total
         try:
@@ -176,26 +160,24 @@ class Run:
     @property
     def updated(self) -> float | None:
         """When it last gave a sign of life, in Unix seconds."""
-        times = [self.summary.last.get("time"), self.status.updated if self.status else None]
-        known = [t for t in times if t]
-        if not known and self.records.exists():
+        known = [self.summary.last.get("time"), self.status.updated if self.status else None]
+        times = [time for time in known if time]
+        if not times and self.records.exists():
             return self.records.stat().st_mtime
-        return max(known, default=None)
+        return max(times, default=None)
 
     @property
     def duration(self) -> float | None:
         """Seconds under way, the pauses between its attempts left out."""
-        begun = [
-            place for place, e in enumerate(self.history) if e.get("event") in ("start", "resume")
-        ]
-        if not begun:
+        if not self.attempts:
             first, last = self.summary.first.get("time"), self.summary.last.get("time")
             return last - first if first is not None and last is not None else None
+        ends = [*self.attempts[1:], len(self.history)]
         total = 0.0
-        for place, until in zip(begun, [*begun[1:], len(self.history)], strict=True):
-            times = [e["time"] for e in self.history[place:until] if _is_number(e.get("time"))]
-            if until == len(self.history) and self.updated is not None:
-                times.append(self.updated)
+        for place, end in zip(self.attempts, ends, strict=True):
+            told = [event.get("time") for event in self.history[place:end]]
+            times = [time for time in told if isinstance(time, (int, float))]
+            times += [self.updated] if end == len(self.history) and self.updated else []
             total += max(times) - times[0] if times else 0.0
         return total
 
@@ -206,21 +188,39 @@ class Run:
             return COLUMNS[key](self)
         if key in self.config:
             return self.config[key]
-        which, _, rest = key.partition(":")
-        if which in ("min", "max", "best", "last") and rest:
-            key = rest
-        series = self.summary.series.get(key)
-        if series is None:
-            return None
-        found = self.best(key) if which == "best" else getattr(series, which, series.last)
-        return None if found is None else found[1]
+        which, _, name = key.rpartition(":")
+        which = which if which in ("min", "max", "best") else ""
+        name = name if which else key
+        series = self.summary.series.get(name, Series())
+        points = {"": series.last, "min": series.min, "max": series.max, "best": self.best(name)}
+        return point[1] if (point := points[which]) is not None else None
+
+    def plain(self, columns: Iterable[str]) -> dict[str, Any]:
+        """Its path, and its values in these columns."""
+        return {"path": printable(str(self.path)), **{name: self.value(name) for name in columns}}
+
+    def everything(self) -> dict[str, Any]:
+        """All that is known, as plain values."""
+        metrics = {}
+        for key, series in sorted(self.summary.series.items()):
+            points = {"last": series.last, "min": series.min, "max": series.max}
+            metrics[key] = {"count": series.count, "nonfinite": series.nulls} | {
+                name: point and {"step": int(point[0]), "value": point[1]}
+                for name, point in points.items()
+            }
+        return {
+            **self.plain(name for name in COLUMNS if name not in ("run", "best", "last")),
+            "status": self.status and vars(self.status),
+            "metrics": metrics,
+            "config": self.config,
+            "history": self.history,
+            "environment": self.environment,
+            "failure": self.failure or None,
+            "damaged": self.damaged,
+        }
 
 
-def _judged(run: Run, which: str) -> Any:
-    return run.value(f"{which}:{run.metric}")
-
-
-COLUMNS = {
+COLUMNS: dict[str, Callable[[Run], Any]] = {
     "run": lambda run: run.name,
     "kind": lambda run: run.kind,
     "state": lambda run: run.state,
@@ -229,23 +229,21 @@ COLUMNS = {
     "epoch": lambda run: run.summary.last.get("epoch"),
     "records": lambda run: run.summary.records,
     "metric": lambda run: run.metric,
-    "best": lambda run: _judged(run, "best"),
-    "last": lambda run: _judged(run, "last"),
+    "best": lambda run: run.value(f"best:{run.metric}"),
+    "last": lambda run: run.value(run.metric),
     "age": lambda run: None if run.updated is None else time.time() - run.updated,
     "duration": lambda run: run.duration,
 }
 
 
-def open_run(path: Path, name: str = "") -> Run:
+def open_run(path: Path) -> Run:
     """The run in a directory, or the only one below it, or that of a file of records.
 
     Raises UsageError where there is none.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist")
-    if (run := _at(path, name)) is not None:
-        return run
-    below = list(find(path)) if path.is_dir() else []
+    below = list(find(path))
     if len(below) == 1:
         return below[0]
     hint = f"; below it are {', '.join(str(r.path) for r in below[:5])}" if below else ""
@@ -260,62 +258,82 @@ def open_runs(paths: Sequence[Path]) -> list[Run]:
         for length in range(1, len(own) + 1):
             if sum(other[-length:] == own[-length:] for other in parts) == 1:
                 break
-        run.name = "/".join(own[-length:])
+        run.name = printable("/".join(own[-length:]))
     return runs
 
 
 def find(root: Path) -> Iterator[Run]:
-    """Every run in and below a directory, by name; what a run holds is not searched."""
-    if (run := _at(root, root.name or str(root))) is not None:
-        yield run
-        return
-    for folder, below, _ in os.walk(root):
-        here = Path(folder)
-        runs = {}
-        for name in sorted(below):
-            if not name.startswith("."):
-                runs[name] = _at(here / name, str((here / name).relative_to(root)))
-        yield from (run for run in runs.values() if run is not None)
-        below[:] = [name for name, run in runs.items() if run is None]
+    """Every run in and below a directory, by name; what a run holds is not searched. Links are
+    followed, but no directory is visited twice."""
+    seen = set()
+
+    def search(path: Path, name: str) -> Iterator[Run]:
+        real = os.path.realpath(path)
+        if real in seen:
+            return
+        seen.add(real)
+        if (run := _at(path, name or path.name or str(path))) is not None:
+            yield run
+            return
+        try:
+            below = sorted(os.scandir(path), key=lambda one: (one.is_symlink(), one.name))
+        except OSError:  # a file, or not ours to read
+            return
+        for one in below:
+            # DirEntry.is_dir() fails for a link to itself, os.path's for nothing.
+            folder = os.path.isdir(one.path) if one.is_symlink() else one.is_dir()
+            if folder and not one.name.startswith("."):
+                yield from search(path / one.name, f"{name}/{one.name}" if name else one.name)
+
+    yield from search(root, "")
 
 
 def _at(path: Path, name: str) -> Run | None:
-    directory = RunDirectory(path)
-    if directory.status.exists() or directory.metrics.exists():
-        return Run(path, "launcher", directory.metrics, name)
-    if path.name == "metrics.jsonl":
-        return Run(path.parent, "launcher", path, name)
+    if path.name == "metrics.jsonl" and path.is_file():
+        path = path.parent
+    there = os.path.exists  # False also where a directory may not be read
+    config, begun = path / "config.yaml", ("environment.json", "history.jsonl")
+    if any(there(path / name) for name in ("status.json", "metrics.jsonl")):
+        return Run(path, OURS, path / "metrics.jsonl", name)
     if (found := foreign.recognise(path)) is not None:
         return Run(path if path.is_dir() else path.parent, *found, name)
-    if directory.config.exists() and (directory.environment.exists() or directory.history.exists()):
-        return Run(path, "launcher", directory.metrics, name)
+    if there(config) and any(there(path / name) for name in begun):
+        return Run(path, OURS, path / "metrics.jsonl", name)
     return None
 
 
 def load_summaries(runs: Sequence[Run], workers: int) -> None:
-    """Have every run's summary, without its curves, at hand; much that is new is parsed by several
-    processes. What stays in memory are a few numbers a metric."""
-    pending = [run for run in runs if not run.indexed()]
-    sizes = {id(run): state(run.records)[2] for run in pending if run.records.exists()}
-    pending.sort(key=lambda run: -sizes.get(id(run), 0))
-    workers = min(workers, len(pending))
-    if workers < 2 or sum(sizes.values()) < PARALLEL:
-        for run in pending:
-            run.summary = _without_curves(run)
-    else:
+    """Have every run's summary at hand; much that is new is parsed by several processes. What stays
+    in memory are a few numbers a metric: no curves."""
+    new = [run for run in runs if os.path.exists(run.records)]
+    new = [run for run in new if not os.path.exists(index_file(run.records))]
+    if workers > 1 and sum(run.records.stat().st_size for run in new) > PARALLEL:
+        kinds, files = [run.kind for run in new], [run.records for run in new]
         # Not fork: numpy has threads.
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for run, summary in zip(pending, pool.map(_without_curves, pending), strict=True):
+            parsed = pool.map(_summary, kinds, files, [False] * len(new))
+            for run, summary in zip(new, parsed, strict=True):
                 run.summary = summary
-    if pending:
+    for run in runs:
+        if "summary" not in vars(run):
+            run.summary = _summary(run.kind, run.records, curves=False)
+    if new:
         prune()
 
 
-def _without_curves(run: Run) -> Summary:
-    summary = run.summary
-    for series in summary.series.values():
-        series.curve = series.curve[:0]
-    return summary
+def _summary(kind: str, records: Path, curves: bool = True) -> Summary:
+    try:
+        return summarize(kind, records, curves)
+    except FileNotFoundError:  # nothing is recorded yet
+        return Summary()
+    except OSError as error:
+        return Summary(damaged=[Damage(0, f"cannot be read: {error.strerror}")])
+
+
+def printable(text: str) -> str:
+    """A name that a terminal can show: one of a file, or of a metric, may hold anything."""
+    decoded = text.encode(errors="surrogateescape").decode(errors="replace")
+    return "".join(c if c.isprintable() else "\ufffd" for c in decoded)
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -332,7 +350,3 @@ def _object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -60,25 +60,23 @@ def read_status(path: Path) -> RunStatus:
         )
         if status.state not in EXIT_CODES:
             raise ValueError(f"unknown state {status.state!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not math.isfinite(status.updated):
+            raise ValueError(f"updated is {status.updated}")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise RunError(f"{directory.status} cannot be read: {error!r}") from error
     if status.state != "running":
         return status
     if status.host == socket.gethostname() and not _alive(status.pid):
-        return _lost(status, f"process {status.pid} on {status.host} is gone")
-    silent = time.time() - status.updated
-    if silent > STALE_S:
-        return _lost(status, f"no sign of life from {status.host} for {silent:.0f} s")
-    return status
-
-
-def _lost(status: RunStatus, reason: str) -> RunStatus:
-    fields: dict[str, Any] = {**vars(status), "state": "lost", "reason": reason}
-    return RunStatus(**fields)
+        reason = f"process {status.pid} on {status.host} is gone"
+    elif (silent := time.time() - status.updated) > STALE_S:
+        reason = f"no sign of life from {status.host} for {silent:.0f} s"
+    else:
+        return status
+    return replace(status, state="lost", reason=reason)
 
 
 def _alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (psutil.Error, ValueError):  # gone, or no process id
         return False

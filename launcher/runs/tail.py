@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import orjson
 
 from launcher.errors import UsageError
+from launcher.runs.records import Damage, Place, objects
 from launcher.runs.run import Run
-from launcher.runs.status import RunStatus, read_status
+from launcher.runs.status import RunStatus
 from launcher.runs.terminal import record_line
 
 POLL_S = 0.5
-# A lost run may be about to be restarted: it has ended only when it was silent for this long.
+# A lost or failed run may be about to be restarted: it has ended when it was silent for so long.
 GRACE_S = 20.0
 BLOCK = 1 << 16
 
@@ -27,26 +27,25 @@ def tail(run: Run, lines: int, follow: bool, as_json: bool = False) -> Iterator[
     """
     if not run.ours:
         raise UsageError(f"{run.path} is {run.kind}'s: use `show`, or `export`")
-    position, last, rewinds = 0, b"", _rewinds(run)
-    found = _last_lines(run.records, lines)
-    if found is not None:
-        position, last, shown = found
-        yield from _told(shown, as_json)
+    file, known = run.records, len(run.attempts)
+    place, last = _end(file, lines)
+    yield from _told(last, as_json)
     while follow:
-        # Before the records: what an ended run wrote last is then among them.
-        status = _status(run)
-        cut = _cut(run.records, position, last)
-        if cut:
-            known, rewinds = len(rewinds), _rewinds(run)
-            step = min(rewinds[known:], default=0)
-            yield (
-                orjson.dumps({"rewound": step}).decode() if as_json else f"--- back to step {step}"
-            )
-            position, last = 0, b""
-        for line in _complete(run.records, position):
-            position, last = position + len(line), line
-            if not cut or _step(line) > step:
-                yield from _told([line], as_json)
+        # Status and history before the records: what an ended run wrote last is then among them,
+        # and a resume tells of itself before it cuts them.
+        now = Run(run.path, run.kind, file, run.name)
+        begun = [now.history[attempt].get("step") for attempt in now.attempts]
+        status, after = now.status, 0
+        if place.end and not place.stands(file):
+            new = begun[known:] or begun[-1:]
+            after = min((step for step in new if isinstance(step, int)), default=0)
+            told = orjson.dumps({"rewound": after}).decode()
+            yield told if as_json else f"--- back to step {after}"
+            place = Place()
+        known = len(begun)
+        for line in _from(file, place):
+            place = Place(place.end + len(line), 0, line)
+            yield from _told([line], as_json, after)
         if status is not None and _ended(status):
             if not as_json:
                 reason = f" ({status.reason})" if status.reason else ""
@@ -56,85 +55,44 @@ def tail(run: Run, lines: int, follow: bool, as_json: bool = False) -> Iterator[
 
 
 def _ended(status: RunStatus) -> bool:
-    if status.state == "lost":
+    if status.state in ("lost", "failed"):
         return time.time() - status.updated > GRACE_S
     return status.state != "running"
 
 
-def _status(run: Run) -> RunStatus | None:
-    try:
-        return read_status(run.path)
-    except UsageError:
-        return None
-
-
-def _rewinds(run: Run) -> list[int]:
-    """The steps that resumes went back to."""
-    run.__dict__.pop("_history", None)  # read anew
-    steps = [e.get("step") for e in run.history if e.get("event") == "rewind"]
-    return [step for step in steps if isinstance(step, int)]
-
-
-def _last_lines(path: Path, count: int) -> tuple[int, bytes, list[bytes]] | None:
-    """Where the file's last whole line ends, that line, and the last `count` of them."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        end = start = file.seek(0, 2)
-        data = b""
-        while start and data.count(b"\n") < count + 2:
-            start = max(0, start - BLOCK)
-            file.seek(start)
-            data = file.read(end - start)
-    whole, newline, torn = data.rpartition(b"\n")
-    found = [line + b"\n" for line in whole.split(b"\n")] if newline else []
-    return (
-        end - len(torn),
-        found[-1] if found else b"",
-        found[len(found) - count :] if count else [],
-    )
-
-
-def _cut(path: Path, position: int, last: bytes) -> bool:
-    """Whether the line that ended at a position does not stand there any more."""
-    if not position:
-        return False
+def _end(path: Path, count: int) -> tuple[Place, list[bytes]]:
+    """Where the file's last whole line ends, and the last `count` of them."""
     try:
         with path.open("rb") as file:
-            file.seek(position - len(last))
-            return file.read(len(last)) != last
+            end = start = file.seek(0, 2)
+            data = b""
+            while start and data.count(b"\n") < count + 2:
+                start = max(0, end - 2 * len(data) - BLOCK)
+                file.seek(start)
+                data = file.read(end - start)
     except FileNotFoundError:
-        return True
+        return Place(), []
+    whole, newline, torn = data.rpartition(b"\n")
+    lines = [line + b"\n" for line in whole.split(b"\n")] if newline else []
+    place = Place(end - len(torn), 0, lines[-1]) if lines else Place()
+    return place, lines[len(lines) - min(count, len(lines)) :]
 
 
-def _complete(path: Path, position: int) -> Iterator[bytes]:
-    """Whole lines from a position on."""
-    if path.exists():
-        with path.open("rb") as file:
-            file.seek(position)
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield line
-
-
-def _told(lines: list[bytes], as_json: bool) -> Iterator[str]:
-    for line in lines:
-        record = _record(line)
-        if record is None:
-            text = line.decode(errors="replace").strip()
-            yield orjson.dumps({"damaged": text}).decode() if as_json else f"--- no record: {text}"
-        else:
-            yield line.decode().rstrip("\n") if as_json else record_line(record)
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
+def _from(path: Path, place: Place) -> Iterator[bytes]:
+    """Whole lines from a place on."""
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
+        with path.open("rb") as file:
+            file.seek(place.end)
+            yield from (line for line in file if line.endswith(b"\n"))
+    except FileNotFoundError:  # not yet made, or cut back to nothing
+        return
 
 
-def _step(line: bytes) -> int:
-    step = (_record(line) or {}).get("step")
-    return step if isinstance(step, int) else 0
+def _told(lines: list[bytes], as_json: bool, after: int = 0) -> Iterator[str]:
+    """Lines as they are printed, but for records up to a step."""
+    for number, found in objects(lines, orjson.loads):
+        text = lines[number - 1].decode(errors="replace").rstrip("\n")
+        if isinstance(found, Damage):
+            yield orjson.dumps({"damaged": text}).decode() if as_json else f"--- no record: {text}"
+        elif not (isinstance(step := found.get("step"), int) and step <= after):
+            yield text if as_json else record_line(found)

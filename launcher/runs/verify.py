@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint
 from launcher.config.units import parse_duration
 from launcher.errors import UsageError
 from launcher.runs import foreign
-from launcher.runs.records import POSITION, Array, Table
+from launcher.runs.records import POSITION, TORN, Array, Damage, Table, objects
 from launcher.runs.run import Run
 from launcher.runs.status import read_status
 
+ENDS = {"completed": "finish", "stopped": "stop", "failed": "failure"}  # state -> event
 MOST = 20  # findings of one kind that are named
 
 
@@ -39,41 +41,41 @@ def verify(run: Run) -> list[Finding]:
     if not run.ours:
         raise UsageError(f"{run.path} is {run.kind}'s: only runs of the launcher can be verified")
     table = run.table()
-    checks = [
-        _lines(run.records, _flat),
-        _lines(run.directory.history, lambda event: []),
+    checks = (
+        _lines(run, run.records, _flat),
+        _lines(run, run.directory.history, lambda event: []),
         _repeats(table),
         _missing(run, table),
         _tensorboard(run, table),
         _checkpoints(run, table),
         _status(run, table),
-    ]
-    return [finding for check in checks for finding in _limited(check)]
+    )
+    found: list[Finding] = []
+    for check in checks:
+        first = list(islice(check, MOST))
+        more = sum(1 for _ in check)
+        found += first + ([Finding(first[-1].where, f"and {more} more")] if more else [])
+    return found
 
 
-def _limited(findings: Iterable[Finding]) -> list[Finding]:
-    found = list(findings)
-    more = [Finding(found[-1].where, f"and {len(found) - MOST} more")] if len(found) > MOST else []
-    return found[:MOST] + more
-
-
-def _lines(path: Path, check: Any) -> Iterator[Finding]:
+def _lines(run: Run, path: Path, check: Callable[[Any], Iterable[str]]) -> Iterator[Finding]:
     """Strict JSON, an object a line, and what `check` says of each."""
     if not path.exists():
         yield Finding(path.name, "is missing")
         return
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path.name}:{number}"
-            if not line.endswith(b"\n"):
-                yield Finding(where, "a torn last line")
-            try:
-                value = json.loads(line, parse_constant=_refuse, object_pairs_hook=_once)
-            except ValueError as error:
-                yield Finding(where, f"not strict JSON: {error}")
+        for number, found in objects(file, _strict):
+            torn = found == Damage(number, TORN)
+            if torn and run.state == "running":  # the line is just being written
                 continue
-            for what in check(value) if isinstance(value, dict) else ["not an object"]:
-                yield Finding(where, what)
+            for what in [found.reason] if isinstance(found, Damage) else check(found):
+                yield Finding(f"{path.name}:{number}", what)
+
+
+def _strict(line: bytes) -> Any:
+    if not line.endswith(b"\n"):
+        raise ValueError("not ended")
+    return json.loads(line, parse_constant=_refuse, object_pairs_hook=_once)
 
 
 def _refuse(constant: str) -> None:
@@ -81,19 +83,18 @@ def _refuse(constant: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice")
-    return found
+    return dict(pairs)
 
 
 def _flat(record: dict[str, Any]) -> Iterator[str]:
     """A record is a position, numbers, and nulls that `nonfinite` names."""
     for name in POSITION:
-        if type(record.get(name)) is not int and (
-            name != "time" or type(record.get(name)) is not float
-        ):
+        kinds = (int, float) if name == "time" else (int,)
+        if type(record.get(name)) not in kinds:
             yield f"{name} is {record.get(name)!r}"
     values = {k: v for k, v in record.items() if k not in (*POSITION, "nonfinite")}
     nulls, named = [k for k, v in values.items() if v is None], record.get("nonfinite", [])
@@ -109,13 +110,21 @@ def _repeats(table: Table) -> Iterator[Finding]:
     for place in np.flatnonzero(np.diff(steps) < 0):
         told = f"step {steps[place + 1]:.0f} after step {steps[place]:.0f}"
         yield Finding("metrics.jsonl", told)
-    twice: dict[float, list[str]] = {}
-    for key, (rows, _) in table.columns.items():
-        found, counts = np.unique(steps[rows], return_counts=True)
-        for step in found[counts > 1]:
-            twice.setdefault(step, []).append(key)
-    for step, keys in sorted(twice.items()):
-        yield Finding("metrics.jsonl", f"step {step:.0f} stands twice for {', '.join(keys)}")
+    twice = [(step, key) for key in table.columns for step in _twice(table.series(key)[0])]
+    for step, keys in _by_step(twice):
+        yield Finding("metrics.jsonl", f"step {step:.0f} stands twice for {keys}")
+
+
+def _twice(steps: Array) -> Array:
+    found, counts = np.unique(steps, return_counts=True)
+    return found[counts > 1]
+
+
+def _by_step(found: Iterable[tuple[float, str]]) -> Iterator[tuple[float, str]]:
+    """A step and its keys, for each step."""
+    for step, pairs in groupby(sorted(found, key=itemgetter(0)), key=itemgetter(0)):
+        keys = [key for _, key in pairs]
+        yield step, ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _missing(run: Run, table: Table) -> Iterator[Finding]:
@@ -140,30 +149,32 @@ def _missing(run: Run, table: Table) -> Iterator[Finding]:
         unit = "epoch" if period.unit == "ep" else "step"
         there = np.unique(table.position[unit][mine])
         parts = _attempts(run, table, unit)
-        for start, end in parts:
+        for part, (start, end) in enumerate(parts, 1):
             inside = there[(there > start) & (there <= end)]
-            amount = int(period.amount) if (start, end) == parts[-1] else _usual(inside)
-            due = np.arange(start - start % amount + amount, end + 1, amount) if amount else there
-            for place in np.setdiff1d(due, there):
-                yield Finding("metrics.jsonl", f"no {prefix}* record at {unit} {place:.0f}")
+            gaps = np.diff(inside).astype(int).tolist()
+            every = int(period.amount) if part == len(parts) else mode(gaps or [0])
+            if not every:  # an attempt too short to tell
+                continue
+            # The places that were due and are there, between one before and one after all of them.
+            due = inside[inside % every == 0]
+            edges = [start - start % every, *due.tolist(), end - end % every + every]
+            for before, after in pairwise(edges):
+                if after - before > every:
+                    last = f" to {after - every:.0f}" if after - before > 2 * every else ""
+                    told = f"no {prefix}* record at {unit} {before + every:.0f}{last}"
+                    yield Finding("metrics.jsonl", told)
 
 
 def _attempts(run: Run, table: Table, unit: str) -> list[tuple[int, int]]:
     """Where each attempt began, and where the next one or the last record took over."""
     starts: list[int] = []
-    for event in run.history:
-        if event.get("event") in ("start", "resume") and isinstance(event.get("step"), int):
-            before = table.position[unit][table.position["step"] <= event["step"]]
-            at = event["step"] if unit == "step" else int(np.nanmax(before, initial=0))
-            starts = [start for start in starts if start < at] + [at]
-    end = int(np.nanmax(table.position[unit], initial=0))
-    return list(zip(starts or [0], [*starts[1:], end], strict=True))
-
-
-def _usual(places: Array) -> int:
-    """The most common distance, 0 where there are too few to tell."""
-    gaps = Counter(int(b - a) for a, b in pairwise(places))
-    return gaps.most_common(1)[0][0] if len(places) > 3 else 0
+    at, end = table.position[unit], np.nanmax(table.position[unit], initial=0)
+    for step in (run.history[place].get("step") for place in run.attempts):
+        if isinstance(step, int):
+            before = at[table.position["step"] <= step]
+            start = step if unit == "step" else int(np.nanmax(before, initial=0))
+            starts = [earlier for earlier in starts if earlier < start] + [start]
+    return list(zip(starts or [0], [*starts[1:], int(end)], strict=True))
 
 
 def _tensorboard(run: Run, table: Table) -> Iterator[Finding]:
@@ -177,20 +188,16 @@ def _tensorboard(run: Run, table: Table) -> Iterator[Finding]:
     # What a run under way, or killed, has not flushed yet is not missing.
     ended = run.state not in ("running", "lost", "?")
     flushed = max((steps.max() for steps, _, _ in events.values() if len(steps)), default=0)
-    lost: dict[float, list[str]] = {}  # of either side: step -> keys
-    extra: dict[float, list[str]] = {}
+    lost: list[tuple[float, str]] = []
+    extra: list[tuple[float, str]] = []
     for key in table.columns:
         steps, values = table.series(key)
         at, shown, _ = events.get(key, (np.empty(0), np.empty(0), None))
-        every, counts = np.unique(at, return_counts=True)
-        for step in every[counts > 1]:
+        for step in _twice(at):
             yield Finding("tensorboard", f"{key} stands twice at step {step:.0f}")
-        for step in np.setdiff1d(steps, at):
-            if ended or step < flushed:
-                lost.setdefault(step, []).append(key)
-        for step in np.setdiff1d(at, steps):
-            if ended or step < steps.max():
-                extra.setdefault(step, []).append(key)
+        missing, more = np.setdiff1d(steps, at), np.setdiff1d(at, steps)
+        lost += [(step, key) for step in missing if ended or step < flushed]
+        extra += [(step, key) for step in more if ended or step < steps.max()]
         _, ours, theirs = np.intersect1d(steps, at, return_indices=True)
         with np.errstate(over="ignore"):
             same = values[ours].astype(np.float32) == shown[theirs].astype(np.float32)
@@ -198,10 +205,10 @@ def _tensorboard(run: Run, table: Table) -> Iterator[Finding]:
         for place in np.flatnonzero(~same):
             told = f"{shown[theirs][place]:.9g}, in metrics.jsonl {values[ours][place]:.9g}"
             yield Finding("tensorboard", f"{key} at step {steps[ours][place]:.0f} is {told}")
-    for step, keys in sorted(lost.items()):
-        yield Finding("tensorboard", f"no {', '.join(keys)} at step {step:.0f}")
-    for step, keys in sorted(extra.items()):
-        told = f"no {', '.join(keys)} at step {step:.0f}, but TensorBoard has it"
+    for step, keys in _by_step(lost):
+        yield Finding("tensorboard", f"no {keys} at step {step:.0f}")
+    for step, keys in _by_step(extra):
+        told = f"no {keys} at step {step:.0f}, but TensorBoard has it"
         yield Finding("metrics.jsonl", told)
 
 
@@ -233,8 +240,8 @@ def _status(run: Run, table: Table) -> Iterator[Finding]:
             yield Finding(path.name, f"not strict JSON: {error}")
     if not run.config:
         yield Finding("config.yaml", "cannot be read")
-    # Saves may be told of after the end, by the thread that writes them.
-    turns = [event for event in run.history if event.get("event") != "checkpoint"]
+    # Saves, and sinks that failed, may be told of after the end, by the thread that writes them.
+    turns = [e for e in run.history if e.get("event") in ("start", "resume", *ENDS.values())]
     if not turns or turns[0].get("event") != "start":
         yield Finding("history.jsonl", "does not begin with a start")
     try:
@@ -242,8 +249,7 @@ def _status(run: Run, table: Table) -> Iterator[Finding]:
     except UsageError as error:
         yield Finding("status.json", str(error))
         return
-    ends = {"completed": "finish", "stopped": "stop", "failed": "failure"}
-    if (wanted := ends.get(status.state)) is None:
+    if (wanted := ENDS.get(status.state)) is None:
         return
     last = turns[-1] if turns else {}
     if (last.get("event"), last.get("step")) != (wanted, status.step):

@@ -22,7 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from launcher.errors import UsageError
-from launcher.runs import foreign
+from launcher.runs import foreign, index
 from launcher.runs.run import find, open_run
 from tests.runs.made import make_run
 
@@ -107,7 +107,7 @@ def tensorboard(path: Path) -> Path:
 
 
 def points(path: Path, key: str, x: str = "step") -> list[tuple[float, float]]:
-    at, values = open_run(path).table().series(key, x)
+    at, values = open_run(path).table().in_order().series(key, x)
     return list(zip(at.tolist(), values.tolist(), strict=True))
 
 
@@ -120,7 +120,7 @@ def test_detectron2(tmp_path: Path) -> None:
     assert points(path, "total_loss") == loss
     assert points(path, "bbox/AP") == [(79, 31.0)]
     assert points(path, "perf/step_s")[0] == (19, 0.25)  # their `time` is no moment
-    assert run.summary.last["time"] is None and run.summary.repeats
+    assert run.summary.last["time"] is None
     assert run.config == {"SOLVER.BASE_LR": 0.02}
     assert (run.metric, run.mode("total_loss"), run.mode("bbox/AP")) == ("total_loss", "min", "max")
     assert run.best("total_loss") == (99, 2.0) and run.best("bbox/AP") == (79, 31.0)
@@ -134,7 +134,7 @@ def test_mmengine(tmp_path: Path) -> None:
     assert points(path, "loss") == [(50, 0.2), (100, 0.1), (150, 10 / 150), (200, 0.05)]
     assert points(path, "coco/bbox_mAP") == [(100, 0.1), (200, 0.2)]
     assert points(path, "loss", "epoch")[-1] == (2, 0.05)
-    assert run.config == {} and run.summary.damaged_count == 0
+    assert run.config == {} and run.summary.damaged == []
 
 
 def test_mmengine_by_iterations(tmp_path: Path) -> None:
@@ -176,12 +176,14 @@ def test_tensorboard_after_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [detectron2, mmengine, lightning, tensorboard])
-def test_the_index_follows(make: object, tmp_path: Path) -> None:
+def test_the_index_follows(make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second reading comes from the index, and a change of the file is seen."""
     path = make(tmp_path / "old")  # type: ignore[operator]
     key = sorted(open_run(path).summary.series)[0]
     before = open_run(path).summary.series[key].count
-    assert open_run(path).indexed()
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "read", None)
+        assert open_run(path).summary.series[key].count == before
     run = open_run(path)
     if run.kind == "tensorboard":
         events(run.path, "1800000000.host.9.0", [scalar(key, 500, 1.0)])
@@ -193,7 +195,6 @@ def test_the_index_follows(make: object, tmp_path: Path) -> None:
     else:
         with run.records.open("a") as file:
             file.write(json.dumps({"iteration": 500, "step": 500, key: 1.0}) + "\n")
-    assert not open_run(path).indexed()
     assert open_run(path).summary.series[key].count == before + 1
 
 
@@ -205,7 +206,7 @@ def test_torn_and_damaged_lines_are_told(make: object, tmp_path: Path) -> None:
     data = records.read_bytes().splitlines(keepends=True)
     records.write_bytes(b"".join([*data[:3], b"\0\0\0\n", *data[3:], data[-1][:9]]))
     run = open_run(path)
-    assert run.summary.records == whole and run.summary.damaged_count == 2
+    assert run.summary.records == whole and len(run.summary.damaged) == 2
     assert all(str(records) in line for line in run.damaged)
 
 
@@ -231,6 +232,28 @@ def test_all_of_them_below_one_root(tmp_path: Path) -> None:
         "t": "tensorboard",
         "ours": "launcher",
     }
+
+
+def test_their_names_do_not_matter(tmp_path: Path) -> None:
+    for name, make in (("d", detectron2), ("m", mmengine), ("l", lightning)):
+        run = open_run(make(tmp_path / name))
+        count = run.summary.records
+        run.records.rename(run.records.with_stem("log"))
+        found = open_run(run.path)
+        assert (found.kind, found.summary.records) == (run.kind, count)
+    records = open_run(tmp_path / "d").records
+    records.rename(records.with_name("scalars.json"))
+    assert open_run(tmp_path / "d").kind == "detectron2"
+
+
+def test_a_folder_of_many_files_is_not_read_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100):
+        (tmp_path / f"label-{number}.json").write_text('{"boxes": []}\n')
+    asked: list[Path] = []
+    monkeypatch.setattr(foreign, "_kind", asked.append)
+    assert foreign.recognise(tmp_path) is None and len(asked) == foreign.TRIED
 
 
 def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:

@@ -88,6 +88,4 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
         plot([run], ["val/acuracy"], "step", 0.0, tmp_path / "p.png")
     with pytest.raises(UsageError, match=r"must end in .png or .svg"):
         plot([run], ["val/accuracy"], "step", 0.0, tmp_path / "p.gif")
-    with pytest.raises(UsageError, match="No such file"):
-        plot([run], ["val/accuracy"], "step", 0.0, tmp_path / "absent" / "p.png")
     assert list(tmp_path.iterdir()) == [tmp_path / "a"]

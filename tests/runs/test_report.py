@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from launcher.runs.report import POINTS, _curve, report
+from launcher.runs.plot import POINTS
+from launcher.runs.report import _curve, report
 from launcher.runs.run import open_runs
 from tests.runs.made import make_run, record, training
 

@@ -72,7 +72,7 @@ def test_any_file_may_be_missing_or_damaged(
     path = make_run(tmp_path / "a")
     (path / name).unlink() if content is None else (path / name).write_bytes(content)
     run = open_run(path)
-    assert run.summary.records == 12 and run.step == 100
+    assert run.summary.records == 12 and run.step == 100 and run.everything()
     told = (run.state, run.metric, run.total_steps, run.duration, run.config, run.failure)
     assert len(told) == 6
 
@@ -116,6 +116,18 @@ def test_finding_does_not_look_inside_runs(tmp_path: Path) -> None:
     assert [run.name for run in find(tmp_path / "b")] == ["b"]
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """Also to another folder of runs, but not in a circle, and no run is found twice."""
+    elsewhere = make_run(tmp_path / "disk" / "far").parent
+    root = make_run(tmp_path / "runs" / "z").parent
+    for name, target in (
+        *(("latest", root / "z"), ("circle", root), ("more", elsewhere)),
+        *(("gone", tmp_path / "absent"), ("itself", root / "itself")),
+    ):
+        (root / name).symlink_to(target)
+    assert [run.name for run in find(root)] == ["z", "more/far"]
+
+
 @pytest.mark.parametrize("parallel", [1, module.PARALLEL])
 def test_summaries_of_many(parallel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own, or here: the same, and without curves in memory."""
@@ -134,7 +146,7 @@ def test_summaries_of_many(parallel: int, tmp_path: Path, monkeypatch: pytest.Mo
         assert [run.summary.records for run in runs] == [0, 6, 12, 18, 24]
         assert all(len(s.curve) == 0 for run in runs for s in run.summary.series.values())
         assert pools == ([2] if parallel == 1 else []), again
-    assert open_run(tmp_path / "run-3").summary.series["train/loss"].curve.shape == (20, 6)
+    assert open_run(tmp_path / "run-3").summary.series["train/loss"].curve.shape == (20, 3)
 
 
 def test_nothing_is_written_into_a_run(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ def runs(tmp_path: Path) -> list[Run]:
         values = [record(1, val__accuracy=0.2 * number), record(2, val__accuracy=0.1)]
         state = "failed" if number == 2 else "completed"
         config = {"OPTIM.LR": rate, "OPTIM.NAME": "sgd", "TASK.DEEP": number > 0}
+        config |= {"OPTIM.WARMUP": "" if number else "no", "MODEL.FREEZE": ["stem", "a b"][number:]}
         make_run(tmp_path / f"lr-{rate}", values, state, config)
     make_run(tmp_path / "run-10", [])
     make_run(tmp_path / "run-9", [])
@@ -33,6 +34,14 @@ def runs(tmp_path: Path) -> list[Run]:
         ("OPTIM.LR!=0.1", ["lr-0.01", "lr-0.5"]),
         ("OPTIM.NAME==sgd", ["lr-0.01", "lr-0.1", "lr-0.5"]),
         ("TASK.DEEP=true", ["lr-0.01", "lr-0.5"]),
+        ("TASK.DEEP!=True", ["lr-0.1"]),
+        ("OPTIM.WARMUP=", ["lr-0.01", "lr-0.5"]),
+        ("OPTIM.WARMUP=no", ["lr-0.1"]),
+        ("MODEL.FREEZE=[stem, 'a b']", ["lr-0.1"]),
+        ("MODEL.FREEZE=[]", ["lr-0.5"]),
+        ("OPTIM.LR=high", []),
+        ("OPTIM.LR<high", []),
+        ("OPTIM.LR!=high", ["lr-0.01", "lr-0.1", "lr-0.5", "run-9", "run-10"]),
         ("state=failed", ["lr-0.5"]),
         ("val/accuracy>0.1", []),
         ("val/accuracy>=0.1", ["lr-0.01", "lr-0.1", "lr-0.5"]),

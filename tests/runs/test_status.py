@@ -70,7 +70,20 @@ def test_no_run(tmp_path: Path) -> None:
         read_status(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"state": "odd", "step": 1, "epoch": 0}'])
+def test_a_process_id_that_is_none_is_dead(tmp_path: Path) -> None:
+    assert read_status(run(tmp_path, "running", pid=-5)).state == "lost"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"state": "odd", "step": 1, "epoch": 0}',
+        '{"state": "running", "step": 1e999, "epoch": 0}',
+        '{"state": "running", "step": 1, "epoch": 0, "updated": NaN}',
+    ],
+)
 def test_a_status_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(text)
     with pytest.raises(RunError, match=r"status\.json cannot be read"):

@@ -38,10 +38,10 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "what"),
     [
-        ('{"step": 5, "step": 6}', "not strict JSON: the key 'step' stands twice"),
-        ('{"step": 5, "a": Infinity}', "not strict JSON: Infinity is no JSON"),
+        ('{"step": 5, "step": 6}', "no JSON: the key 'step' stands twice"),
+        ('{"step": 5, "a": Infinity}', "no JSON: Infinity is no JSON"),
         ("[]", "not an object"),
-        ("", "not strict JSON"),
+        ("", "no JSON"),
         (json.dumps({**record(100), "a": "x"}), "a is 'x', no number"),
         (json.dumps({**record(100), "a": True}), "a is True, no number"),
         (json.dumps({**record(100), "a": None}), "null are ['a'], but nonfinite names []"),
@@ -72,6 +72,33 @@ def test_repeated_and_missing_records(tmp_path: Path) -> None:
     ) == ["metrics.jsonl: no val/* record at step 50"]
     swapped = [*records[:2], records[3], records[2], *records[4:]]
     assert findings(rewritten(path, swapped)) == ["metrics.jsonl: step 30 after step 40"]
+
+
+def test_a_gap_is_one_finding(tmp_path: Path) -> None:
+    """However wide: a step may be anything in a damaged file."""
+    records = [r for r in training(100) if r["step"] not in (20, 30, 40)]
+    path = make_run(tmp_path / "a", records, config={**OFF, "EVAL.EVERY": ""})
+    assert findings(path) == ["metrics.jsonl: no train/* record at step 20 to 40"]
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(lines([record(10**15, train__loss=1.0, train__lr=0.1)]))
+    told = f"metrics.jsonl: no train/* record at step 110 to {10**15 - 10}"
+    assert told in findings(path)
+
+
+def test_what_the_thread_that_writes_tells_after_the_end_is_no_end(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a", config=OFF)
+    with (path / "history.jsonl").open("a") as file:
+        for event in ("checkpoint", "sink"):
+            file.write(json.dumps({"event": event, "step": 100, "time": START + 101}) + "\n")
+    assert findings(path) == []
+
+
+def test_a_line_under_way_is_no_damage(tmp_path: Path) -> None:
+    for state, count in (("running", 0), ("completed", 1)):
+        path = make_run(tmp_path / state, training(50), state, OFF, updated=time.time())
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 60, "ep')
+        assert len(findings(path)) == count
 
 
 def test_a_key_missing_in_one_record(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from launcher import cli
 from tests.system import jobs
 
 ARGS = ("--config-file", jobs.ROOT / "configs" / "digits.yaml", "TRAIN.DURATION", "3ep")
+CHANGED = ("CHECKPOINT.EVERY", "LOG.EVERY", "LOG.HISTOGRAMS")  # in the run that is resumed
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -28,16 +31,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(folder: Path) -> Path:
-    """A run that was stopped by a kill after a checkpoint, and resumed to its end."""
+    """A run that was killed after a checkpoint and resumed to its end, with `tail -f` watching. It
+    has pictures, texts and histograms in two event files."""
     run = folder / "real" / "resumed"
-    more = ("CHECKPOINT.EVERY", "10step", "LOG.EVERY", "5step", "OUTPUT_DIR", run)
-    job = jobs.start(*ARGS, *more)
+    more = ("CHECKPOINT.EVERY", "10step", "LOG.EVERY", "5step", "LOG.HISTOGRAMS", "1ep")
+    job = jobs.start(*ARGS, *more, "OUTPUT_DIR", run)
     deadline = time.monotonic() + 120
-    while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    job.kill()
-    jobs.train(*ARGS, *more, "--resume").ok()
+    with tailing(folder, run, "-n", "1000") as tail:
+        while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen = len((run / "metrics.jsonl").read_bytes().splitlines())
+        while (
+            len((run / "metrics.jsonl").read_bytes().splitlines()) == seen
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.002)
+        job.kill()
+        jobs.train(*ARGS, *more, "OUTPUT_DIR", run, "--resume").ok()
+        told, _ = tail.communicate(timeout=60)
+    assert tail.returncode == 0
+    (folder / "told").write_text(told)
     assert [e["event"] for e in jobs.history(run)].count("resume") == 1
+    assert len(list(run.glob("tensorboard/*tfevents*"))) == 2
     return run
 
 
@@ -49,11 +66,28 @@ def other(folder: Path) -> Path:
     return run
 
 
+@contextlib.contextmanager
+def tailing(folder: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """`launcher runs tail -f --json`, ended in any case."""
+    command = [sys.executable, "-m", "launcher", "runs", "tail", "-f", "--json", *words, str(run)]
+    tail = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=jobs.clean_environment(reading(folder))
+    )
+    try:
+        yield tail
+    finally:
+        tail.kill()
+        tail.wait()
+
+
+def reading(folder: Path) -> dict[str, str]:
+    """What `launcher runs` needs of an environment."""
+    return {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(jobs.ROOT), "TZ": "UTC"}
+
+
 def runs(folder: Path, *words: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     """`launcher runs ...`, as it answers in a pipe."""
-    env = jobs.clean_environment(
-        {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(jobs.ROOT), "TZ": "UTC"}
-    )
+    env = jobs.clean_environment(reading(folder))
     command = [sys.executable, "-m", "launcher", "runs", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
 
@@ -77,7 +111,7 @@ def test_all_commands_over_real_runs(folder: Path, done: Path, other: Path) -> N
     assert shown.returncode == 0 and "checkpoint" in shown.stdout and "█" in shown.stdout
     compared = json.loads(runs(folder, "compare", done, other, "--json").stdout)
     assert compared["config"]["OPTIM.LR"] == [0.05, 0.01]
-    assert compared["config"].keys() == {"OPTIM.LR", "LOG.EVERY", "CHECKPOINT.EVERY"}
+    assert compared["config"].keys() == {"OPTIM.LR", *CHANGED}
 
     assert runs(folder, "export", done, other, "-o", folder / "x.jsonl").returncode == 0
     exported = [json.loads(line) for line in (folder / "x.jsonl").read_text().splitlines()]
@@ -146,11 +180,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a damaged line": (
         lambda run: lines(run, lambda rows: [*rows[:2], rows[2][:50] + "\n", *rows[3:]]),
-        "metrics.jsonl:3: not strict JSON",
+        "metrics.jsonl:3: no JSON",
     ),
     "NaN": (
         lambda run: lines(run, lambda rows: [rows[0].replace("}", ', "x": NaN}'), *rows[1:]]),
-        "metrics.jsonl:1: not strict JSON: NaN is no JSON",
+        "metrics.jsonl:1: no JSON: NaN is no JSON",
     ),
     "another value": (
         lambda run: lines(run, another_value),
@@ -180,18 +214,36 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_verify_finds_the_damage(name: str, folder: Path, done: Path, tmp_path: Path) -> None:
+def test_verify_finds_the_damage(
+    name: str,
+    done: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Exit 1 and what is wrong; and the other commands read what is left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = tmp_path / "damaged"
     shutil.copytree(done, run, symlinks=True)
     damage, told = DAMAGES[name]
     damage(run)
-    found = runs(folder, "verify", run)
-    assert found.returncode == 1, found.stderr
-    assert re.search(f"^{told}", found.stdout, re.MULTILINE), found.stdout
-    for words in (("list", tmp_path), ("show", run)):
-        answer = runs(folder, *words)
-        assert answer.returncode == 0 and "Traceback" not in answer.stderr, answer.stderr
+    assert cli.main(["runs", "verify", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(f"^{told}", out, re.MULTILINE), out
+    for words in (["list", str(tmp_path)], ["show", str(run)], ["compare", str(done), str(run)]):
+        assert cli.main(["runs", *words]) == 0
+
+
+def test_tail_follows_a_run_through_a_resume(folder: Path, done: Path) -> None:
+    """What it tells is what was recorded, taken back where it says so."""
+    kept: list[dict[str, object]] = []
+    for line in (folder / "told").read_text().splitlines():
+        one = json.loads(line)
+        if "rewound" in one:
+            kept = [record for record in kept if record["step"] <= one["rewound"]]
+        else:
+            kept.append(one)
+    assert kept == jobs.metrics(done)
 
 
 @pytest.fixture
@@ -225,21 +277,7 @@ def test_a_live_run(live: tuple[Path, jobs.Job], tmp_path: Path) -> None:
     verified = runs(tmp_path, "verify", run)
     assert verified.returncode == 0, verified.stdout
 
-    env = jobs.clean_environment({"PYTHONPATH": str(jobs.ROOT), "XDG_CACHE_HOME": str(tmp_path)})
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "runs",
-        "tail",
-        "-f",
-        "-n",
-        "1",
-        "--json",
-        str(run),
-    ]
-    tail = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    try:
+    with tailing(tmp_path, run, "-n", "1") as tail:
         assert tail.stdout is not None
         followed = [json.loads(tail.stdout.readline())["step"] for _ in range(20)]
         assert followed == list(range(followed[0], followed[0] + 100, 5))
@@ -251,9 +289,6 @@ def test_a_live_run(live: tuple[Path, jobs.Job], tmp_path: Path) -> None:
         tail.send_signal(signal.SIGINT)
         tail.communicate(timeout=30)
         assert tail.returncode == 130
-    finally:
-        tail.kill()
-        tail.wait()
 
 
 def browse(page: Path, folder: Path, *options: str) -> str:
