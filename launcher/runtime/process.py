@@ -256,6 +256,14 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board
             f"{topology.master_port} within {cfg.DIST.INIT_TIMEOUT} (DIST.INIT_TIMEOUT): "
             f"{error}. Did all ranks start, with the same rendezvous address?"
         ) from error
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        # By default gloo takes the address of the host's own name, which may be 127.0.1.1.
+        raise UsageError(
+            f"{topology} could not connect to the other ranks: {error}. Set GLOO_SOCKET_IFNAME to "
+            "the network interface that reaches the other nodes, on each node."
+        ) from error
     # A connection of its own: a call of the process group's would block the board's.
     board = dist.PrefixStore(f"launcher/{attempt}/board", another)
     return Board(board, topology.rank, topology.world_size)
