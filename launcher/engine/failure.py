@@ -32,6 +32,7 @@ from launcher.runtime.memory import memory_budget, oom_kills
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.watch import LAST_WORDS_S, leave
+from launcher.telemetry import heartbeat
 from launcher.telemetry.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class Failures:
         self.beaten = 0.0  # when
         self.before: tuple[float, dict[int, hang.Beat]] | None = None
         runtime.watch.on_tick, runtime.watch.on_stall = self._tick, self._stall
+        # At once: the others must know of a rank that freezes whether it was in such a phase.
+        runtime.watch.on_alone = self._beat
 
     # In the main thread.
 
@@ -187,6 +190,8 @@ class Failures:
             return board.first("failure", mine)
         except Unreachable:
             gone = self._gone(None)
+            if not gone and lost and not self._is_beside(0):
+                gone = [0]  # the store went with its host
             return self._killed(gone) if gone else mine
 
     def _gone(self, watched: dict[int, hang.Beat] | None) -> list[int]:
@@ -256,7 +261,25 @@ class Failures:
                     return False
             return bool(board.first("writer", rank) == rank)
         except Unreachable:
-            return True
+            # The store lies on rank 0's host.
+            return self._is_beside(0) or not self._owner_goes_on()
+
+    def _owner_goes_on(self) -> bool:
+        """Whether another rank tells of the end, where none can be asked: as long as rank 0 writes
+        signs of life it is this host that is cut off; where it is frozen, the lowest rank of other
+        hosts tells. The claim of a dead rank 0 is free, and nobody need wait for its silence."""
+        try:
+            if self.opened:
+                self.directory.claim()
+            return False
+        except UsageError:
+            ranks = range(self.runtime.world_size)
+            home = self.members[0]["host"]
+            if self.runtime.rank != next(r for r in ranks if self.members[r]["host"] != home):
+                return True
+            read = self.directory.read_status
+            before = read()
+            return hang.wait_until(lambda: read() != before, heartbeat.BEAT_S + 2)
 
     def _is_beside(self, rank: int) -> bool:
         return bool(self.members[rank]["host"] == self.host)
@@ -270,6 +293,21 @@ class Failures:
         watch, board = self.runtime.watch, self.runtime.board
         if board is None or time.monotonic() - self.beaten < BEAT_S:
             return
+        self._beat()
+        first = board.peek("failure")
+        stuck = watch.age > SILENT_S and watch.phase not in hang.ALONE
+        if first is None and watch.stop is not None and stuck and (gone := self._gone(None)):
+            # What looked like a stop request is torchrun ending those that a killed rank left over.
+            with contextlib.suppress(Unreachable):
+                first = board.first("failure", self._killed(gone))
+        # The main thread has the first word, so that it can close what is open, unless it is stuck.
+        if first is not None and stuck and watch.begin_end():
+            self._end(first)
+
+    def _beat(self) -> None:
+        watch, board = self.runtime.watch, self.runtime.board
+        if board is None:
+            return
         self.beaten = time.monotonic()
         self.beats += 1
         beat = {
@@ -282,15 +320,6 @@ class Failures:
             "rss_gib": hang.rss_gib(),
         }
         board.post("beat", beat)
-        first = board.peek("failure")
-        stuck = watch.age > SILENT_S and watch.phase not in hang.ALONE
-        if first is None and watch.stop is not None and stuck and (gone := self._gone(None)):
-            # What looked like a stop request is torchrun ending those that a killed rank left over.
-            with contextlib.suppress(Unreachable):
-                first = board.first("failure", self._killed(gone))
-        # The main thread has the first word, so that it can close what is open, unless it is stuck.
-        if first is not None and stuck and watch.begin_end():
-            self._end(first)
 
     def _stall(self) -> None:
         """Nothing has moved for longer than it may: find out why, and end the run."""
@@ -324,12 +353,23 @@ class Failures:
         if self.runtime.board is not None and rank != self.runtime.rank:
             with contextlib.suppress(Unreachable):
                 beat = self.runtime.board.read("beat").get(rank, beat)
+        away = {r for r in range(self.runtime.world_size) if not self._is_beside(r)}
+        if len({self.members[r]["host"] for r in away}) > 1 and away <= set(silent):
+            # Not all of them at once.
+            here = min(set(range(self.runtime.world_size)) - away)
+            text = (
+                f"hang: nothing has moved for {watch.age:.0f} s, and host {self.host} gets no sign "
+                "of life from any other: it is cut off"
+            )
+            return self._record(here, text, "", None, silent)
         text = (
             f"hang: nothing has moved for {watch.age:.0f} s, and all ranks wait for rank {rank} "
             f"({beat['phase']}, {beat['step']} steps done)"
         )
         if rank in silent:
             text += ", which gives no sign of life"
+            if not self._is_beside(rank):
+                text += f": its host {self.members[rank]['host']} is down, or cannot be reached"
         # The others could not have finished a step without it.
         return self._record(rank, text, "", max(beat["step"], self.progress.step), silent)
 
@@ -395,8 +435,10 @@ class Failures:
 
     def _write(self, first: dict[str, Any]) -> None:
         self._print(first)
-        if not self.opened or not self.directory.take_over(self.members[0]):
-            return  # not begun, or a successor has begun
+        if not self.opened:
+            return
+        if not self.runtime.is_main and not self.directory.take_over(self.members[0]):
+            return  # a successor has begun, or this failure has been told of
         first = {**first, "log": _tail(self.directory.log(first["rank"]))}
         del first["silent"]
         reason = first["exception"]

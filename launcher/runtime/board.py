@@ -32,6 +32,7 @@ class Board:
         self.store, self.rank, self.world_size = store, rank, world_size
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
+        self._late: Future[Any] | None = None  # a question that had no answer in time
         self._peeks: dict[str, Future[Any]] = {}
         self.thread = threading.Thread(target=self._serve, name="board", daemon=True)
         self.thread.start()
@@ -93,9 +94,13 @@ class Board:
         return future
 
     def _ask(self, function: Callable[[], T]) -> T:
+        if self._late is not None and not self._late.done():
+            raise Unreachable("an earlier question is not answered yet")
+        asked = self._call(function)
         try:
-            return self._call(function).result(ANSWER_S)
+            return asked.result(ANSWER_S)
         except Exception as error:  # torch's own errors, and the time-out of the wait
+            self._late = asked
             raise Unreachable(str(error)) from error
 
     def _serve(self) -> None:

@@ -45,6 +45,7 @@ class Watch:
 
     `stop` is why this rank was asked to stop, or None. `on_tick` and `on_stall` are called in the
     thread: each tick, and each tick in which nothing has moved for longer than `limit` seconds.
+    `on_alone` is called by `enter`, where a phase begins or ends that may take long on one rank.
     """
 
     def __init__(
@@ -60,15 +61,19 @@ class Watch:
         self.stacks: IO[Any] | None = None  # an open file for faulthandler's timer
         self.on_tick: Callable[[], None] | None = None
         self.on_stall: Callable[[], None] | None = None
+        self.on_alone: Callable[[], None] | None = None
         self._ending = threading.Lock()
         self._stopped_at = 0.0
         self._closed = threading.Event()
         self._parent = os.getppid()
 
     def enter(self, phase: str) -> None:
-        """Say what comes next; this is progress. Two attributes: cheap enough for every step."""
+        """Say what comes next; this is progress. Cheap enough for every step."""
+        told = phase != self.phase and (phase in hang.ALONE or self.phase in hang.ALONE)
         self.phase = phase
         self.moves += 1
+        if told and self.on_alone is not None:
+            self.on_alone()
 
     @property
     def limit(self) -> float:

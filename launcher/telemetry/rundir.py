@@ -143,15 +143,19 @@ class RunDirectory:
     def take_over(self, owner: Mapping[str, Any]) -> bool:
         """Claim the directory for a rank that tells of the end of `owner`, its rank 0.
 
-        False where a successor has it by now: nothing may be written beside that one. An owner that
-        still lives, but is frozen, keeps all others out, so its own ranks may write.
+        False where nothing is to be written: a successor has begun, or the end has been told of. An
+        owner that is frozen keeps all others out, so then its ranks may write.
         """
         try:
             self.claim()
-            return True
+            self.sign()  # for the next of the owner's ranks to come this way
         except UsageError:
             holder = _read_json(self.path / LOCK)
-            return all(holder.get(key) == owner[key] for key in ("host", "pid"))
+            if any(holder.get(key) != owner[key] for key in ("host", "pid")):
+                return False
+        status = self.read_status()
+        same = all(status.get(key) == owner[key] for key in ("host", "pid"))
+        return same and status.get("state") == "running"
 
     def release(self) -> None:
         """Give the claim up; a process that ends does so by itself."""

@@ -67,6 +67,8 @@ def make(tmp_path: Path, store: dist.Store, members: list[dict[str, Any]]) -> li
     directory.logs.mkdir(parents=True)
     directory.claim()
     directory.sign()
+    owner = {key: members[0][key] for key in ("host", "pid")}
+    directory.status.write_text(json.dumps({"state": "running", **owner}))
     return ranks
 
 

@@ -52,7 +52,7 @@ def watch_writes() -> None:
         if event == "open":
             path, mode, flags = args
             written = set(mode or "") & set("wax+") or (flags or 0) & writing
-            if written and isinstance(path, (str, bytes)):
+            if written and isinstance(path, (str, bytes, os.PathLike)):
                 note([event, os.fsdecode(path)])
         elif event in changing:
             for path in args[:2]:

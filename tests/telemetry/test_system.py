@@ -26,7 +26,8 @@ sys.stdin.read()
 def test_a_childs_memory_and_time_are_told_apart(tmp_path: Path) -> None:
     figures = SystemFigures(CPU, tmp_path)
     before = figures.latest()
-    assert before["system/workers_rss_gib"] == 0 and before["system/rss_gib"] > 0.01
+    other = before["system/workers_rss_gib"]  # children that other tests have left
+    assert before["system/rss_gib"] > max(0.01, other)
     assert before["system/cpu_percent"] > 0  # since this process began
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -39,7 +40,7 @@ def test_a_childs_memory_and_time_are_told_apart(tmp_path: Path) -> None:
         after = figures.latest()
     finally:
         child.communicate()
-    assert after["system/workers_rss_gib"] > 200 / 1024
+    assert after["system/workers_rss_gib"] > other + 200 / 1024
     assert after["system/rss_gib"] > after["system/workers_rss_gib"]
     assert after["system/workers_cpu_percent"] > 0
     assert after["system/cpu_percent"] >= after["system/workers_cpu_percent"]
