@@ -33,7 +33,13 @@ class Digits:
         self.ended: Ended = train("--config-file", DIGITS, "OUTPUT_DIR", run, ranks=ranks).ok()
 
 
-@pytest.fixture(scope="module", params=[2, None], ids=["2 ranks", "one process"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(2, id="2 ranks"),
+        pytest.param(None, id="one process", marks=pytest.mark.slow),
+    ],
+)
 def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Digits:
     return Digits(tmp_path_factory.mktemp("digits") / "run", request.param)
 

@@ -36,7 +36,15 @@ def failing(
     return ended, failure
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(1, 2), (0, 2), (2, 4), (0, None)])
+@pytest.mark.parametrize(
+    ("rank", "ranks"),
+    [
+        (1, 2),
+        (0, None),
+        pytest.param(0, 2, marks=pytest.mark.slow),
+        pytest.param(2, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_the_first_exception_is_what_people_see(
     rank: int, ranks: int | None, tmp_path: Path
 ) -> None:
@@ -105,7 +113,7 @@ def test_a_hang_in_eval_only_names_its_rank(tmp_path: Path) -> None:
     assert jobs.status(run)["state"] == "completed" and not (run / "failure.json").exists()
 
 
-@pytest.mark.parametrize("slow", ["evaluation", "summary"])
+@pytest.mark.parametrize("slow", ["summary", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_rank_0_may_be_slow_alone(slow: str, tmp_path: Path) -> None:
     """Evaluation batches are progress, and what rank 0 does alone has a timeout of its own."""
     args = [*COMMON, "TASK.SLOW", slow, "EVAL.EVERY", "15step", "EVAL.BATCH_SIZE", "10"]

@@ -105,7 +105,11 @@ def strike(cluster: Cluster, how: str, victim: int) -> None:
     ("cluster", "how", "victim", "store"),
     [
         pytest.param(2, "cut", 1, 0, id="2 nodes, cut"),
-        pytest.param(2, "kill", 0, 0, id="2 nodes, killed with rank 0 and the store"),
+        pytest.param(
+            *(2, "kill", 0, 0),
+            id="2 nodes, killed with rank 0 and the store",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(2, "kill", 1, 0, id="2 nodes, killed", marks=pytest.mark.slow),
         pytest.param(2, "cut", 0, 0, id="2 nodes, cut from the store", marks=pytest.mark.slow),
         pytest.param(2, "cut", 0, 1, id="2 nodes, rank 0 cut", marks=pytest.mark.slow),

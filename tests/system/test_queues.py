@@ -184,9 +184,8 @@ def test_the_loop_ends_where_it_gets_nowhere(tmp_path: Path) -> None:
     assert loop(run, jobs.TRAIN, *args, "start", "OPTIM.LRR", "1").wait(60).code == 2
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_loop_ends_with_its_run(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole process group, SIGTERM to the loop alone."""
     run = tmp_path / "run"

@@ -70,7 +70,8 @@ def assert_like(run: Path, reference: Path, exactly: bool) -> None:
     assert len(set(steps)) == len(steps)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_of_two_agents(rank: int, started: list[Agents], tmp_path: Path) -> None:
     """Each torchrun starts its rank again, in whichever order; the same bits in the end."""
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -140,10 +141,13 @@ def test_a_failure_at_the_start_is_not_repeated_for_ever(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("failure", "told", "why", "attempts"),
     [
-        ("start", "FileNotFoundError: no data here", ENDED, 2),
-        ("usage", "UsageError: no data for you", FINAL, 1),
+        pytest.param(
+            *("start", "FileNotFoundError: no data here", ENDED, 2),
+            id="failure",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("usage", "UsageError: no data for you", FINAL, 1, id="usage"),
     ],
-    ids=["failure", "usage"],
 )
 def test_every_agent_ends(
     failure: str, told: str, why: str, attempts: int, started: list[Agents], tmp_path: Path

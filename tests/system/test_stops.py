@@ -76,7 +76,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     ("ranks", "number", "to"),
     [
         (2, signal.SIGTERM, "torchrun"),
-        (2, signal.SIGTERM, "rank 1"),
+        pytest.param(2, signal.SIGTERM, "rank 1", marks=pytest.mark.slow),
         (2, signal.SIGINT, "everyone, twice"),
         (2, signal.SIGKILL, "torchrun"),
         pytest.param(2, signal.SIGTERM, "everyone", marks=pytest.mark.slow),
@@ -84,7 +84,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
         pytest.param(2, signal.SIGUSR1, "rank 0", marks=pytest.mark.slow),
         pytest.param(2, signal.SIGUSR1, "torchrun", marks=pytest.mark.slow),
         (None, signal.SIGINT, "itself"),
-        (None, signal.SIGUSR1, "itself"),
+        pytest.param(None, signal.SIGUSR1, "itself", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal(
@@ -240,7 +240,7 @@ def test_other_reasons_to_stop(
     assert not (run / "STOP").exists()
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_a_stop_in_an_evaluation(
     ranks: int | None, reference: dict[int | None, Path], tmp_path: Path
 ) -> None:
