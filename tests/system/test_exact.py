@@ -16,7 +16,7 @@ from tests.system import jobs
 from tests.system.exact import COMMON, assert_same
 
 MATRIX = [
-    pytest.param(1, ["DATALOADER.NUM_WORKERS", "0"], id="1 rank"),
+    pytest.param(1, ["DATALOADER.NUM_WORKERS", "0"], id="1 rank", marks=pytest.mark.slow),
     pytest.param(
         3,
         ["DATALOADER.NUM_WORKERS", "1", "TRAIN.MICRO_BATCH_SIZE", "1"],

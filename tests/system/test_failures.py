@@ -54,7 +54,7 @@ def test_the_first_exception_is_what_people_see(
     assert any("a planned failure" in line for line in failure["log"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_told_of_by_the_others(rank: int, tmp_path: Path) -> None:
     """Also where it was rank 0: the lowest living rank writes."""
     _, failure = failing(tmp_path, "kill", rank)
@@ -116,14 +116,14 @@ def test_a_hang_in_eval_only_names_its_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("slow", ["summary", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_rank_0_may_be_slow_alone(slow: str, tmp_path: Path) -> None:
     """Evaluation batches are progress, and what rank 0 does alone has a timeout of its own."""
-    args = [*COMMON, "TASK.SLOW", slow, "EVAL.EVERY", "15step", "EVAL.BATCH_SIZE", "10"]
+    args = [*COMMON, "TASK.SLOW", slow, "EVAL.EVERY", "20step", "EVAL.BATCH_SIZE", "10"]
     jobs.train(*args, "OUTPUT_DIR", tmp_path / "run", ranks=2, timeout=120).ok()
 
 
 @pytest.mark.parametrize(
     ("slow", "rank", "ranks"),
     [
-        ("data", 0, 2),
+        pytest.param("data", 0, 2, marks=pytest.mark.slow),
         ("train", 1, 2),
         pytest.param("train", 2, 4, marks=pytest.mark.slow),
     ],

@@ -146,7 +146,9 @@ def test_a_failure_at_the_start_is_not_repeated_for_ever(tmp_path: Path) -> None
             id="failure",
             marks=pytest.mark.slow,
         ),
-        pytest.param("usage", "UsageError: no data for you", FINAL, 1, id="usage"),
+        pytest.param(
+            *("usage", "UsageError: no data for you", FINAL, 1), id="usage", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_every_agent_ends(

@@ -231,7 +231,6 @@ def test_a_run_killed_after_its_last_checkpoint_is_completed_by_a_resume(tmp_pat
     (run / "status.json").write_text(json.dumps(status(run) | {"state": "running"}))
     text = (run / "history.jsonl").read_text().splitlines(keepends=True)
     (run / "history.jsonl").write_text("".join(text[:-1]))
-    for _ in range(2):
-        train("--resume", *settings(run), "TRAIN.DURATION", "2step").ok()
-        assert status(run)["state"] == "completed"
-        assert [e["event"] for e in history(run)] == ["start", "checkpoint", "finish"]
+    train("--resume", *settings(run), "TRAIN.DURATION", "2step").ok()
+    assert status(run)["state"] == "completed"
+    assert [e["event"] for e in history(run)] == ["start", "checkpoint", "finish"]

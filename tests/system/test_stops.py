@@ -213,7 +213,9 @@ def test_two_jobs_start_at_once(tmp_path: Path) -> None:
     [
         ([], {}, "file STOP"),
         (["TRAIN.MAX_TIME", "6s"], {}, "TRAIN.MAX_TIME"),
-        ([], {"SLURM_JOB_END_TIME": "38"}, "Slurm's time limit"),
+        pytest.param(
+            *([], {"SLURM_JOB_END_TIME": "38"}, "Slurm's time limit"), marks=pytest.mark.slow
+        ),
     ],
     ids=["file", "time", "Slurm"],
 )
@@ -247,7 +249,7 @@ def test_a_stop_in_an_evaluation(
     """The evaluation is given up, and made up for by the attempt that goes on: once, exactly."""
     run = tmp_path / "run"
     args: list[Any] = [*COMMON, "EVAL.BATCH_SIZE", "4", "OUTPUT_DIR", run]
-    job = jobs.start(*args, ranks=ranks, env={"LAUNCHER_TEST_EVAL_SLEEP": "3"})
+    job = jobs.start(*args, ranks=ranks, env={"LAUNCHER_TEST_EVAL_SLEEP": "2"})
     try:
         wait_for_step(run, 3, job)
         time.sleep(3)  # an evaluation, every fifth step, takes far longer than all between
