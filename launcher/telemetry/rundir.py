@@ -16,9 +16,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
-
 from launcher.errors import UsageError
+from launcher.runtime import hang
 from launcher.telemetry.append import append_line
 
 logger = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ class RunDirectory:
         """Write this process's name on its claim, when the run really starts."""
         assert self._lock is not None
         self._lock.truncate(0)
-        json.dump({"host": socket.gethostname(), "pid": os.getpid()}, self._lock)
+        json.dump(hang.myself(), self._lock)
         self._lock.flush()
 
     def take_over(self, owner: Mapping[str, Any]) -> bool:
@@ -295,7 +294,8 @@ def _cut(path: Path, length: int, aside: Path) -> int:
 
 
 def _is_alive(owner: Mapping[str, Any]) -> bool:
-    return psutil.pid_exists(int(owner.get("pid", 0)))
+    # By when it began as well: a container that takes another's place has its name and its pids.
+    return hang.is_alive(owner.get("pid", 0), owner.get("created", 0.0))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from launcher.engine import failure
 from launcher.engine.failure import Failures, FirstFailure
 from launcher.runtime import hang
-from launcher.runtime.board import Board
+from launcher.runtime.board import Board, Unreachable
 from launcher.runtime.cpu import cpu_budget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
@@ -184,3 +186,33 @@ def test_a_rank_that_saves_is_not_stuck(tmp_path: Path) -> None:
         time.sleep(0.02)
     first.failed(LOST)
     assert told(tmp_path)["rank"] == 1 and len(histories(tmp_path)) == 1
+
+
+def test_a_board_that_has_kept_silent_once_is_not_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until it answers what it was asked."""
+    monkeypatch.setattr("launcher.runtime.board.ANSWER_S", 0.3)
+    answer = threading.Event()
+
+    class Slow(dist.HashStore):
+        def check(self, keys: list[str]) -> bool:
+            answer.wait(10)
+            return False
+
+    board = Board(Slow(), 0, 1)
+    with pytest.raises(Unreachable):
+        board.seen("failure")
+    monkeypatch.setattr("launcher.runtime.board.ANSWER_S", 100.0)
+    with pytest.raises(Unreachable, match="earlier question"):
+        board.seen("failure")
+    answer.set()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Unreachable):
+            assert board.seen("failure") is None
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("it never answers again")
+    board.close()

@@ -1,5 +1,6 @@
 """The run directory: what it holds, whether it can be written, its small files."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UsageError
+from launcher.runtime import hang
 from launcher.telemetry.rundir import RunDirectory, replace_json
 
 HERE = {"step": 3, "epoch": 1, "samples": 24}
@@ -293,3 +295,38 @@ def test_a_save_is_told_in_the_history_and_the_log(
     else:
         assert "No space left" in told["failed"]
         assert "could not be saved" in caplog.text and "No space left" in caplog.text
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+
+
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_a_process_that_took_anothers_number_is_not_the_owner(
+    run: RunDirectory,
+) -> None:
+    """As in a container that takes another's place: the same host name, and the same pids."""
+    owner = hang.myself()
+    (run.path / ".lock").write_text(json.dumps(owner))
+    with pytest.raises(UsageError, match="in use by another job"):
+        run.claim()
+    (run.path / ".lock").write_text(json.dumps({**owner, "created": owner["created"] - 100}))
+    run.claim()
+
+
+def test_the_end_of_an_owner_is_told_of_once(run: RunDirectory) -> None:
+    """By a rank of its own, and by none beside a successor."""
+    owner = {**hang.myself(), "pid": 1}
+    status = {"state": "running", "host": owner["host"], "pid": owner["pid"]}
+    (run.path / "status.json").write_text(json.dumps({**status, "pid": 2}))
+    assert not run.take_over(owner)  # another attempt's by now
+    (run.path / "status.json").write_text(json.dumps(status))
+    assert run.take_over(owner)
+    run.write_status("failed", {"step": 1, "epoch": 0}, "told")
+    assert not run.take_over(owner)
