@@ -11,20 +11,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from launcher.config import CfgNode
+from launcher.engine import telling
 from launcher.errors import RunError, UsageError
 from launcher.runtime import hang, restarts
 from launcher.runtime.board import Unreachable
@@ -41,7 +37,6 @@ BEAT_S = 1.0
 SILENT_S = 3.0
 # For how long ranks that end by their watch wait for each other's stacks, and for the writer.
 STACKS_S, WRITTEN_S = 4.0, 6.0
-LOG_LINES, TRACE_LINES = 50, 20  # in failure.json; on the console
 
 
 class FirstFailure(RunError):
@@ -108,9 +103,9 @@ class Failures:
         if writer := self._is_writer(first):
             self._write(first)
         if first["rank"] != self.runtime.rank:
-            error = FirstFailure(_headline(first))
+            error = FirstFailure(telling.headline(first))
         error.__dict__["told"] = True
-        tell_torchrun(error)
+        telling.tell_torchrun(error)
         _end_if_final(first, writer)
         return error
 
@@ -122,30 +117,9 @@ class Failures:
                 self.runtime.board.first("failure", self._describe(error) | final)
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
-        text = f"{type(error).__name__}: {error}".strip(": ")
-        if isinstance(error, torch.OutOfMemoryError):
-            text = f"{text}\n{self._memory_hint()}"
+        text = telling.describe(error, self.cfg, self.runtime)
         trace = "".join(traceback.format_exception(error))
         return self._record(self.runtime.rank, text, "" if isinstance(error, UsageError) else trace)
-
-    def _memory_hint(self) -> str:
-        train, device, figures = self.cfg.TRAIN, self.runtime.device, ""
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            peak = torch.cuda.max_memory_allocated(device)
-            figures = (
-                f"{device} has {total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it free; this "
-                f"rank took {peak / 2**30:.1f} GiB at most. "
-            )
-        share = -(-train.BATCH_SIZE // self.runtime.world_size)
-        micro = min(share, train.MICRO_BATCH_SIZE or share)
-        return (
-            f"{figures}{micro} samples were put through the model at once (TRAIN.BATCH_SIZE "
-            f"{train.BATCH_SIZE} over {self.runtime.world_size} ranks, TRAIN.MICRO_BATCH_SIZE "
-            f"{train.MICRO_BATCH_SIZE}). TRAIN.MICRO_BATCH_SIZE {max(1, micro // 2)} needs about "
-            "half the memory, and trains the same; EVAL.BATCH_SIZE is that of evaluations "
-            f"({self.cfg.EVAL.BATCH_SIZE})."
-        )
 
     def _record(
         self,
@@ -404,7 +378,7 @@ class Failures:
         for other in beside:
             # torchrun would wait for a frozen rank for 30 s more.
             hang.kill(self.members[other]["pid"], self.members[other]["created"])
-        tell_torchrun(FirstFailure(_headline(first)))
+        telling.tell_torchrun(FirstFailure(telling.headline(first)))
         _end_if_final(first, writer)
         leave(1)
 
@@ -434,30 +408,13 @@ class Failures:
             return True
 
     def _write(self, first: dict[str, Any]) -> None:
-        self._print(first)
+        telling.show(first, self.directory if self.opened else None)
         if not self.opened:
             return
         if not self.runtime.is_main and not self.directory.take_over(self.members[0]):
             return  # a successor has begun, or this failure has been told of
-        first = {**first, "log": _tail(self.directory.log(first["rank"]))}
-        del first["silent"]
-        reason = first["exception"]
-        if first["rank"] != self.runtime.rank:
-            reason = f"rank {first['rank']} on {first['host']}: {reason}"
-        self.directory.write_failure(first)
-        self.directory.write_status("failed", self.progress.as_dict(), reason)
-        self.directory.write_history("failure", first["step"], rank=first["rank"], reason=reason)
-
-    def _print(self, first: dict[str, Any]) -> None:
-        trace = [line for line in first["traceback"].splitlines() if line.strip(" ^~")]
-        if trace and trace[-1] == first["exception"]:
-            del trace[-1]  # the headline has it
-        lines = [_headline(first), *trace[-TRACE_LINES:]]
-        if self.opened:
-            log = self.directory.log(first["rank"])
-            lines.append(f"see {self.directory.failure} and {log}")
-        with contextlib.suppress(OSError):
-            print(*[f"launcher: {line}" for line in lines], sep="\n", file=sys.stderr)
+        told = {key: value for key, value in first.items() if key != "silent"}
+        telling.write(told, self.directory, self.progress, own=first["rank"] == self.runtime.rank)
 
 
 def lost_connection(error: BaseException) -> bool:
@@ -469,34 +426,8 @@ def lost_connection(error: BaseException) -> bool:
     )
 
 
-@record
-def _raise(error: BaseException) -> None:
-    raise error
-
-
-def tell_torchrun(error: BaseException) -> None:
-    """Write torchrun's own error file, whose first entry it shows as the root cause."""
-    with contextlib.suppress(BaseException):
-        _raise(error)
-
-
 def _end_if_final(first: dict[str, Any], writer: bool) -> None:
     """Keep torchrun from trying in vain. On every rank, since each node has a torchrun."""
     if "final" in first:
         time.sleep(0.0 if writer else 1.0)  # the writer may still be telling why
         restarts.end_job(first["final"])
-
-
-def _headline(first: dict[str, Any]) -> str:
-    return (
-        f"rank {first['rank']} on {first['host']} failed first, {first['step']} steps done: "
-        f"{first['exception']}"
-    )
-
-
-def _tail(log: Path) -> list[str]:
-    try:
-        with log.open(encoding="utf-8", errors="replace") as lines:
-            return [line.rstrip("\n") for line in deque(lines, LOG_LINES)]
-    except OSError:
-        return []

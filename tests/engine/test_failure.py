@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Left(code)
 
     monkeypatch.setattr(failure, "leave", leave)
-    monkeypatch.setattr(failure, "tell_torchrun", lambda error: None)
+    monkeypatch.setattr(failure.telling, "tell_torchrun", lambda error: None)
 
 
 def make(tmp_path: Path, store: dist.Store, members: list[dict[str, Any]]) -> list[Failures]:
