@@ -73,7 +73,7 @@ def test_short_device_memory_names_the_key_to_change(tmp_path: Path) -> None:
         ("freeze", 1, 2),
         ("freeze", 0, 2),
         ("hang", 0, None),
-        ("hang", 1, 2),
+        pytest.param("hang", 1, 2, marks=pytest.mark.slow),
         ("gil", 1, 2),
         pytest.param("gil", 0, 2, marks=pytest.mark.slow),
         pytest.param("freeze", 2, 4, marks=pytest.mark.slow),
@@ -113,7 +113,8 @@ def test_a_hang_in_eval_only_names_its_rank(tmp_path: Path) -> None:
     assert jobs.status(run)["state"] == "completed" and not (run / "failure.json").exists()
 
 
-@pytest.mark.parametrize("slow", ["summary", pytest.param("evaluation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("slow", ["summary", "evaluation"])
 def test_rank_0_may_be_slow_alone(slow: str, tmp_path: Path) -> None:
     """Evaluation batches are progress, and what rank 0 does alone has a timeout of its own."""
     args = [*COMMON, "TASK.SLOW", slow, "EVAL.EVERY", "20step", "EVAL.BATCH_SIZE", "10"]

@@ -146,6 +146,7 @@ def test_bad_usage_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
     assert "did you mean OPTIM.LR?" in ended.err and "would only repeat itself" in ended.out
 
 
+@pytest.mark.slow
 def test_a_person_stops_the_job(slurm: Slurm, tmp_path: Path) -> None:
     """With a file STOP, while it runs and while it waits in the queue."""
     run = tmp_path / "run"

@@ -124,10 +124,10 @@ ONE = Case()
 FEW = [
     ONE,
     Case(ranks=2, micro=3),
-    Case(ranks=2, workers=2),
     Case(ranks=4, micro=2, workers=2),
 ]
 MORE = [
+    Case(ranks=2, workers=2),
     Case(ranks=1, micro=5),
     Case(ranks=4),
     *(Case(ranks=r, batch=7, micro=m) for r, m in [(None, 0), (2, 2), (4, 1)]),

@@ -113,7 +113,8 @@ def test_a_signal(
     assert_same(run, reference[ranks])
 
 
-@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [None, 2])
 def test_a_signal_inside_a_save(ranks: int | None, tmp_path: Path) -> None:
     """The save is finished, and the stop's own one made; nothing of either is left half done."""
     run, whole = tmp_path / "run", tmp_path / "whole"
