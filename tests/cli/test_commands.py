@@ -1,6 +1,5 @@
 """The command: help, exit codes, refusals, and what answers without importing torch."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,8 @@ import pytest
 
 from launcher import __version__, cli
 from launcher.errors import RunError, UsageError
+from tests.cli.imports import ROOT, imported_by
 
-ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "digits.yaml")
 Captured = pytest.CaptureFixture[str]
 
@@ -142,19 +141,7 @@ WITHOUT_TORCH = {
 def test_answers_without_torch(tmp_path: Path, argv: list[str], code: int) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "launcher", *argv],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == code, done.stderr[-2000:]
-    imported = {
-        line.rpartition("|")[2].strip().partition(".")[0]
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
+    imported = imported_by(argv, code, tmp_path)
     assert "yacs" in imported  # the list was read
     assert not imported & {"torch", "numpy", "sklearn", "tensorboard"}
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from launcher import cli
+from tests.cli.imports import ROOT, imported_by
 from tests.runs.made import lines, make_run, record, training
 
-ROOT = Path(__file__).parents[2]
 Captured = pytest.CaptureFixture[str]
 VERBS = ("list", "show", "status", "tail", "compare", "plot", "export", "verify", "report")
 
@@ -199,19 +199,7 @@ def test_what_is_not_imported(name: str, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
     (tmp_path / "runs" / "b" / "tensorboard").mkdir()
     words, code = BESIDES[name]
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "launcher", "runs", *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == code, done.stderr[-2000:]
-    imported = {
-        line.rpartition("|")[2].strip().partition(".")[0]
-        for line in done.stderr.splitlines()
-        if line.startswith("import time:")
-    }
+    imported = imported_by(["runs", *words], code, tmp_path)
     heavy: dict[str, Any] = {"help": {"numpy", "orjson", "rich", "psutil"}}
     assert "yacs" in imported  # the list was read
     assert not imported & {"torch", "pandas", "pyarrow", *heavy.get(name, ())}

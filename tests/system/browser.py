@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
+from tests.system.jobs import kill_family
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -56,7 +56,7 @@ class Browser:
         os.close(theirs[1])
         self.commands, self.answers = os.fdopen(ours[1], "wb"), os.fdopen(theirs[0], "rb")
         # Ends the reads below, should the browser hang.
-        self.watchdog = threading.Timer(240, self._kill)
+        self.watchdog = threading.Timer(240, kill_family, [self.process])
         self.watchdog.start()
         self.number, self.session, self.rest = 0, "", b""
         targets = self.call("Target.getTargets")["targetInfos"]
@@ -69,24 +69,11 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self.watchdog.cancel()
-        self._kill()
+        kill_family(self.process)
         self.process.wait(30)
         self.commands.close()
         self.answers.close()
         shutil.rmtree(self.profile, ignore_errors=True)
-
-    def _kill(self) -> None:
-        try:
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            family = []
-        self.process.kill()
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        psutil.wait_procs(family, timeout=10)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the protocol; its result."""

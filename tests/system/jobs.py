@@ -83,19 +83,31 @@ class Job:
         return Ended(self.command, code, read(self.out), read(self.err), seconds)
 
     def kill(self) -> None:
-        """SIGKILL it and all its descendants; torchrun's workers are in sessions of their own."""
-        try:
-            family = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            family = []
-        self.process.kill()
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        kill_family(self.process)
         self.process.wait()
-        psutil.wait_procs(family, timeout=30)
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
+def kill_family(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process and all its descendants; torchrun's workers are in sessions of their own.
+    Waits for the descendants."""
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    process.kill()
+    for one in family:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=30)
 
 
 def read(file: IO[bytes]) -> str:

@@ -93,16 +93,12 @@ def test_a_signal(
     """One checkpoint, the right exit code, no process left, and the run goes on exactly."""
     run = tmp_path / "run"
     args = [*COMMON, "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run]
-    job = jobs.start(*args, ranks=ranks, env=SLEEP)
-    try:
+    with jobs.start(*args, ranks=ranks, env=SLEEP) as job:
         wait_for_step(run, 6, job)
         left = descendants(job)
         send(job, number, to)
         ended = job.wait(60)
         assert_gone(left)
-    finally:
-        if job.process.poll() is None:
-            job.kill()
     died = to == "torchrun" and number in (signal.SIGKILL, signal.SIGUSR1)
     assert_stopped(run, "torchrun died" if died else signal.Signals(number).name)
     if ranks is None:
@@ -119,8 +115,7 @@ def test_a_signal_inside_a_save(ranks: int | None, tmp_path: Path) -> None:
     """The save is finished, and the stop's own one made; nothing of either is left half done."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     args = [*COMMON, "TASK.WIDTH", "2560"]  # large enough for a save to be caught at work
-    job = jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=SLEEP)
-    try:
+    with jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=SLEEP) as job:
         wait_for_step(run, 3, job)
         deadline = time.monotonic() + 60
         while not (under_way := saving(run)):
@@ -129,9 +124,6 @@ def test_a_signal_inside_a_save(ranks: int | None, tmp_path: Path) -> None:
         send(job, signal.SIGTERM, "everyone")
         assert saving(run) == under_way  # the signal fell into it
         job.wait(60)
-    finally:
-        if job.process.poll() is None:
-            job.kill()
     assert_stopped(run, "SIGTERM")
     assert not saving(run)
     jobs.train(*args, "OUTPUT_DIR", run, "--resume", ranks=ranks).ok()
@@ -144,7 +136,7 @@ def test_a_second_signal_leaves_at_once(ranks: int | None, tmp_path: Path) -> No
     """Five seconds after the first it is no longer the same request."""
     run = tmp_path / "run"
     env = {"LAUNCHER_TEST_EVAL_SLEEP": "1000"}  # a stop would have to wait for its batch
-    job = jobs.start(
+    with jobs.start(
         *COMMON,
         "LOG.EVERY",
         "1step",
@@ -154,8 +146,7 @@ def test_a_second_signal_leaves_at_once(ranks: int | None, tmp_path: Path) -> No
         run,
         ranks=ranks,
         env=env,
-    )
-    try:
+    ) as job:
         wait_for_step(run, 3, job)
         time.sleep(1)
         left = descendants(job)
@@ -165,9 +156,6 @@ def test_a_second_signal_leaves_at_once(ranks: int | None, tmp_path: Path) -> No
         send(job, signal.SIGINT, "everyone")
         ended = job.wait(20)
         assert_gone(left)
-    finally:
-        if job.process.poll() is None:
-            job.kill()
     assert ended.code != 0 and "SIGINT again: leaving at once" in ended.err
     assert jobs.status(run)["state"] == "running"  # readers call it lost; the last save is there
     assert jobs.checkpoint_steps(run) == [4]
@@ -178,17 +166,13 @@ def test_a_signal_while_ranks_start(tmp_path: Path) -> None:
     """Ranks that have met stop together, after the first step."""
     run = tmp_path / "run"
     env = {"LAUNCHER_TEST_BUILD_SLEEP": "8"}
-    job = jobs.start(*COMMON, "OUTPUT_DIR", run, ranks=2, env=env)
-    try:
+    with jobs.start(*COMMON, "OUTPUT_DIR", run, ranks=2, env=env) as job:
         deadline = time.monotonic() + 60
         while jobs.read(job.err).count("rank 0 of 2") == 0:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         send(job, signal.SIGTERM, "everyone")
         job.wait(60)
-    finally:
-        if job.process.poll() is None:
-            job.kill()
     assert_stopped(run, "SIGTERM")
     assert jobs.status(run)["step"] == 1
 
@@ -232,11 +216,11 @@ def test_other_reasons_to_stop(
     # From now on, in Unix seconds; half a minute is spared for the job file.
     env = {name: str(int(time.time()) + int(seconds)) for name, seconds in env.items()}
     slow = {"LAUNCHER_TEST_SLEEP": "0.4"}
-    job = jobs.start(*args, *options, env=slow | env)
-    if reason == "file STOP":
-        wait_for_step(run, 3, job)
-        (run / "STOP").touch()
-    assert job.wait(60).code == 75
+    with jobs.start(*args, *options, env=slow | env) as job:
+        if reason == "file STOP":
+            wait_for_step(run, 3, job)
+            (run / "STOP").touch()
+        assert job.wait(60).code == 75
     assert_stopped(run, reason)
     jobs.train(*args, "--resume").ok()
     assert_same(run, reference[None])
@@ -250,15 +234,11 @@ def test_a_stop_in_an_evaluation(
     """The evaluation is given up, and made up for by the attempt that goes on: once, exactly."""
     run = tmp_path / "run"
     args: list[Any] = [*COMMON, "EVAL.BATCH_SIZE", "4", "OUTPUT_DIR", run]
-    job = jobs.start(*args, ranks=ranks, env={"LAUNCHER_TEST_EVAL_SLEEP": "2"})
-    try:
+    with jobs.start(*args, ranks=ranks, env={"LAUNCHER_TEST_EVAL_SLEEP": "2"}) as job:
         wait_for_step(run, 3, job)
         time.sleep(3)  # an evaluation, every fifth step, takes far longer than all between
         send(job, signal.SIGTERM, "everyone")
         job.wait(60)
-    finally:
-        if job.process.poll() is None:
-            job.kill()
     assert_stopped(run, "SIGTERM")
     at = [record for record in jobs.metrics(run) if record["step"] == jobs.status(run)["step"]]
     assert not any("val/loss" in record for record in at)

@@ -331,7 +331,7 @@ def test_loggers_of_libraries_are_left_alone(
     logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Their levels, handlers and propagation; and the root logger's level, which is theirs."""
-    theirs, root = logging.getLogger("some.library"), logging.getLogger()
+    theirs, root = logging.getLogger("some.package"), logging.getLogger()
     own = logging.StreamHandler(stream := io.StringIO())
     theirs.addHandler(own)
     try:
