@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from launcher.checkpoint.store import CheckpointStore
 from launcher.errors import UsageError
 from launcher.runs.status import RunStatus, read_status
 from launcher.telemetry.rundir import STALE_S, RunDirectory, replace_json
@@ -45,8 +46,7 @@ def again(path: Path, notes: Path) -> tuple[int, str]:
 
 
 def _newest_checkpoint(path: Path) -> int:
-    found = RunDirectory(path).checkpoints.glob("step_*")
-    return max((int(p.name[5:]) for p in found if p.name[5:].isdigit()), default=0)
+    return max(CheckpointStore(RunDirectory(path).checkpoints).steps(), default=0)
 
 
 def _ended(path: Path) -> RunStatus | None:

@@ -12,8 +12,9 @@ import numpy as np
 import orjson
 
 from launcher.errors import UsageError
-from launcher.runs.records import POSITION, Table
+from launcher.runs.records import Table
 from launcher.runs.run import Run
+from launcher.telemetry.rundir import POSITION
 
 WHOLE = ("step", "epoch", "samples")
 ROWS = 20_000  # made at once

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from launcher.runs.records import POSITION, Damage, Table, objects
+from launcher.runs.records import Damage, Table, objects
+from launcher.telemetry.rundir import POSITION
 
 # Both mean seconds by them, not a moment as `time` does in our records.
 RENAMED = {"time": "perf/step_s", "data_time": "perf/data_s"}

@@ -18,7 +18,8 @@ import numpy as np
 import orjson
 
 from launcher.runs import foreign
-from launcher.runs.records import POSITION, Array, Damage, Place, Table, read_chunks, read_table
+from launcher.runs.records import Array, Damage, Place, Table, read_chunks, read_table
+from launcher.telemetry.rundir import POSITION
 
 VERSION = 2  # of the index: in its file's name, so that another version finds none
 BUCKETS = 288  # most of a curve; half of them are twice as many as a terminal draws

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-POSITION = ("step", "epoch", "samples", "time")
+from launcher.telemetry.rundir import POSITION
+
 TORN = "a torn last line"
 CHUNK = 1 << 22  # bytes read at once, so that memory does not grow with the file
 TOGETHER = 200  # lines parsed at once: they and their objects fit in a processor's cache

@@ -9,9 +9,8 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
-
 from launcher.errors import RunError, UsageError
+from launcher.runtime import hang
 from launcher.telemetry.rundir import STALE_S, RunDirectory
 
 # The exit code of `launcher runs status` for each state: job files go on by it.
@@ -66,17 +65,10 @@ def read_status(path: Path) -> RunStatus:
         raise RunError(f"{directory.status} cannot be read: {error!r}") from error
     if status.state != "running":
         return status
-    if status.host == socket.gethostname() and not _alive(status.pid):
+    if status.host == socket.gethostname() and not hang.is_alive(status.pid):
         reason = f"process {status.pid} on {status.host} is gone"
     elif (silent := time.time() - status.updated) > STALE_S:
         reason = f"no sign of life from {status.host} for {silent:.0f} s"
     else:
         return status
     return replace(status, state="lost", reason=reason)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError):  # gone, or no process id
-        return False

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.runs.index import Series
-from launcher.runs.records import POSITION, Array
+from launcher.runs.records import Array
 from launcher.runs.run import Run, printable
+from launcher.telemetry.rundir import POSITION
 
 BARS = "▁▂▃▄▅▆▇█"
 STYLES = {"completed": "green", "running": "cyan", "failed": "red", "lost": "red"}

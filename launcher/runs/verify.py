@@ -17,9 +17,10 @@ from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint
 from launcher.config.units import parse_duration
 from launcher.errors import UsageError
 from launcher.runs import foreign
-from launcher.runs.records import POSITION, TORN, Array, Damage, Table, objects
+from launcher.runs.records import TORN, Array, Damage, Table, objects
 from launcher.runs.run import Run
 from launcher.runs.status import read_status
+from launcher.telemetry.rundir import POSITION
 
 ENDS = {"completed": "finish", "stopped": "stop", "failed": "failure"}  # state -> event
 MOST = 20  # findings of one kind that are named

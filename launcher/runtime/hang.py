@@ -85,13 +85,14 @@ def process_state(pid: int) -> str:
     return "\n".join(lines) or f"process {pid} is gone"
 
 
-def is_alive(pid: int, created: float) -> bool:
-    """Whether this very process still lives; a number may have been given to another since."""
+def is_alive(pid: int, created: float | None = None) -> bool:
+    """Whether a process of this host still lives; by when it began, for its number may have been
+    given to another since."""
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 1
+        same = created is None or abs(process.create_time() - created) < 1
         return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
+    except (psutil.Error, ValueError):  # gone, or no process id
         return False
 
 

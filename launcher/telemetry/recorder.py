@@ -16,8 +16,6 @@ from launcher.telemetry.stragglers import Stragglers
 
 # One metrics record: step, epoch, samples, time, and a number for each metric.
 Record = dict[str, Any]
-# Fields of a record that are no metrics.
-POSITION = ("step", "epoch", "samples", "time")
 
 
 class Sink:

@@ -22,6 +22,8 @@ from launcher.telemetry.append import append_line
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
+# Fields of a record in metrics.jsonl that are no metrics.
+POSITION = ("step", "epoch", "samples", "time")
 # On a file system without locks: an owner on another host that has not written for so long is dead.
 # Every heartbeat takes a tenth of it.
 STALE_S = 120.0

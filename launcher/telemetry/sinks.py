@@ -13,7 +13,8 @@ import jsonlines
 
 from launcher.telemetry.append import AppendFile
 from launcher.telemetry.console import Console
-from launcher.telemetry.recorder import POSITION, Record, Sink
+from launcher.telemetry.recorder import Record, Sink
+from launcher.telemetry.rundir import POSITION
 
 logger = logging.getLogger(__name__)
 
@@ -26,32 +27,39 @@ def strict(record: Record) -> Record:
     return {**record, **dict.fromkeys(bad), "nonfinite": bad}
 
 
-class JsonLines(Sink):
-    """metrics.jsonl: a line a record.
-
-    A record that cannot be written (a full disk) waits, and is tried again with the next one.
-    """
-
-    essential = True
+class FileSink(Sink):
+    """A sink with a file. A library's writer fills `piece`, and `add` puts it into the file whole:
+    what cannot be written (a full disk) waits, and is tried again with the next record."""
 
     def __init__(self, path: Path) -> None:
-        self.name = str(path)
-        self.file = AppendFile(path)
-        dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-        self.line = io.BytesIO()
-        self.writer = jsonlines.Writer(self.line, dumps=dumps)
+        self.file, self.piece = AppendFile(path), io.BytesIO()
 
-    def write(self, record: Record) -> None:
-        self.writer.write(strict(record))
-        self.file.add(self.line.getvalue())
-        self.line.seek(0)
-        self.line.truncate()
+    def add(self) -> None:
+        self.file.add(self.piece.getvalue())
+        self.piece.seek(0)
+        self.piece.truncate()
 
     def flush(self) -> None:
         self.file.flush()
 
     def close(self) -> None:
         self.file.close()
+
+
+class JsonLines(FileSink):
+    """metrics.jsonl: a line a record."""
+
+    essential = True
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.name = str(path)
+        dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
+        self.writer = jsonlines.Writer(self.piece, dumps=dumps)
+
+    def write(self, record: Record) -> None:
+        self.writer.write(strict(record))
+        self.add()
 
 
 class ConsoleLines(Sink):

@@ -7,7 +7,6 @@ write they stay silent, with a torn event in the file.
 
 from __future__ import annotations
 
-import io
 import os
 import socket
 import time
@@ -30,9 +29,10 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from launcher.config import defaults, flatten
-from launcher.telemetry.append import AppendFile
 from launcher.telemetry.media import Media, buckets, png
-from launcher.telemetry.recorder import POSITION, Record, Sink
+from launcher.telemetry.recorder import Record
+from launcher.telemetry.rundir import POSITION
+from launcher.telemetry.sinks import FileSink
 
 # Keys that no step depends on: they are no hyperparameters.
 NOT_HPARAMS = ("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "DIST.", "DATALOADER.")
@@ -41,13 +41,12 @@ IMAGE = image_plugin.create_summary_metadata(display_name="", description="")
 HISTOGRAM = histogram_plugin.create_summary_metadata(display_name="", description="")
 
 
-class TensorBoard(Sink):
+class TensorBoard(FileSink):
     """One event file an attempt.
 
     Numbers are in single precision: TensorBoard's fast loader shows no scalars stored in double
     precision. `purge_step` is the first step to come, also in a run's first attempt: a viewer that
     is running drops what it has of it and after when an attempt that resumes starts its own file.
-    What cannot be written (a full disk) waits, and is tried again with the next record.
     """
 
     name = "TensorBoard's event file"
@@ -61,9 +60,8 @@ class TensorBoard(Sink):
     ) -> None:
         """`config` is shown as text, `hparams` (dotted keys) on the page of hyperparameters."""
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.0"
-        self.file = AppendFile(directory / name)
-        self.framed = io.BytesIO()
-        self.records = RecordWriter(self.framed)
+        super().__init__(directory / name)
+        self.records = RecordWriter(self.piece)
         start = SessionLog(status=SessionLog.START)
         self._add(purge_step, time.time(), file_version="brain.Event:2")
         self._add(purge_step, time.time(), session_log=start)
@@ -148,12 +146,4 @@ class TensorBoard(Sink):
     def _add(self, step: int, wall_time: float, **content: Any) -> None:
         event = Event(step=step, wall_time=wall_time, **content)
         self.records.write(event.SerializeToString())
-        self.file.add(self.framed.getvalue())
-        self.framed.seek(0)
-        self.framed.truncate()
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
+        self.add()
