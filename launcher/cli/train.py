@@ -91,6 +91,7 @@ def train(argv: list[str]) -> int:
             raise (RunError(str(error)) if restarted else error) from None
 
     # From here on torch is needed, which takes seconds to import.
+    from launcher.engine.failure import watching
     from launcher.engine.run import Start, evaluate_only, run
     from launcher.runtime.process import start
     from launcher.runtime.watch import STOPPED
@@ -110,13 +111,16 @@ def train(argv: list[str]) -> int:
 
     try:
         with start(topology, config.cfg) as runtime, logs.beside(runtime.board):
-            if restarted and topology.is_main and not options.eval_only:
-                logger.info("a restart: going on with the run in %s", directory.path)
-            if options.eval_only:
-                which = options.checkpoint
-                done = evaluate_only(config.cfg, task, runtime, directory, which)
-            else:
-                done = run(config.cfg, task, runtime, logs, directory, how)
+            if not options.eval_only:
+                if restarted and topology.is_main:
+                    logger.info("a restart: going on with the run in %s", directory.path)
+                logger.info("%s on %s", topology, runtime.device)
+            with watching(config.cfg, task, runtime, directory) as failures:
+                if options.eval_only:
+                    which = options.checkpoint
+                    done = evaluate_only(config.cfg, task, runtime, directory, which)
+                else:
+                    done = run(config.cfg, task, runtime, logs, directory, how, failures)
     except UsageError as error:
         if getattr(error, "told", False):
             return error.exit_code

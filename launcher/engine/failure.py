@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from launcher.config import CfgNode
 from launcher.engine import telling
+from launcher.engine.members import introduce
 from launcher.errors import RunError, UsageError
 from launcher.runtime import hang, restarts
 from launcher.runtime.board import Unreachable
@@ -45,13 +46,14 @@ class FirstFailure(RunError):
 
 @contextmanager
 def watching(
-    runtime: Runtime, directory: RunDirectory, members: list[dict[str, Any]], cfg: CfgNode
+    cfg: CfgNode, task_class: type, runtime: Runtime, directory: RunDirectory
 ) -> Iterator[Failures]:
     """Tell of any error inside, of a hang and of other ranks' errors, before it is raised.
 
-    `members` are `hang.myself()` of all ranks. What the user must mend is raised as it is.
+    What the user must mend is raised as it is, as where the ranks disagree. Entering is a
+    collective.
     """
-    failures = Failures(runtime, directory, members, cfg)
+    failures = Failures(runtime, directory, introduce(cfg, task_class, runtime), cfg)
     try:
         yield failures
     except BaseException as error:
@@ -71,6 +73,7 @@ class Failures:
         members: list[dict[str, Any]],
         cfg: CfgNode,
     ) -> None:
+        """`members` are `hang.myself()` of all ranks."""
         self.runtime, self.directory, self.members = runtime, directory, members
         self.cfg, self.progress = cfg, Progress()  # replaced by the run's own when there is one
         self.host = members[runtime.rank]["host"]
@@ -177,11 +180,11 @@ class Failures:
             with contextlib.suppress(Unreachable):
                 told, now = board.read("failed"), board.read("beat")
         gone = []
-        for rank, member in enumerate(self.members):
+        for rank in range(self.runtime.world_size):
             if rank == self.runtime.rank or rank in told:
                 continue
-            if member["host"] == self.host:
-                dead = not hang.is_alive(member["pid"], member["created"])
+            if self._is_beside(rank):
+                dead = not self._lives(rank)
             else:
                 dead = watched is not None and watched.get(rank) == now.get(rank)
             if dead:
@@ -191,12 +194,9 @@ class Failures:
     def _killed(self, gone: list[int]) -> dict[str, Any]:
         """A failure record for ranks that vanished without an exception."""
         rank = gone[0]
-        beat: dict[str, Any] = {}
-        if self.runtime.board is not None:
-            with contextlib.suppress(Unreachable):
-                beat = self.runtime.board.read("beat").get(rank, {})
+        beat = self._last_beat(rank)
         others = f" (and ranks {gone[1:]})" if len(gone) > 1 else ""
-        here = self.members[rank]["host"] == self.host
+        here = self._is_beside(rank)
         text = (
             f"rank {rank}{others} was killed from outside"
             if here
@@ -207,12 +207,11 @@ class Failures:
         )
         if here and oom_kills() > self.oom_kills:
             text += ", by the kernel for want of memory (oom_kill of its cgroup rose)"
-        memory = memory_budget()
         if beat:
             text += f". It was last seen at step {beat['step']} ({beat['phase']})"
             text += f" with {beat['rss_gib']:.2f} GiB of memory"
         if here:
-            text += f"; this host has {memory.available / 2**30:.1f} GiB free now"
+            text += f"; this host has {memory_budget().available / 2**30:.1f} GiB free now"
         return self._record(rank, text, "", beat.get("step"), gone)
 
     def _is_writer(self, first: dict[str, Any]) -> bool:
@@ -254,6 +253,13 @@ class Failures:
             read = self.directory.read_status
             before = read()
             return hang.wait_until(lambda: read() != before, heartbeat.BEAT_S + 2)
+
+    def _last_beat(self, rank: int) -> hang.Beat:
+        """What a rank last posted, {} where that cannot be read."""
+        if self.runtime.board is not None:
+            with contextlib.suppress(Unreachable):
+                return self.runtime.board.read("beat").get(rank, {})
+        return {}
 
     def _is_beside(self, rank: int) -> bool:
         return bool(self.members[rank]["host"] == self.host)
@@ -323,10 +329,9 @@ class Failures:
 
     def _hung(self, rank: int, silent: list[int]) -> dict[str, Any]:
         watch = self.runtime.watch
-        beat: dict[str, Any] = {"step": self.progress.step, "phase": watch.phase}
-        if self.runtime.board is not None and rank != self.runtime.rank:
-            with contextlib.suppress(Unreachable):
-                beat = self.runtime.board.read("beat").get(rank, beat)
+        beat: hang.Beat = {"step": self.progress.step, "phase": watch.phase}
+        if rank != self.runtime.rank:
+            beat |= self._last_beat(rank)
         away = {r for r in range(self.runtime.world_size) if not self._is_beside(r)}
         if len({self.members[r]["host"] for r in away}) > 1 and away <= set(silent):
             # Not all of them at once.
@@ -370,7 +375,7 @@ class Failures:
                 self._write({**first, "traceback": first["traceback"] or self._stack_of(first)})
                 board.post("written", True)
             else:
-                hang.wait_until(lambda: self._told("written", 1), WRITTEN_S)
+                hang.wait_until(lambda: self._told(1, "written"), WRITTEN_S)
             board.flush()
         else:
             writer = True
@@ -387,23 +392,20 @@ class Failures:
         all that can tell theirs."""
         board = self.runtime.board
         assert board is not None
-        hang.wait_until(
-            lambda: self._told("told", self.runtime.world_size - len(first["silent"])), STACKS_S
-        )
+        can_tell = self.runtime.world_size - len(first["silent"])
+        hang.wait_until(lambda: self._told(can_tell, "told", "failed"), STACKS_S)
         with contextlib.suppress(Unreachable):
             for told in board.read("told").values():
                 if (found := told.get(str(first["rank"]))) is not None:
                     return str(found)
         return ""
 
-    def _told(self, name: str, ranks: int) -> bool:
-        """Whether so many ranks have; also where nobody can be asked."""
-        assert self.runtime.board is not None
+    def _told(self, ranks: int, *names: str) -> bool:
+        """Whether so many ranks have posted one of these; also where nobody can be asked."""
+        board = self.runtime.board
+        assert board is not None
         try:
-            board = self.runtime.board
-            return (
-                len({*board.read(name), *(board.read("failed") if name == "told" else ())}) >= ranks
-            )
+            return len({rank for name in names for rank in board.read(name)}) >= ranks
         except Unreachable:
             return True
 

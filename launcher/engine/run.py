@@ -22,9 +22,9 @@ from launcher.checkpoint.weights import load_weights
 from launcher.config import CfgNode, flatten, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
-from launcher.engine.failure import Failures, watching
+from launcher.engine.failure import Failures
 from launcher.engine.loop import Loop
-from launcher.engine.members import compare, introduce, model_layout
+from launcher.engine.members import compare, model_layout
 from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.schedule import build_schedule
@@ -61,28 +61,14 @@ def run(
     logs: Logs,
     directory: RunDirectory,
     start: Start,
+    failures: Failures,
 ) -> bool:
     """Train `task_class` as the config says; False where it was asked to stop before the end.
     Called by every rank.
 
-    Raises UsageError for what the user must mend, before the run directory is made or changed; any
-    other error is told of on the console and in failure.json before it is raised.
+    Called within `watching`, which gives `failures`. Raises UsageError for what the user must mend,
+    before the run directory is made or changed.
     """
-    logger.info("%s on %s", runtime.topology, runtime.device)
-    members = introduce(cfg, task_class, runtime)
-    with watching(runtime, directory, members, cfg) as failures:
-        return _run(cfg, task_class, runtime, logs, directory, start, failures)
-
-
-def _run(
-    cfg: CfgNode,
-    task_class: type,
-    runtime: Runtime,
-    logs: Logs,
-    directory: RunDirectory,
-    start: Start,
-    failures: Failures,
-) -> bool:
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     state = build_state(cfg, task, runtime)
@@ -184,13 +170,6 @@ def evaluate_only(
 
     Raises UsageError where there is no such checkpoint.
     """
-    with watching(runtime, directory, introduce(cfg, task_class, runtime), cfg):
-        return _evaluate_only(cfg, task_class, runtime, directory, which)
-
-
-def _evaluate_only(
-    cfg: CfgNode, task_class: type, runtime: Runtime, directory: RunDirectory, which: str
-) -> bool:
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
     model = task.build_model().to(runtime.device)
