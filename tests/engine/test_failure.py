@@ -181,7 +181,7 @@ def test_a_rank_that_saves_is_not_stuck(tmp_path: Path) -> None:
     second.failed(ValueError("a bad batch"))
     first.runtime.watch.age = 5.0
     first.runtime.watch.phase = "save"
-    for _ in range(10):
+    for _ in range(40):  # several beats: the first one asks the board, the next has its answer
         first._tick()
         time.sleep(0.02)
     first.failed(LOST)
@@ -216,3 +216,19 @@ def test_a_board_that_has_kept_silent_once_is_not_waited_for_again(
     else:
         pytest.fail("it never answers again")
     board.close()
+
+
+def test_one_rank_writes_though_two_think_that_it_is_theirs(tmp_path: Path) -> None:
+    """Rank 1 takes rank 0 for silent, but rank 0 is writing already."""
+    first, second = make(tmp_path, dist.HashStore(), [hang.myself()] * 2)
+    assert first._is_writer({"silent": []})
+    assert not second._is_writer({"silent": [0]})
+
+
+def test_a_store_that_is_gone_went_with_its_host(tmp_path: Path) -> None:
+    """The one who finds its connections closed is not to blame for it."""
+    ranks = make(tmp_path, Gone(), [ELSEWHERE, hang.myself()])
+    ranks[0].directory.release()
+    ranks[1].failed(LOST)
+    assert told(tmp_path)["rank"] == 0
+    assert "its host elsewhere is down, or cannot be reached" in told(tmp_path)["exception"]
