@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,51 +14,108 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from launcher.callbacks import Callbacks
+from launcher.config import CfgNode, parse_duration
+from launcher.data.splits import Data
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
+from launcher.telemetry.environment import versions
+from launcher.telemetry.files import strict
 from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.rundir import RunDirectory
 
 
 @dataclass
 class TrainingState:
-    """The live objects of a run, saved and loaded together."""
+    """The live objects of a run, saved and loaded together. This is the whole of a state.pt:
 
+    config          the resolved config, as YAML
+    progress        {"step", "epoch", "samples"}
+    model, optimizer, scaler, ema    their state_dicts; ema None without an average
+    callbacks       the state_dict of each callback that has one
+    due             what was due at this step, and is left to the next attempt
+    finished        which callback has completed the run here, or ""
+    agreed          what ranks ask for and have not seen yet, by steps on their way (CUDA)
+    dataset_length  of the training data
+    stream          where the stream of an iterable data set was, or None
+    files           bytes of the files that grow with the records, by name
+    ranks           a dict for each rank: "random" (its generators), "recorder" (sums since the last
+                    record), "threads" (that it computes with: sums depend on it), "asked" (by
+                    callbacks, for the next step)
+
+    All but `ranks` is the same on every rank.
+    """
+
+    cfg: CfgNode
     model: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     ema: AveragedModel | None
-    progress: Progress
     recorder: Recorder
-    threads: int = 0  # that this rank computed with before; sums depend on it
-    due: list[str] = field(default_factory=list)  # at this step, and left to the next attempt
+    data: Data
+    callbacks: Callbacks
+    directory: RunDirectory
+    due: list[str] = field(default_factory=list)
+    finished: str = ""
+    agreed: list[list[str]] = field(default_factory=list)
+    threads: int = 0  # those of the attempt before, or 0
+
+    @property
+    def progress(self) -> Progress:
+        return self.recorder.progress
+
+    def is_finished(self) -> bool:
+        """Whether TRAIN.DURATION is over, or a callback has completed the run."""
+        duration = parse_duration(self.cfg.TRAIN.DURATION)
+        assert duration is not None  # the config check demands one
+        return self.progress.reached(duration) or bool(self.finished)
 
     def capture(self, runtime: Runtime) -> dict[str, Any] | None:
         """The state as rank 0 saves it; None on the other ranks. A collective.
 
-        Everything but the random states and the recorder's sums is equal on all ranks, so only
-        those are gathered (about 10 kB a rank). Tensors are those of the live objects, not copies.
+        Tensors are those of the live objects, not copies.
         """
         ranks = runtime.gather(
             {
                 "random": random_state(),
                 "recorder": self.recorder.state(),
                 "threads": torch.get_num_threads(),
+                "asked": dict(self.callbacks.asked),
             }
         )
         if ranks is None:
             return None
         return {
+            "config": self.cfg.dump(),
+            "progress": self.progress.as_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "progress": self.progress.as_dict(),
+            "callbacks": self.callbacks.state_dict(),
             "due": list(self.due),
+            "finished": self.finished,
+            "agreed": self.agreed,
+            "dataset_length": self.data.length,
+            "stream": self.data.stream_state(self.progress.samples),
+            "files": self.directory.positions(),
             "ranks": ranks,
         }
 
+    def manifest(self, world_size: int, metrics: dict[str, float]) -> dict[str, Any]:
+        """What manifest.json says beside the files; `metrics` are those of this very step."""
+        return {
+            **self.progress.as_dict(),
+            "world_size": world_size,
+            "metrics": strict(metrics),
+            "time": time.time(),
+            "versions": versions(),
+            "config_sha256": hashlib.sha256(self.cfg.dump().encode()).hexdigest(),
+        }
+
     def restore(self, saved: dict[str, Any], runtime: Runtime) -> None:
-        """Load what `capture` gave into the live objects of this rank.
+        """Load what `capture` gave into the live objects of this rank; `config`, `dataset_length`,
+        `stream` and `files` are for those who go on from it (engine/resume.py).
 
         On another number of ranks the sums of the interrupted logging period go to rank 0, and
         ranks without a random state of their own keep the one they were seeded with.
@@ -67,16 +126,20 @@ class TrainingState:
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
         self.progress.__dict__.update(saved["progress"])
-        self.due = list(saved["due"])
+        self.callbacks.load_state_dict(saved["callbacks"])
+        self.due, self.finished = list(saved["due"]), saved["finished"]
+        self.agreed = saved["agreed"]
         ranks = saved["ranks"]
         if runtime.rank < len(ranks):
             set_random_state(ranks[runtime.rank]["random"])
             self.threads = ranks[runtime.rank]["threads"]
         if len(ranks) == runtime.world_size:
-            self.recorder.add_state(ranks[runtime.rank]["recorder"])
-        elif runtime.is_main:
-            for rank in ranks:
-                self.recorder.add_state(rank["recorder"])
+            ours = [ranks[runtime.rank]]
+        else:
+            ours = ranks if runtime.is_main else []
+        for rank in ours:
+            self.recorder.add_state(rank["recorder"])
+            self.callbacks.asked.update(rank["asked"])
 
 
 def random_state() -> dict[str, Any]:

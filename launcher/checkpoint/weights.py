@@ -11,7 +11,6 @@ from torch import nn
 
 from launcher.checkpoint.store import DamagedCheckpoint, load_file
 from launcher.errors import UsageError
-from launcher.runtime.process import Runtime
 
 logger = logging.getLogger(__name__)
 # What wrappers put before the names of weights, and where files keep them.
@@ -32,10 +31,10 @@ def read_weights(path: Path, ema: bool = False) -> tuple[Weights, int | None]:
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path), None
         except ImportError as error:
             raise UsageError(f"{path} needs safetensors: pip install 'launcher[export]'") from error
-        try:
-            return load_safetensors(path), None
         except Exception as error:  # safetensors' own error type is not public
             raise UsageError(f"{path} is no safetensors file: {error}") from error
     try:
@@ -50,12 +49,10 @@ def read_weights(path: Path, ema: bool = False) -> tuple[Weights, int | None]:
         if not isinstance(content.get("ema"), dict):
             raise UsageError(f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0")
         averaged = content["ema"]
-        names = {k.removeprefix("module."): v for k, v in averaged.items() if k != "n_averaged"}
-        return names, step
-    for key in NESTED:
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
+        return {
+            k.removeprefix("module."): v for k, v in averaged.items() if k != "n_averaged"
+        }, step
+    content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
     if not all(isinstance(v, torch.Tensor) for v in content.values()):
         raise UsageError(f"{path} holds no state_dict: names and tensors are needed")
     return content, step
@@ -66,8 +63,7 @@ def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
 
     A prefix that all names share (`module.` from DDP) is taken off where that fits better.
     """
-    wanted = model.state_dict()
-    candidates = [weights]
+    wanted, candidates = model.state_dict(), [weights]
     for prefix in PREFIXES:
         for known in list(candidates):
             if known and all(name.startswith(prefix) for name in known):
@@ -88,35 +84,23 @@ def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
         for what, names in groups.items()
         if names
     )
-    fitting = {k: v for k, v in weights.items() if k in wanted and k not in mismatched}
-    return fitting, report
+    return {k: v for k, v in weights.items() if k in wanted and k not in mismatched}, report
 
 
 def load_weights(
-    path: Path, model: nn.Module, runtime: Runtime, strict: bool = True, ema: bool = False
+    path: Path, model: nn.Module, strict: bool = True, ema: bool = False
 ) -> int | None:
-    """Load weights into the model of rank 0; the caller gives it to the others. A collective.
-
-    With `ema`, the averaged ones. Returns the step they are of, if the file tells. Raises
-    UsageError where they do not fit and `strict` says that they must.
-    """
-    problem, step = None, None
-    if runtime.is_main:
-        try:
-            weights, step = read_weights(path, ema)
-            fitting, report = match(weights, model)
-            if report and (strict or not fitting):
-                problem = f"the weights of {path} do not fit the model:\n{report}\n"
-                problem += "MODEL.WEIGHTS_STRICT False loads what fits."
-            else:
-                if report:
-                    logger.warning("the weights of %s fit in part:\n%s", path, report)
-                model.load_state_dict(fitting, strict=False)
-                logger.info("loaded %d tensors from %s", len(fitting), path)
-        except UsageError as error:
-            problem = str(error)
-    # A collective: all ranks leave together, or go on together.
-    problem, step = runtime.broadcast((problem, step))
-    if problem is not None:
-        raise UsageError(problem)
+    """Load weights into the model, with `ema` the averaged ones; the step they are of, if the file
+    tells. Raises UsageError where they do not fit and `strict` says that they must."""
+    weights, step = read_weights(path, ema)
+    fitting, report = match(weights, model)
+    if report and (strict or not fitting):
+        raise UsageError(
+            f"the weights of {path} do not fit the model:\n{report}\n"
+            "MODEL.WEIGHTS_STRICT False loads what fits."
+        )
+    if report:
+        logger.warning("the weights of %s fit in part:\n%s", path, report)
+    model.load_state_dict(fitting, strict=False)
+    logger.info("loaded %d tensors from %s", len(fitting), path)
     return step
