@@ -27,14 +27,18 @@ Three methods give figures to the record:
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from launcher.errors import RunError, UsageError
 from launcher.runtime.progress import Every, Progress
+from launcher.tasks.resolve import resolve_class
 
 if TYPE_CHECKING:
     import torch
@@ -139,11 +143,27 @@ class Callbacks:
                 callback.load_state_dict(saved)
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """An entry of CALLBACKS: `name`, `package.module:Class` or `file.py:Class`, then arguments as
-    `key=value` words, values as in YAML. Raises UsageError."""
-    import yaml
+Made = tuple[type, dict[str, Any]]  # a callback's class, and the arguments given to it
 
+
+def resolve(entries: Sequence[str], search: list[Path]) -> list[Made]:
+    """The entries of CALLBACKS: `name`, `package.module:Class` or `file.py:Class` (sought in the
+    folders of `search`), then arguments as `key=value` words, values as in YAML. Raises UsageError.
+    """
+    found = []
+    for entry in entries:
+        name, arguments = parse(entry)
+        made = resolve_class(name, {}, "callback", search)
+        try:
+            inspect.signature(made).bind(None, **arguments)
+        except TypeError as error:
+            raise UsageError(f"CALLBACKS: {entry!r}: {error}") from None
+        found.append((made, arguments))
+    return found
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of an entry. Raises UsageError."""
     try:
         name, *words = shlex.split(text)
         pairs = [word.split("=", 1) for word in words]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from launcher.callbacks import Callbacks, Run, shipped
+from launcher.callbacks import Callbacks, Made, Run, shipped
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
@@ -54,7 +54,7 @@ class Job:
     resume: bool = False
     resume_from: Path | None = None
     allow: frozenset[str] = field(default_factory=frozenset)
-    callbacks: Sequence[tuple[type, dict[str, Any]]] = ()  # classes and arguments, from CALLBACKS
+    callbacks: Sequence[Made] = ()  # those of CALLBACKS
     evaluate: str = ""  # "last", "best" or a path: evaluate this checkpoint, and nothing else
 
 
