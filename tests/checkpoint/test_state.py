@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from launcher.checkpoint.state import TrainingState, random_state, set_random_state
-from launcher.engine.run import build_state
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
-from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, config
+from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, fresh
 
 WORDS = ("MODEL.EMA_DECAY", 0.9, "TRAIN.PRECISION", "fp16", "OPTIM.NAME", "adamw")
 
@@ -98,7 +97,9 @@ def saved_by_two_ranks() -> dict[str, Any]:
     torch.manual_seed(0)
     other = random_state()
     saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
-    saved["ranks"].append({"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5})
+    saved["ranks"].append(
+        {"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5, "asked": {}}
+    )
     return saved
 
 
@@ -116,7 +117,7 @@ def saved_by_two_ranks() -> dict[str, Any]:
 def test_sums_of_the_interrupted_period_survive_any_number_of_ranks(
     runtime: Runtime, sums: dict[str, list[float]]
 ) -> None:
-    state = build_state(config(), Regression(), ALONE)
+    state = fresh(Regression())
     state.restore(saved_by_two_ranks(), runtime)
     assert state.recorder.state() == sums
 
@@ -130,7 +131,7 @@ def test_a_rank_has_its_own_random_state_and_a_new_rank_keeps_its_seed() -> None
     torch.manual_seed(77)
     expected[2] = torch.rand(3)
     for of in range(3):
-        state = build_state(config(), Regression(), ALONE)
+        state = fresh(Regression())
         torch.manual_seed(77)
         state.restore(saved, rank(of, 3))
         assert torch.equal(torch.rand(3), expected[of])

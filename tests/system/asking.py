@@ -24,7 +24,7 @@ class Asks:
 
     def on_step(self) -> str | None:
         self.steps += 1
-        return self.request if RANK == self.rank and self.steps == self.after else None
+        return self.request if self.rank == RANK and self.steps == self.after else None
 
     def on_record(self, record: dict[str, float] | None) -> None:
         assert (record is None) == (RANK != 0)
