@@ -188,7 +188,7 @@ class Loop:
         state = self.state
         state.agreed = self.step.agreement.on_their_way()
         # A checkpoint says how long the files are up to it: the records must be in them.
-        written = state.recorder.flush()
+        written = state.recorder.writer.flush()
         captured = state.capture(self.runtime)
         if captured is not None and self.saver is not None:
             if written:

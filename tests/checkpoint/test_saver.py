@@ -169,5 +169,5 @@ def test_the_last_save_is_tried_once_more(saves: Saves, monkeypatch: pytest.Monk
     saves.saver.save(saves.state(1), manifest(1), last=True)
     assert saves.store.steps() == [1]
     left += [OSError(28, "No space left on device")] * 2
-    with pytest.raises(RunError, match="the last checkpoint could not be saved: .*No space left"):
+    with pytest.raises(RunError, match=r"the last checkpoint could not be saved: .*No space left"):
         saves.saver.save(saves.state(2), manifest(2), last=True)

@@ -11,7 +11,6 @@ from torch import nn
 from launcher.checkpoint.store import CheckpointStore
 from launcher.checkpoint.weights import load_weights, match, read_weights
 from launcher.errors import UsageError
-from tests.engine.helpers import ALONE
 
 
 def model() -> nn.Module:
@@ -154,12 +153,12 @@ def test_load_weights_that_fit_in_part(
     made = model()
     if strict:
         with pytest.raises(UsageError, match="do not fit the model") as caught:
-            load_weights(tmp_path / "w.pt", made, ALONE, strict=True)
+            load_weights(tmp_path / "w.pt", made, strict=True)
         assert "of another shape: 0.bias" in str(caught.value)
         assert "MODEL.WEIGHTS_STRICT False" in str(caught.value)
         assert same(made.state_dict(), WEIGHTS)
     else:
-        load_weights(tmp_path / "w.pt", made, ALONE, strict=False)
+        load_weights(tmp_path / "w.pt", made, strict=False)
         assert same(made.state_dict(), {**wanted, "0.bias": WEIGHTS["0.bias"]})
         assert "fit in part" in caplog.text
 
@@ -167,4 +166,4 @@ def test_load_weights_that_fit_in_part(
 def test_nothing_that_fits_is_an_error_even_if_not_strict(tmp_path: Path) -> None:
     torch.save({"other": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(UsageError, match="do not fit the model"):
-        load_weights(tmp_path / "w.pt", model(), ALONE, strict=False)
+        load_weights(tmp_path / "w.pt", model(), strict=False)

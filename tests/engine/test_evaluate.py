@@ -125,7 +125,7 @@ class Recording(Table):
         super().__init__(loss=X)
         self.stops, self.seen, self.shown = stops, 0, list[Media]()
         self.guard = SimpleNamespace(enter=lambda phase: None, stop=None)
-        writer: Any = SimpleNamespace(show=self.shown.append, on=True)
+        writer: Any = SimpleNamespace(show=self.shown.append, is_open=True)
         self.recorder = Recorder(ALONE, Progress(), writer)
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:

@@ -15,7 +15,7 @@ def test_a_run_is_not_complete_without_its_last_checkpoint(
 ) -> None:
     """Issue 4, item 3: where the records before it cannot be written, the run says so and fails."""
     trainer = Trainer(Regression())
-    monkeypatch.setattr(trainer.state.recorder, "flush", lambda: False)
+    monkeypatch.setattr(trainer.state.recorder.writer, "flush", lambda: False)
     guard: Any = SimpleNamespace(enter=lambda phase: None, stop=None)
     saver: Any = object()  # never asked to save
     loop = Loop(ALONE, guard, trainer.state, trainer.step, None, saver)  # type: ignore[arg-type]
