@@ -13,8 +13,7 @@ from launcher.data.plan import Plan
 from launcher.engine.step import autocast
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
-from launcher.telemetry.recorder import means
-from launcher.telemetry.task_recorder import on_host
+from launcher.telemetry.recorder import means, on_host
 
 
 def evaluate(

@@ -20,10 +20,11 @@ from launcher.engine.step import TrainStep
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
+from launcher.telemetry.environment import versions
 from launcher.telemetry.histograms import Histograms
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict
-from launcher.telemetry.system import versions
+from launcher.telemetry.stragglers import Stragglers
 from launcher.telemetry.throughput import Eta, Throughput
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Loop:
         period = cfg.LOG.HISTOGRAMS if cfg.LOG.TENSORBOARD else ""
         self.histograms = Histograms(period, state.model, state.recorder)
         self.step.observe = self.histograms.gradients
+        self.stragglers = Stragglers()
         self.throughput = Throughput(cfg, task, runtime.device, runtime.world_size)
         self.timed = [name for name, period in self.periods.items() if period.timed]
         self.clock = StopWatch(time.monotonic())
@@ -213,7 +215,12 @@ class Loop:
         if self.state.scaler.is_enabled():
             batches = self.data.train_plan.batches_in(self.state.progress.samples)
             extra["train/skipped_steps"] = batches - self.state.progress.step
-        self.state.recorder.record(self.state.progress.as_dict(), extra, self.step.own.take)
+        # OwnTime is read before the collective below waits for the device; on CUDA it tells less.
+        gathered = self.state.recorder.gather(self.step.own.take())
+        if gathered is not None:
+            means, own = gathered
+            ranks = self.stragglers.figures(own) if len(own) > 1 else {}
+            self.state.recorder.write({**means, **extra, **ranks})
         self._advise(now)
         self.clock = StopWatch(time.monotonic())
 
@@ -249,7 +256,7 @@ class Loop:
             return None
         self.evaluated = state.progress.step
         self.metrics = {f"val/{key}": value for key, value in metrics.items()}
-        state.recorder.write(state.progress.as_dict(), self.metrics)
+        state.recorder.write(self.metrics)
         if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in self.metrics:
             raise RunError(
                 f"CHECKPOINT.METRIC {cfg.CHECKPOINT.METRIC} is none of what the evaluation gave: "
@@ -274,7 +281,7 @@ class Loop:
         captured = state.capture(self.runtime)
         if captured is None or self.saver is None:
             return
-        if not state.recorder.flush():
+        if not state.recorder.writer.flush():
             # A checkpoint says how long the files are up to it: it must not come before them.
             if last:
                 raise RunError("no last checkpoint: the records before it could not be written")

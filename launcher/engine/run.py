@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.checkpoint.weights import load_weights
-from launcher.config import CfgNode, flatten, parse_duration
+from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
 from launcher.engine.failure import Failures
@@ -31,15 +32,15 @@ from launcher.engine.schedule import build_schedule
 from launcher.engine.stopping import StopMargin, deadlines
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
-from launcher.telemetry.background import Background
+from launcher.tasks import make_task
 from launcher.telemetry.console import Console
-from launcher.telemetry.heartbeat import Heartbeat
+from launcher.telemetry.environment import describe, this_rank
 from launcher.telemetry.logs import Logs
-from launcher.telemetry.recorder import Recorder, Sink
-from launcher.telemetry.rundir import RunDirectory
-from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict
-from launcher.telemetry.system import SystemFigures, describe, this_rank
-from launcher.telemetry.task_recorder import RunRecorder
+from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.rundir import RunDirectory, replace_json
+from launcher.telemetry.sinks import JsonLines, Sink, strict
+from launcher.telemetry.system import SystemFigures
+from launcher.telemetry.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,12 @@ def run(
     Called within `watching`, which gives `failures`. Raises UsageError for what the user must mend,
     before the run directory is made or changed.
     """
-    task = task_class(cfg)
+    writer = Writer()
+    recorder = Recorder(runtime, Progress(), writer)
+    task = make_task(task_class, cfg, recorder)
     data = Data(cfg, task, runtime)
-    state = build_state(cfg, task, runtime)
+    state = build_state(cfg, task, runtime, recorder)
     failures.progress = state.progress
-    task.recorder = RunRecorder(state.recorder, state.progress, runtime)
     schedule = build_schedule(cfg, data.train_plan)
     built = {
         "the number of steps": schedule.total_steps,
@@ -101,20 +103,13 @@ def run(
     total = schedule.total_steps
     open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed, total)
     failures.open()
-    console = Console(total, enabled=runtime.is_main)
-    logs.attach(console)
-    saver = heartbeat = None
+    console = saver = None
     if runtime.is_main:
         if found is not None and resumed:
             store.clean(found.damaged)
             directory.rewind(found.state["files"], state.progress.step, found.damaged)
         else:
             store.clean()
-        state.recorder.sink = Background(
-            build_sinks(cfg, directory, console, state.progress),
-            directory.write_history,
-            SystemFigures(runtime.device, directory.path).latest,
-        )
         margin = StopMargin(runtime, state.progress)
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
@@ -122,24 +117,34 @@ def run(
             margin.saved(seconds)
 
         saver = Saver(store, runtime.device, saved)
-        ask = runtime.watch.request_stop
-        heartbeat = Heartbeat(directory, state.progress, deadlines(cfg), margin, ask)
+        ends = deadlines(cfg)
+
+        def beat() -> None:
+            directory.heartbeat(state.progress.as_dict())
+            if directory.stop.exists():
+                runtime.watch.request_stop("file STOP")
+            for what, deadline in ends.items():
+                if time.monotonic() + margin() >= deadline:
+                    runtime.watch.request_stop(what)
+
+        console = Console(total, state.progress.step)
+        logs.attach(console)
+        sinks = build_sinks(cfg, directory, console, state.progress)
+        complete = SystemFigures(runtime.device, directory.path).latest
+        writer.open(sinks, directory.write_history, complete, beat)
     try:
-        console.start(state.progress.step)
         loop = Loop(cfg, task, runtime, directory, data, state, schedule, saver)
         stopped = loop.train()
-        if stopped is None and state.recorder.sink is not None:
-            state.recorder.sink.finish()
+        if stopped is None:
+            writer.finish()
     finally:
         runtime.watch.enter("save")
-        console.close()
+        if console is not None:
+            console.close()
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
-        if state.recorder.sink is not None:
-            state.recorder.sink.close()
-        if heartbeat is not None:
-            heartbeat.close()
+        writer.close()
     if runtime.is_main:
         _write_end(directory, state.progress, stopped)
     return stopped is None
@@ -170,10 +175,9 @@ def evaluate_only(
 
     Raises UsageError where there is no such checkpoint.
     """
-    task = task_class(cfg)
+    task = make_task(task_class, cfg, Recorder(runtime, Progress(), Writer()))
     data = Data(cfg, task, runtime)
     model = task.build_model().to(runtime.device)
-    task.recorder = RunRecorder(Recorder(runtime), Progress(), runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     path = choose_checkpoint(store, which) if runtime.is_main else None
     path = runtime.broadcast(path)  # a collective: rank 0 alone need see the checkpoints
@@ -194,7 +198,9 @@ def evaluate_only(
     return True
 
 
-def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
+def build_state(
+    cfg: CfgNode, task: Any, runtime: Runtime, recorder: Recorder | None = None
+) -> TrainingState:
     """The model, its optimiser and all else that a checkpoint holds, fresh."""
     model = task.build_model().to(runtime.device)
     ema = None
@@ -203,13 +209,14 @@ def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
         ema.eval()
     # CUDA and CPU both have a scaler; it is off, and costs nothing, except in fp16.
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
+    recorder = recorder or Recorder(runtime, Progress(), Writer())
     return TrainingState(
         model=model,
         optimizer=build_optimizer(cfg, task, model),
         scaler=scaler,
         ema=ema,
-        progress=Progress(),
-        recorder=Recorder(runtime),
+        progress=recorder.progress,
+        recorder=recorder,
     )
 
 
@@ -217,14 +224,14 @@ def build_sinks(
     cfg: CfgNode, directory: RunDirectory, console: Console, progress: Progress
 ) -> list[Sink]:
     """Where rank 0's records go."""
-    sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
+    sinks: list[Sink] = [JsonLines(directory.metrics), console]
     if cfg.LOG.TENSORBOARD:
         # Before any loader worker is forked: one that is forked while another thread imports a
         # module cannot import it.
         from launcher.telemetry.tensorboard import TensorBoard
 
         folder, first = directory.tensorboard, progress.step + 1
-        sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
+        sinks.append(TensorBoard(folder, first, cfg))
     return sinks
 
 
@@ -246,12 +253,10 @@ def open_directory(
     if ranks is not None:
         if not resumed and directory.holds_run():  # --overwrite, or --resume without a checkpoint
             logger.info("the old run directory is now %s", directory.set_aside())
-        directory.claim()
-        directory.sign()
-        # One from before asked the attempt of then to stop; who starts this one wants it to run.
-        directory.stop.unlink(missing_ok=True)
+        directory.begin()
         directory.config.write_text(cfg.dump(), encoding="utf-8")
-        directory.write_environment(
+        replace_json(
+            directory.environment,
             {
                 **describe(start.argv),
                 "job": runtime.topology.job_id,
@@ -259,7 +264,7 @@ def open_directory(
                 "total_steps": total_steps,
                 "ranks": ranks,
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
-            }
+            },
         )
         directory.write_status("running", progress.as_dict())
         directory.write_history(

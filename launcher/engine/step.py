@@ -195,7 +195,7 @@ class TrainStep:
         else:
             self.optimizer.step()
         if not skipped:
-            self.recorder.add_step({"grad_norm": norm})
+            self.recorder.add({"grad_norm": norm}, 1.0)
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
         return skipped
