@@ -107,30 +107,27 @@ def train(argv: list[str]) -> int:
     assert task is not None  # load_config demands one
     log = config.cfg.LOG
     own = [task.__module__.split(".")[0]]
-    logs = Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT)
-
-    try:
-        with start(topology, config.cfg) as runtime, logs.beside(runtime.board):
-            if not options.eval_only:
-                if restarted and topology.is_main:
-                    logger.info("a restart: going on with the run in %s", directory.path)
-                logger.info("%s on %s", topology, runtime.device)
-            with watching(config.cfg, task, runtime, directory) as failures:
-                if options.eval_only:
-                    which = options.checkpoint
-                    done = evaluate_only(config.cfg, task, runtime, directory, which)
-                else:
-                    done = run(config.cfg, task, runtime, logs, directory, how, failures)
-    except UsageError as error:
-        if getattr(error, "told", False):
-            return error.exit_code
-        raise
-    except BaseException as error:
-        if not getattr(error, "told", False):
-            logger.critical("the run failed", exc_info=True)
-        return 1
-    finally:
-        logs.close()
+    with Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT) as logs:
+        try:
+            with start(topology, config.cfg) as runtime:
+                if not options.eval_only:
+                    if restarted and topology.is_main:
+                        logger.info("a restart: going on with the run in %s", directory.path)
+                    logger.info("%s on %s", topology, runtime.device)
+                with watching(config.cfg, task, runtime, directory) as failures:
+                    if options.eval_only:
+                        which = options.checkpoint
+                        done = evaluate_only(config.cfg, task, runtime, directory, which)
+                    else:
+                        done = run(config.cfg, task, runtime, logs, directory, how, failures)
+        except UsageError as error:
+            if getattr(error, "told", False):
+                return error.exit_code
+            raise
+        except BaseException as error:
+            if not getattr(error, "told", False):
+                logger.critical("the run failed", exc_info=True)
+            return 1
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
 

@@ -29,7 +29,7 @@ from launcher.runtime.memory import memory_budget, oom_kills
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.watch import LAST_WORDS_S, leave
-from launcher.telemetry import heartbeat
+from launcher.telemetry import rundir
 from launcher.telemetry.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class Failures:
                 return True
             read = self.directory.read_status
             before = read()
-            return hang.wait_until(lambda: read() != before, heartbeat.BEAT_S + 2)
+            return hang.wait_until(lambda: read() != before, rundir.BEAT_S + 2)
 
     def _last_beat(self, rank: int) -> hang.Beat:
         """What a rank last posted, {} where that cannot be read."""
@@ -413,7 +413,7 @@ class Failures:
         telling.show(first, self.directory if self.opened else None)
         if not self.opened:
             return
-        if not self.runtime.is_main and not self.directory.take_over(self.members[0]):
+        if not self.runtime.is_main and not take_over(self.directory, self.members[0]):
             return  # a successor has begun, or this failure has been told of
         told = {key: value for key, value in first.items() if key != "silent"}
         telling.write(told, self.directory, self.progress, own=first["rank"] == self.runtime.rank)
@@ -433,3 +433,16 @@ def _end_if_final(first: dict[str, Any], writer: bool) -> None:
     if "final" in first:
         time.sleep(0.0 if writer else 1.0)  # the writer may still be telling why
         restarts.end_job(first["final"])
+
+
+def take_over(directory: RunDirectory, owner: dict[str, Any]) -> bool:
+    """Claim the directory for a rank that tells of the end of `owner`, its rank 0.
+
+    False where nothing is to be written: a successor has begun, or the end has been told of. An
+    owner that is frozen keeps all others out, so then its ranks may write.
+    """
+    with contextlib.suppress(UsageError):
+        directory.claim()
+    status = directory.read_status()
+    same = all(status.get(key) == owner[key] for key in ("host", "pid"))
+    return same and status.get("state") == "running"

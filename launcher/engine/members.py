@@ -16,7 +16,7 @@ from launcher.config import CfgNode, flatten
 from launcher.errors import UsageError
 from launcher.runtime import hang
 from launcher.runtime.process import Runtime
-from launcher.telemetry.system import versions
+from launcher.telemetry.environment import versions
 
 
 def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ def write(failure: Failure, directory: RunDirectory, progress: Progress, own: bo
     reason, step = failure["exception"], failure["step"]
     if not own:
         reason = f"rank {failure['rank']} on {failure['host']}: {reason}"
-    directory.write_failure({**failure, "log": _tail(directory.log(failure["rank"]))})
+    directory.create_failure({**failure, "log": _tail(directory.log(failure["rank"]))})
     directory.write_status("failed", progress.as_dict(), reason)
     directory.write_history("failure", step, rank=failure["rank"], reason=reason)
 

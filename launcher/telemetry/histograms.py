@@ -26,7 +26,7 @@ class Histograms:
         """Whether the step to come is due, unless the gradient scaler skips it."""
         after = before.copy()
         after.advance(samples, samples_per_epoch, False)
-        self.due = self.recorder.sink is not None and self.every.due(before, after)
+        self.due = self.recorder.writer.is_open and self.every.due(before, after)
 
     def gradients(self) -> None:
         if self.due:

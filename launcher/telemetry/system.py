@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import platform
 import shutil
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -90,54 +83,3 @@ class SystemFigures:
                 hint = "; pip install 'launcher[gpu]'" if isinstance(error, ImportError) else ""
                 logger.info("no system/gpu_percent: %s%s", str(error).splitlines()[0], hint)
         return figures
-
-
-def this_rank(device: torch.device) -> dict[str, Any]:
-    """Host, pid and device of a rank, for environment.json."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    return {
-        "host": socket.gethostname(),
-        "pid": psutil.Process().pid,
-        "device": str(device),
-        "device_name": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def describe(argv: Sequence[str]) -> dict[str, Any]:
-    """Command line, versions and git state, for environment.json."""
-    return {
-        "command": [sys.executable, *argv],
-        "platform": platform.platform(),
-        "versions": versions(),
-        "git": _git(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, the launcher and the packages that a run depends on."""
-    from launcher import __version__
-
-    found = {"launcher": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "yacs", "tensorboard", "jsonlines", "psutil", "rich"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit and dirty flag of the working directory's repository; None outside of one."""
-    try:
-        commit, status = (
-            subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, timeout=5, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "dirty": bool(status)}
