@@ -12,13 +12,20 @@ from launcher.config import CfgNode
 from launcher.data.plan import Plan
 from launcher.engine.step import autocast
 from launcher.errors import RunError
+from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime
 from launcher.telemetry.recorder import means
 from launcher.telemetry.task_recorder import on_host
 
 
 def evaluate(
-    cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
+    cfg: CfgNode,
+    task: Any,
+    model: nn.Module,
+    batches: Iterable[Any],
+    plan: Plan,
+    runtime: Runtime,
+    guard: Guard,
 ) -> dict[str, float] | None:
     """The metrics of a split, on every rank; `batches` are this rank's. None where a rank was asked
     to stop meanwhile: a long evaluation must not outlast the time that a scheduler grants.
@@ -28,14 +35,20 @@ def evaluate(
     are those of one process to the last bit.
     """
     with torch.no_grad(), task.recorder.evaluating():
-        metrics = _evaluate(cfg, task, model, batches, plan, runtime)
+        metrics = _evaluate(cfg, task, model, batches, plan, runtime, guard)
     if metrics is not None:
         task.recorder.show_held()
     return metrics
 
 
 def _evaluate(
-    cfg: CfgNode, task: Any, model: nn.Module, batches: Iterable[Any], plan: Plan, runtime: Runtime
+    cfg: CfgNode,
+    task: Any,
+    model: nn.Module,
+    batches: Iterable[Any],
+    plan: Plan,
+    runtime: Runtime,
+    guard: Guard,
 ) -> dict[str, float] | None:
     # DDP gives every rank rank 0's buffers at the start of a step, but the last step changed them
     # by each rank's own batch. One collective a buffer, once an evaluation.
@@ -44,8 +57,8 @@ def _evaluate(
     model.eval()
     outputs, abandoned = [], False
     for batch in batches:
-        runtime.watch.enter("evaluate")
-        if abandoned := runtime.watch.stop is not None:
+        guard.enter("evaluate")
+        if abandoned := guard.stop is not None:
             break
         with autocast(cfg, runtime.device):
             outputs.append((_checked(task, task.eval_step(model, batch)), task.recorder.take()))
@@ -59,7 +72,7 @@ def _evaluate(
     parts = runtime.gather(None if abandoned else mine)
     metrics = None
     if parts is not None and None not in parts:
-        runtime.watch.enter("summarize")
+        guard.enter("summarize")
         whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
         metrics = means(note for _, noted in whole for note in noted)
         metrics |= _metrics(task, [output for output, _ in whole], plan.length)

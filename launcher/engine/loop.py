@@ -18,6 +18,7 @@ from launcher.engine.optim import rates
 from launcher.engine.schedule import Schedule
 from launcher.engine.step import TrainStep
 from launcher.errors import RunError
+from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
 from launcher.telemetry.histograms import Histograms
@@ -67,9 +68,11 @@ class Loop:
         state: TrainingState,
         schedule: Schedule,
         saver: Saver | None,
+        guard: Guard,
     ) -> None:
         self.cfg, self.task, self.runtime, self.directory = cfg, task, runtime, directory
         self.data, self.state, self.schedule, self.saver = data, state, schedule, saver
+        self.guard = guard
         before_update = saver.before_update if saver is not None else None
         self.step = TrainStep(cfg, task, state, runtime, before_update)
         self.periods = {
@@ -101,12 +104,11 @@ class Loop:
         self._check_space()
         self.clock = StopWatch(time.monotonic())
         self.eta = Eta(self.schedule.total_steps, progress.step, self.clock.started)
-        watch = self.runtime.watch
         finished = progress.reached(duration)
         if self.state.due and not self._make_up(finished):
             return self._stopped()
         while not finished:
-            watch.enter("step")
+            self.guard.enter("step")
             before, self.metrics = progress.copy(), {}
             k = plan.batches_in(progress.samples) % plan.steps_per_epoch
             start, stop = plan.batch(k)
@@ -119,7 +121,6 @@ class Loop:
             finished = progress.reached(duration)
             self.clock.steps += 1
             self.clock.samples += stop - start
-            watch.started = True
             stopping = "stop" in seen
             if skipped and not finished and not stopping:
                 continue  # no new step: nothing is due that was not due before
@@ -159,7 +160,7 @@ class Loop:
     def _stopped(self) -> str:
         """Why; known to rank 0."""
         # A collective, the last one: any rank may have been the one that was asked to.
-        reasons = self.runtime.gather(self.runtime.watch.stop)
+        reasons = self.runtime.gather(self.guard.stop)
         for rank, reason in enumerate(reasons or []):
             if reason is not None:
                 return reason if rank == 0 else f"{reason} (rank {rank})"
@@ -189,16 +190,16 @@ class Loop:
 
     def _next_batch(self) -> Any:
         began = time.monotonic()
-        self.runtime.watch.enter("data")
+        self.guard.enter("data")
         batch = self.data.next_batch()
-        self.runtime.watch.enter("step")
+        self.guard.enter("step")
         self.clock.data += time.monotonic() - began
         return batch
 
     def _requests(self) -> frozenset[str]:
         """What this rank has to say, and all see after the step: that it was asked to stop; on rank
         0, what is due by its clock."""
-        stop = NOTHING if self.runtime.watch.stop is None else STOP
+        stop = NOTHING if self.guard.stop is None else STOP
         if not self.timed or not self.runtime.is_main:
             return stop
         return stop | {name for name in self.timed if self.periods[name].elapsed()}
@@ -241,10 +242,16 @@ class Loop:
         before = random_state()
         model = state.model if state.ema is None else state.ema.module
         metrics = evaluate(
-            cfg, self.task, model, self.data.evaluation(), self.data.val_plan, self.runtime
+            cfg,
+            self.task,
+            model,
+            self.data.evaluation(),
+            self.data.val_plan,
+            self.runtime,
+            self.guard,
         )
         set_random_state(before)
-        self.runtime.watch.enter("step")
+        self.guard.enter("step")
         if metrics is None:
             return None
         self.evaluated = state.progress.step
@@ -264,11 +271,11 @@ class Loop:
     def save(self, last: bool = False) -> None:
         """Start to save this step boundary; the last save is waited for. A collective."""
         state = self.state
-        self.runtime.watch.enter("save")
+        self.guard.enter("save")
         try:
             self._save(state, last)
         finally:
-            self.runtime.watch.enter("step")
+            self.guard.enter("step")
 
     def _save(self, state: TrainingState, last: bool) -> None:
         captured = state.capture(self.runtime)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +23,16 @@ from launcher.checkpoint.weights import load_weights
 from launcher.config import CfgNode, flatten, parse_duration
 from launcher.data.splits import Data
 from launcher.engine.evaluate import evaluate
-from launcher.engine.failure import Failures
 from launcher.engine.loop import Loop
-from launcher.engine.members import compare, model_layout
 from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.schedule import build_schedule
-from launcher.engine.stopping import StopMargin, deadlines
+from launcher.guard.guard import Guard
+from launcher.guard.members import model_layout
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.background import Background
 from launcher.telemetry.console import Console
-from launcher.telemetry.heartbeat import Heartbeat
 from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder, Sink
 from launcher.telemetry.rundir import RunDirectory
@@ -60,26 +59,25 @@ def run(
     runtime: Runtime,
     logs: Logs,
     directory: RunDirectory,
+    guard: Guard,
     start: Start,
-    failures: Failures,
 ) -> bool:
     """Train `task_class` as the config says; False where it was asked to stop before the end.
     Called by every rank.
 
-    Called within `watching`, which gives `failures`. Raises UsageError for what the user must mend,
+    Raises UsageError for what the user must mend,
     before the run directory is made or changed.
     """
     task = task_class(cfg)
     data = Data(cfg, task, runtime)
-    state = build_state(cfg, task, runtime)
-    failures.progress = state.progress
+    state = build_state(cfg, task, runtime, guard.progress)
     task.recorder = RunRecorder(state.recorder, state.progress, runtime)
     schedule = build_schedule(cfg, data.train_plan)
     built = {
         "the number of steps": schedule.total_steps,
         "the model's layout": model_layout(state.model),
     }
-    compare(built, runtime)
+    guard.agree(built)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, start.resume, start.resume_from, runtime)
     if found is not None:
@@ -100,7 +98,7 @@ def run(
     resumed = found is not None and found.step is not None
     total = schedule.total_steps
     open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed, total)
-    failures.open()
+    guard.open()
     console = Console(total, enabled=runtime.is_main)
     logs.attach(console)
     saver = heartbeat = None
@@ -115,23 +113,21 @@ def run(
             directory.write_history,
             SystemFigures(runtime.device, directory.path).latest,
         )
-        margin = StopMargin(runtime, state.progress)
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
             directory.saved(manifest, seconds, error)
-            margin.saved(seconds)
+            guard.saved(seconds)
 
         saver = Saver(store, runtime.device, saved)
-        ask = runtime.watch.request_stop
-        heartbeat = Heartbeat(directory, state.progress, deadlines(cfg), margin, ask)
+        heartbeat = Heartbeat(directory, state.progress, guard)
     try:
         console.start(state.progress.step)
-        loop = Loop(cfg, task, runtime, directory, data, state, schedule, saver)
+        loop = Loop(cfg, task, runtime, directory, data, state, schedule, saver, guard)
         stopped = loop.train()
         if stopped is None and state.recorder.sink is not None:
             state.recorder.sink.finish()
     finally:
-        runtime.watch.enter("save")
+        guard.enter("save")
         console.close()
         data.close()
         if saver is not None:
@@ -143,6 +139,28 @@ def run(
     if runtime.is_main:
         _write_end(directory, state.progress, stopped)
     return stopped is None
+
+
+class Heartbeat:
+    """A thread that keeps status.json fresh, and looks for the file STOP."""
+
+    def __init__(self, directory: RunDirectory, progress: Progress, guard: Guard) -> None:
+        self.directory, self.progress, self.guard = directory, progress, guard
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        count = 0
+        while not self.closed.wait(1.0):
+            self.guard.look_for_stop_file()
+            count += 1
+            if count % 10 == 0:
+                self.directory.heartbeat(self.progress.as_dict())
+
+    def close(self) -> None:
+        self.closed.set()
+        self.thread.join(2.0)
 
 
 def _write_end(directory: RunDirectory, progress: Progress, stopped: str | None) -> None:
@@ -163,6 +181,7 @@ def evaluate_only(
     task_class: type,
     runtime: Runtime,
     directory: RunDirectory,
+    guard: Guard,
     which: str,
 ) -> bool:
     """Evaluate a checkpoint ("last", "best" or a path) and write evaluations/<UTC time>.json; False
@@ -182,10 +201,9 @@ def evaluate_only(
     # A collective a tensor: the model of rank 0 is everybody's.
     runtime.broadcast_tensors(list(model.state_dict().values()))
     data.start_evaluation()
-    runtime.watch.started = True
-    metrics = evaluate(cfg, task, model, data.evaluation(), data.val_plan, runtime)
+    metrics = evaluate(cfg, task, model, data.evaluation(), data.val_plan, runtime, guard)
     if metrics is None:
-        logger.info("stopped (%s) before the evaluation was done", runtime.watch.stop)
+        logger.info("stopped (%s) before the evaluation was done", guard.stop)
         return False
     if runtime.is_main:
         values = {f"val/{key}": value for key, value in metrics.items()}
@@ -194,7 +212,9 @@ def evaluate_only(
     return True
 
 
-def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
+def build_state(
+    cfg: CfgNode, task: Any, runtime: Runtime, progress: Progress | None = None
+) -> TrainingState:
     """The model, its optimiser and all else that a checkpoint holds, fresh."""
     model = task.build_model().to(runtime.device)
     ema = None
@@ -208,7 +228,7 @@ def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
         optimizer=build_optimizer(cfg, task, model),
         scaler=scaler,
         ema=ema,
-        progress=Progress(),
+        progress=progress or Progress(),
         recorder=Recorder(runtime),
     )
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from launcher.runtime.board import Board, Unreachable
+from launcher.guard.board import Board, Unreachable
 
 WAIT_S = 1.0  # how much later than another rank rank 0 may be, and still be the first
 

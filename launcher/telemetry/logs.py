@@ -7,12 +7,9 @@ import logging
 import logging.handlers
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from launcher.runtime.board import Board
 from launcher.runtime.topology import Topology
 from launcher.telemetry.console import Console, ConsoleHandler
 from launcher.telemetry.funnel import Funnel
@@ -70,14 +67,13 @@ class Logs:
         finally:
             self.funnel.release()
 
-    @contextmanager
-    def beside(self, board: Board | None) -> Iterator[None]:
-        """Agree on the board which rank shows a warning, while there is one."""
-        with self.console.elsewhere.beside(board):
-            try:
-                yield
-            finally:
-                self.funnel.end()
+    def __enter__(self) -> Logs:
+        self.console.elsewhere.end()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.funnel.end()
+        self.close()
 
     def attach(self, console: Console) -> None:
         """Print above this progress bar from now on."""

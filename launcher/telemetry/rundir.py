@@ -12,12 +12,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.errors import UsageError
-from launcher.runtime import hang
+from launcher.runtime.member import Member
 from launcher.telemetry.append import append_line
 
 logger = logging.getLogger(__name__)
@@ -135,28 +136,13 @@ class RunDirectory:
         self._lock = file
 
     def sign(self) -> None:
-        """Write this process's name on its claim, when the run really starts."""
+        """Write this process's name on its claim, when the run really starts; a failure.json of an
+        attempt before goes."""
         assert self._lock is not None
         self._lock.truncate(0)
-        json.dump(hang.myself(), self._lock)
+        json.dump(asdict(Member.here()), self._lock)
         self._lock.flush()
-
-    def take_over(self, owner: Mapping[str, Any]) -> bool:
-        """Claim the directory for a rank that tells of the end of `owner`, its rank 0.
-
-        False where nothing is to be written: a successor has begun, or the end has been told of. An
-        owner that is frozen keeps all others out, so then its ranks may write.
-        """
-        try:
-            self.claim()
-            self.sign()  # for the next of the owner's ranks to come this way
-        except UsageError:
-            holder = _read_json(self.path / LOCK)
-            if any(holder.get(key) != owner[key] for key in ("host", "pid")):
-                return False
-        status = self.read_status()
-        same = all(status.get(key) == owner[key] for key in ("host", "pid"))
-        return same and status.get("state") == "running"
+        self.failure.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the claim up; a process that ends does so by itself."""
@@ -235,9 +221,28 @@ class RunDirectory:
                 self._status = {**self._status, **at}
                 self._try("status.json", lambda: replace_json(self.status, self._status))
 
-    def write_failure(self, failure: Mapping[str, Any]) -> None:
-        """Replace failure.json: rank, host, step, exception, traceback, end of that rank's log."""
-        self._try("failure.json", lambda: replace_json(self.failure, failure))
+    def create_failure(self, failure: Mapping[str, Any]) -> bool:
+        """Write failure.json unless there is one, so that the word of the first rank to come
+        stands; whether it is this one's."""
+        text = json.dumps(failure, indent=2, default=str) + "\n"
+        temporary = self.path / f".failure.json.{socket.gethostname()}.{os.getpid()}"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            try:
+                os.link(temporary, self.failure)
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                with self.failure.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            finally:
+                temporary.unlink()
+        except FileExistsError:
+            return False
+        except OSError as error:
+            logger.warning("%s could not be written: %s", self.failure, error)
+            return False
+        return True
 
     def write_evaluation(self, result: Mapping[str, Any]) -> None:
         """Write evaluations/<UTC time>.json."""
@@ -297,7 +302,7 @@ def _cut(path: Path, length: int, aside: Path) -> int:
 
 def _is_alive(owner: Mapping[str, Any]) -> bool:
     # By when it began as well: a container that takes another's place has its name and its pids.
-    return hang.is_alive(owner.get("pid", 0), owner.get("created", 0.0))
+    return Member(owner.get("host", ""), owner.get("pid", 0), owner.get("created", 0.0)).lives()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
