@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
 from dataclasses import dataclass, field
@@ -20,9 +19,9 @@ from launcher.data.splits import Data
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
-from launcher.telemetry.files import strict
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
+from launcher.telemetry.sinks import strict
 
 
 @dataclass
@@ -110,7 +109,6 @@ class TrainingState:
             "metrics": strict(metrics),
             "time": time.time(),
             "versions": versions(),
-            "config_sha256": hashlib.sha256(self.cfg.dump().encode()).hexdigest(),
         }
 
     def restore(self, saved: dict[str, Any], runtime: Runtime) -> None:

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from launcher.guard.stop import LAG
+
 REQUESTS = ("stop", "finish", "record", "evaluate", "checkpoint")
 # Two more passengers: whether the task weighs its batches, and the weight of the global batch.
 WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
-# On CUDA the answer is read this many steps later, when its copy to the host is long done: reading
-# it at once would make the host wait for the device in every step.
-LAG = 8
 
 
 class Agreement:

@@ -20,7 +20,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.checkpoint.weights import load_weights
-from launcher.config import CfgNode, flatten
+from launcher.config import CfgNode
 from launcher.data.splits import Data
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
@@ -30,15 +30,15 @@ from launcher.engine.step import TrainStep
 from launcher.guard.guard import Guard
 from launcher.guard.members import model_layout
 from launcher.runtime.process import Runtime
-from launcher.runtime.progress import Progress, in_steps
-from launcher.tasks.task import make_task
+from launcher.runtime.progress import in_steps
+from launcher.tasks import make_task
 from launcher.telemetry.console import Console
 from launcher.telemetry.environment import describe, this_rank
-from launcher.telemetry.files import ConsoleLines, JsonLines, strict
 from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder
-from launcher.telemetry.rundir import RunDirectory
-from launcher.telemetry.writer import Sink, Writer
+from launcher.telemetry.rundir import RunDirectory, replace_json
+from launcher.telemetry.sinks import JsonLines, Sink, strict
+from launcher.telemetry.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Job:
     resume_from: Path | None = None
     allow: frozenset[str] = field(default_factory=frozenset)
     callbacks: Sequence[Made] = ()  # those of CALLBACKS
-    evaluate: str = ""  # "last", "best" or a path: evaluate this checkpoint, and nothing else
+    evaluate: str = "last"  # "last", "best" or a path: the checkpoint of --eval-only
 
 
 def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
@@ -95,9 +95,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     open_directory(job, state, runtime, resumed)
     guard.open()
     logs.open(directory.logs)
-    console = Console(steps, enabled=runtime.is_main)
-    logs.attach(console)
-    saver = None
+    console = saver = None
     if runtime.is_main:
         store.clean(found.damaged if found is not None else ())
         if found is not None and resumed:
@@ -111,11 +109,12 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             directory.saved(manifest, seconds, error)
             guard.saved(seconds)
 
-        sinks = build_sinks(cfg, directory, console, progress)
+        console = Console(steps, progress.step)
+        logs.attach(console)
+        sinks = build_sinks(job, console, progress.step)
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
         saver = Saver(store, saved)
     try:
-        console.start(progress.step)
         step = TrainStep(cfg, task, state, runtime)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
@@ -123,7 +122,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             writer.finish()
     finally:
         guard.enter("save")
-        console.close()
+        if console is not None:
+            console.close()
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
@@ -156,18 +156,15 @@ def build_state(
     return TrainingState(cfg, *parts, job.directory)
 
 
-def build_sinks(
-    cfg: CfgNode, directory: RunDirectory, console: Console, progress: Progress
-) -> list[Sink]:
-    """Where rank 0's records go."""
-    sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
-    if cfg.LOG.TENSORBOARD:
+def build_sinks(job: Job, console: Console, step: int) -> list[Sink]:
+    """Where rank 0's records go, after so many steps."""
+    sinks: list[Sink] = [JsonLines(job.directory.metrics), console]
+    if job.cfg.LOG.TENSORBOARD:
         # Before any loader worker is forked: one that is forked while another thread imports a
         # module cannot import it.
         from launcher.telemetry.tensorboard import TensorBoard
 
-        folder, first = directory.tensorboard, progress.step + 1
-        sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
+        sinks.append(TensorBoard(job.directory.tensorboard, step + 1, job.cfg))
     return sinks
 
 
@@ -179,12 +176,10 @@ def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bo
     if ranks is not None:
         if not resumed and directory.holds_run():  # --overwrite, or --resume without a checkpoint
             logger.info("the old run directory is now %s", directory.set_aside())
-        directory.claim()
-        directory.sign()
-        # One from before asked the attempt of then to stop; who starts this one wants it to run.
-        directory.stop.unlink(missing_ok=True)
+        directory.begin()
         directory.config.write_text(cfg.dump(), encoding="utf-8")
-        directory.write_environment(
+        replace_json(
+            directory.environment,
             {
                 **describe(job.argv),
                 "job": runtime.topology.job_id,
@@ -192,7 +187,7 @@ def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bo
                 "total_steps": in_steps(cfg.TRAIN.DURATION, data.train_plan.steps_per_epoch),
                 "ranks": ranks,
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
-            }
+            },
         )
         directory.write_status("running", progress.as_dict())
         directory.write_history(

@@ -11,7 +11,7 @@ from launcher.config import CfgNode
 from launcher.data.plan import Plan
 from launcher.runtime.progress import in_steps
 
-# The factor of the base learning rate at a share of the way from the warm-up's end to the run's end.
+# The factor of the base rate at a share, 0 to 1, of the way from the warm-up's end to the run's.
 Factor = Callable[[float], float]
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import psutil
 
 from launcher.errors import UsageError
 
@@ -175,16 +171,3 @@ def first_host(nodelist: str) -> str:
     if match is None or match[0].startswith("["):
         raise UsageError(f"SLURM_STEP_NODELIST={nodelist!r} names no host.")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
-
-
-def shutdown_timeout(env: Mapping[str, str]) -> float:
-    """Seconds that torchrun gives its ranks between SIGTERM and SIGKILL.
-
-    https://docs.pytorch.org/docs/stable/elastic/run.html; a torch without the setting gives 30.
-    """
-    command = ""
-    with contextlib.suppress(psutil.Error):
-        command = " ".join(psutil.Process(os.getppid()).cmdline())
-    found = re.search(r"--shutdown[-_]timeout[= ](\d+)", command)
-    text = found[1] if found else env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
-    return float(text) if text.isdigit() else 30.0

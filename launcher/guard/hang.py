@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-# What a rank posts about itself, a second apart: n (a count), collectives (begun so far), phase,
-# step, age and limit (seconds, see Watch), rss_gib.
-Beat = dict[str, Any]
 # What rank 0 does while the others wait for it; these phases have a limit of their own.
 ALONE = ("save", "summarize")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank posts about itself, a second apart."""
+
+    number: int  # of this beat
+    collectives: int  # begun so far
+    phase: str
+    step: int
+    age: float  # seconds since something moved
+    limit: float  # seconds that the phase may take without a move
+    rss_gib: float
 
 
 def judge(
@@ -35,16 +43,16 @@ def judge(
     still moves, or is within the time its phase may take.
     """
     ranks = range(world_size)
-    silent = [r for r in ranks if r not in after or after[r]["n"] == before.get(r, {}).get("n")]
-    fewest = min((beat["collectives"] for beat in after.values()), default=0)
-    suspects = silent or [r for r in ranks if after[r]["collectives"] == fewest]
+    silent = [r for r in ranks if r not in after or after[r] == before.get(r)]
+    fewest = min((beat.collectives for beat in after.values()), default=0)
+    suspects = silent or [r for r in ranks if after[r].collectives == fewest]
 
     def overdue(rank: int) -> float:
-        beat = after.get(rank, {})
+        beat = after.get(rank)
         # Nobody knows a silent rank's age, but that the others have waited for it so long.
-        if rank not in silent:
-            return beat["age"] - beat["limit"]
-        return age - (beat["limit"] if beat.get("phase") in ALONE else limit)
+        if beat is not None and rank not in silent:
+            return beat.age - beat.limit
+        return age - (beat.limit if beat is not None and beat.phase in ALONE else limit)
 
     worst = max(suspects, key=overdue)
     return (worst, silent) if overdue(worst) > 0 else None
@@ -83,43 +91,3 @@ def process_state(pid: int) -> str:
             if text not in ("", "0"):
                 lines.append(f"{name}: {text}")
     return "\n".join(lines) or f"process {pid} is gone"
-
-
-def is_alive(pid: int, created: float | None = None) -> bool:
-    """Whether a process of this host still lives; by when it began, for its number may have been
-    given to another since."""
-    try:
-        process = psutil.Process(pid)
-        same = created is None or abs(process.create_time() - created) < 1
-        return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except (psutil.Error, ValueError):  # gone, or no process id
-        return False
-
-
-def kill(pid: int, created: float) -> None:
-    """SIGKILL for this very process."""
-    if is_alive(pid, created):
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(pid).kill()
-
-
-def myself() -> dict[str, Any]:
-    """How other ranks can find this process: host, pid, and when it began (Unix seconds)."""
-    process = psutil.Process()
-    host = os.uname().nodename
-    return {"host": host, "pid": process.pid, "created": process.create_time()}
-
-
-def rss_gib() -> float:
-    """Resident memory of this process, in GiB; 20 microseconds."""
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Ask again and again for at most so long; whether it became true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True

@@ -28,8 +28,12 @@ class Unreachable(Exception):
 class Board:
     """JSON values under names. Raises Unreachable where the store does not answer."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, answer_s: float = ANSWER_S
+    ) -> None:
+        """`answer_s` is how long the store may take to answer."""
         self.store, self.rank, self.world_size = store, rank, world_size
+        self.answer_s = answer_s
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._calls = queue.SimpleQueue()
         self._late: Future[Any] | None = None  # a question that had no answer in time
@@ -98,7 +102,7 @@ class Board:
             raise Unreachable("an earlier question is not answered yet")
         asked = self._call(function)
         try:
-            return asked.result(ANSWER_S)
+            return asked.result(self.answer_s)
         except Exception as error:  # torch's own errors, and the time-out of the wait
             self._late = asked
             raise Unreachable(str(error)) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,40 @@ from torch import nn
 import launcher
 from launcher.config import CfgNode, flatten
 from launcher.errors import UsageError
-from launcher.runtime import hang
+from launcher.runtime.member import Member
 from launcher.runtime.process import Runtime
 from launcher.telemetry.environment import versions
 
 
-def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[dict[str, Any]]:
-    """Host, pid and start time of every rank's process. A collective.
+def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:
+    """The process of every rank. A collective.
 
     Raises UsageError where ranks have another config, other versions or other code.
     """
-    found = {key: _plain(value) for key, value in flatten(cfg).items()}
+    found = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(cfg).items()}
     found |= {f"version of {name}": version for name, version in versions().items()}
     found[f"code of {task_class.__module__}"] = _code([inspect.getsourcefile(task_class)])
     found["code of launcher"] = _code(sorted(Path(launcher.__file__).parent.rglob("*.py")))
     # A collective, the run's first: nothing is built yet.
-    members = runtime.all_gather({**hang.myself(), "found": found})
-    _compare([(member["host"], member.pop("found")) for member in members])
-    return members
+    return compare(found, runtime)
 
 
-def compare(found: Mapping[str, Any], runtime: Runtime) -> None:
-    """Raise UsageError where ranks have found different things. A collective."""
-    _compare(runtime.all_gather((hang.myself()["host"], dict(found))))
+def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
+    """The process of every rank; raises UsageError where ranks have found different things. A
+    collective."""
+    everywhere = runtime.all_gather((Member.here(), dict(found)))
+    ours, lines = everywhere[0][1], []
+    for rank, (member, theirs) in enumerate(everywhere):
+        keys = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        if keys:
+            told = (f"{k} is {theirs.get(k)!r}, on rank 0 {ours.get(k)!r}" for k in keys[:8])
+            lines.append(f"  rank {rank} on {member.host}: {'; '.join(told)}")
+    if lines:
+        raise UsageError(
+            "The ranks disagree, so nothing was started. Do all nodes have the same files, "
+            "packages and command line?\n" + "\n".join(lines)
+        )
+    return [member for member, _ in everywhere]
 
 
 def model_layout(model: nn.Module) -> str:
@@ -46,26 +57,7 @@ def model_layout(model: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _compare(everywhere: list[tuple[str, dict[str, Any]]]) -> None:
-    _, ours = everywhere[0]
-    lines = []
-    for rank, (host, theirs) in enumerate(everywhere):
-        keys = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
-        if keys:
-            told = (f"{k} is {theirs.get(k)!r}, on rank 0 {ours.get(k)!r}" for k in keys[:8])
-            lines.append(f"  rank {rank} on {host}: {'; '.join(told)}")
-    if lines:
-        raise UsageError(
-            "The ranks disagree, so nothing was started. Do all nodes have the same files, "
-            "packages and command line?\n" + "\n".join(lines)
-        )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _code(files: list[Any]) -> str:
+def _code(files: Iterable[str | Path | None]) -> str:
     digest = hashlib.sha256()
     for file in files:
         if file is not None:
