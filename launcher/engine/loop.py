@@ -144,9 +144,8 @@ class Loop:
         record = None
         if parts is not None:
             means, ranks = parts
-            timing = self.timing.figures(
-                self.data.waited, self.recorded, self.step.schedule.total_steps
-            )
+            now, total = time.monotonic(), self.step.schedule.total_steps
+            timing = self.timing.figures(now, self.data.waited, self.recorded, total)
             record = {**means, **rates(state.optimizer), **timing}
             if state.scaler.is_enabled():
                 batches = self.data.train_plan.batches_in(self.progress.samples)
@@ -154,7 +153,7 @@ class Loop:
             record |= self.callbacks.figures(record, ranks)
             state.recorder.write(record)
         self.callbacks.call("on_record", record)
-        self.timing.restart(self.data.waited)
+        self.timing.restart(time.monotonic(), self.data.waited)
 
     def evaluate(self) -> bool | None:
         """Evaluate, with the averaged weights where there are, and say whether it is a new best;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 
@@ -18,9 +17,8 @@ class Timing:
     samples: int = 0
     steps: int = 0
 
-    def figures(self, data: float, step: int, total_steps: int) -> dict[str, float]:
+    def figures(self, now: float, data: float, step: int, total_steps: int) -> dict[str, float]:
         """`data` seconds of waiting and `step` steps are those so far."""
-        now = time.monotonic()
         seconds = max(now - self.began - self.away, 1e-9)  # evaluations and saves left out
         a_step = (now - self.attempt) / max(1, step - self.first)  # with them
         return {
@@ -30,7 +28,7 @@ class Timing:
             "perf/eta_s": max(total_steps - step, 0) * a_step,
         }
 
-    def restart(self, data: float) -> None:
+    def restart(self, now: float, data: float) -> None:
         """A record has been made."""
-        self.began, self.data = time.monotonic(), data
+        self.began, self.data = now, data
         self.away, self.samples, self.steps = 0.0, 0, 0

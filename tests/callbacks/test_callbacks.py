@@ -1,14 +1,14 @@
 """The protocol: requests are kept until they are sent, and state is each callback's own."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.callbacks import Callbacks, Run, parse
+from launcher.callbacks import Callbacks, parse
 from launcher.data.plan import Plan
 from launcher.errors import RunError, UsageError
 from launcher.runtime.progress import Every, Progress
+from tests.callbacks.helpers import view
 
 
 class Patient:
@@ -101,6 +101,6 @@ def test_an_entry_that_cannot_be_read(text: str) -> None:
     ],
 )
 def test_whether_the_step_under_way_is_due(every: str, progress: Progress, due: bool) -> None:
-    parts: Any = SimpleNamespace(progress=progress), SimpleNamespace(train_plan=Plan(20, 8))
-    run = Run(*[None] * 4, *parts, None, None)  # type: ignore[arg-type, misc]
-    assert run.is_due(Every(every)) == due
+    look = view(plan=Plan(20, 8))
+    look.progress.__dict__.update(vars(progress))
+    assert look.is_due(Every(every)) == due
