@@ -297,6 +297,9 @@ class _Hashing:
             self.error = error
             raise
 
+    def flush(self) -> None:
+        """torch.save asks for it; closing the file does it."""
+
     def fingerprint(self) -> dict[str, Any]:
         return {"size": self.size, "sha256": self.digest.hexdigest()}
 

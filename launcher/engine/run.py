@@ -71,7 +71,13 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     state = build_state(job, task, data, recorder, runtime)
     plan, progress = data.train_plan, state.progress
     steps = in_steps(cfg.TRAIN.DURATION, plan.steps_per_epoch)
-    guard.agree({"the number of steps": steps, "the model's layout": model_layout(state.model)})
+    guard.agree(
+        {
+            "the data sets' length": ", ".join(f"{k} {n}" for k, n in data.lengths.items()),
+            "the number of steps": steps,
+            "the model's layout": model_layout(state.model),
+        }
+    )
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
     if found is not None:
@@ -93,8 +99,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     data.start(progress.samples, found.state["stream"] if found else None, state.threads)
     resumed = found is not None and found.step is not None
     open_directory(job, state, runtime, resumed)
-    guard.open()
     logs.open(directory.logs)
+    guard.open()
     console = saver = None
     if runtime.is_main:
         store.clean(found.damaged if found is not None else ())
