@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from launcher.config import CfgNode, parse_duration
 from launcher.errors import RunError
@@ -67,16 +67,12 @@ class Retention:
         if every is not None:
             # The first checkpoint at or after each multiple of the period.
             unit = "epoch" if every.unit == "ep" else "step"
-            seen = 0
-            for m in ordered:
-                if m[unit] // every.amount > seen:
-                    seen = m[unit] // every.amount
-                    kept.add(m["step"])
+            first = {m[unit] // every.amount: m["step"] for m in reversed(ordered)}
+            kept |= {step for period, step in first.items() if period > 0}
         return kept
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A valid checkpoint's state, its step (None for one of another run), and the damaged ones
     passed over, with what is wrong."""
 
@@ -100,10 +96,8 @@ def load_file(path: Path) -> dict[str, Any]:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
     except Exception as error:
-        raise DamagedCheckpoint(f"{path}: {error}") from error
+        raise DamagedCheckpoint(f"{path}: {getattr(error, 'strerror', '') or error}") from error
 
 
 class CheckpointStore:
@@ -165,8 +159,8 @@ class CheckpointStore:
         return target
 
     def _put(self, temporary: Path, target: Path) -> None:
-        """Rename, where the step was saved before in place of the old one, which goes last; `clean`
-        puts it back where this is cut short."""
+        """Rename, where the step was saved before in place of the old one, which goes last;
+        `newest` puts it back where this is cut short."""
         replaced = self.directory / f"{REPLACED}{target.name}"
         if target.exists():
             target.rename(replaced)
@@ -174,13 +168,16 @@ class CheckpointStore:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def newest(self) -> Found | None:
-        """The newest checkpoint that is valid; None where there are none at all.
+        """The newest checkpoint that is valid; None where there are none at all. For the run's live
+        owner only.
 
         Raises RunError when there are checkpoints but none is valid: starting afresh over their
         remains would lose the run.
         """
-        steps = self.steps()
-        damaged: dict[int, str] = {}
+        for path in self.directory.glob(f"{REPLACED}*"):
+            if not (target := path.with_name(path.name.removeprefix(REPLACED))).exists():
+                path.rename(target)  # a crash came between the two renames
+        steps, damaged = self.steps(), dict[int, str]()
         for step in reversed(steps):
             try:
                 return Found(step, self.load(step), damaged)
@@ -199,9 +196,6 @@ class CheckpointStore:
         `damaged_step_<N>`, so that they count for nothing; for the run's live owner only."""
         if not self.directory.is_dir():
             return
-        for path in self.directory.glob(f"{REPLACED}*"):
-            if not (target := path.with_name(path.name.removeprefix(REPLACED))).exists():
-                path.rename(target)  # the crash came between the two renames
         for path in self.directory.glob(".tmp_*"):
             shutil.rmtree(path, ignore_errors=True)
         for step in damaged:

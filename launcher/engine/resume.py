@@ -49,9 +49,7 @@ def find(
                 f"--resume-from {resume_from} holds no training state. To start from weights "
                 "alone use MODEL.WEIGHTS."
             )
-    # Collectives. A Found is taken apart: only plain values and tensors are sent.
-    parts = runtime.broadcast_state(None if found is None else list(vars(found).values()))
-    return None if parts is None else Found(*parts)
+    return runtime.broadcast_state(found)  # collectives
 
 
 def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
