@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from launcher.config import defaults
-from launcher.telemetry.sinks import summary
+from launcher.telemetry.console import summary
 from launcher.telemetry.throughput import Eta, Throughput, known_peak, peak
 
 CPU = torch.device("cpu")
