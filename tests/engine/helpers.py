@@ -17,17 +17,17 @@ from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
-from launcher.telemetry.recorder import Recorder, Sink
-from launcher.telemetry.task_recorder import RunRecorder
+from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.writer import Writer
 
 LENGTH = 23
 ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 Weights = list[torch.Tensor]
 
 
-def recording(runtime: Runtime = ALONE, sink: Sink | None = None) -> RunRecorder:
+def recording(runtime: Runtime = ALONE, writer: Writer | None = None) -> Recorder:
     """What a run gives a task to record with."""
-    return RunRecorder(Recorder(runtime, sink), Progress(), runtime)
+    return Recorder(runtime, Progress(), writer or Writer())
 
 
 def config(*words: object) -> CfgNode:

@@ -15,8 +15,8 @@ from launcher.data.plan import Plan
 from launcher.engine.evaluate import evaluate
 from launcher.runtime.process import Runtime, start
 from launcher.runtime.topology import Topology
-from launcher.telemetry.recorder import Sink
 from tests.engine.helpers import LENGTH, Regression, Trainer, config, recording, take
+from tests.telemetry.helpers import Kept
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -71,13 +71,10 @@ def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> di
     for step in range(STEPS):
         seen.append(trainer.one(step, asked.get(step, frozenset()))[1])
         begun.append(runtime.collectives())
-    written: list[dict[str, Any]] = []
-
-    class Kept(Sink):
-        write = staticmethod(written.append)
-
-    trainer.state.recorder.sink = Kept() if runtime.is_main else None
-    trainer.state.recorder.record({"step": STEPS, "epoch": 0, "samples": 0}, {})
+    trainer.state.recorder.writer = kept = Kept(runtime.is_main)
+    written = kept.records
+    if (gathered := trainer.state.recorder.gather()) is not None:
+        trainer.state.recorder.write(gathered[0])
     seen_names = [sorted(names) for names in seen]
     return {
         **{"weights": trainer.weights, "seen": seen_names, "written": written},

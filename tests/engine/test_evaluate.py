@@ -10,9 +10,8 @@ from launcher.data.plan import Plan
 from launcher.engine.evaluate import evaluate
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
-from launcher.telemetry.media import Media
-from launcher.telemetry.recorder import Sink
 from tests.engine.helpers import ALONE, config, recording
+from tests.telemetry.helpers import Kept
 
 N = 10
 X = torch.arange(N, dtype=torch.float32) ** 2 / 7
@@ -115,21 +114,13 @@ def test_the_model_evaluates_without_gradients_and_is_put_back(training: bool) -
     assert model.training is training and torch.is_grad_enabled()
 
 
-class Shown(Sink):
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def show(self, media: Media) -> None:
-        self.names += media.names
-
-
 class Recording(Table):
     """Shows and counts something in each batch, and asks to stop in the second if told to."""
 
     def __init__(self, runtime: Runtime, stops: bool) -> None:
         super().__init__(loss=X)
-        self.runtime, self.stops, self.sink, self.seen = runtime, stops, Shown(), 0
-        self.recorder = recording(runtime, self.sink)
+        self.runtime, self.stops, self.kept, self.seen = runtime, stops, Kept(), 0
+        self.recorder = recording(runtime, self.kept)
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
         self.seen += 1
@@ -149,8 +140,8 @@ def test_what_is_recorded_meanwhile_is_the_evaluations() -> None:
     task = Recording(ALONE, stops=False)
     metrics = run(task)
     assert (metrics["seen"], metrics["whole"]) == ((1 + 4 + 9) / 6, N)
-    assert task.sink.names == ["val/note", "val/end"]
-    assert task.recorder.split == "train" and task.recorder.recorder.state() == {}
+    assert [m.names for m in task.kept.media] == [["val/note"], ["val/end"]]
+    assert task.recorder.split == "train" and task.recorder.state() == {}
 
 
 def test_an_evaluation_that_is_given_up_shows_nothing() -> None:
@@ -160,4 +151,4 @@ def test_an_evaluation_that_is_given_up_shows_nothing() -> None:
     plan = Plan(N, 4)
     batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
     assert evaluate(config(), task, nn.Linear(1, 1), batches, plan, runtime) is None
-    assert task.seen == 2 and task.sink.names == []
+    assert task.seen == 2 and task.kept.media == []

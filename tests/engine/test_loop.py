@@ -65,7 +65,8 @@ def test_a_disk_too_small_for_the_checkpoints_is_told(
 def test_a_run_is_not_complete_without_its_last_checkpoint() -> None:
     """Issue 4, item 3: where the records before it cannot be written, the run says so and fails."""
     state = SimpleNamespace(
-        capture=lambda runtime: {}, recorder=SimpleNamespace(flush=lambda: False)
+        capture=lambda runtime: {},
+        recorder=SimpleNamespace(writer=SimpleNamespace(flush=lambda: False)),
     )
     loop = bare(state=state, runtime=ALONE, saver=object())
     loop.save()  # a save under way is only skipped

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from launcher.errors import RunError
-from launcher.telemetry.recorder import Sink
+from launcher.telemetry.recorder import Recorder
 from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, rows, take
+from tests.telemetry.helpers import Kept
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 
@@ -39,20 +40,21 @@ def test_recorded_values_are_means_over_the_large_batch(
     errors = ((trainer.state.model(x) - y) ** 2).squeeze(1)
     loss = ((errors * w).sum() / w.sum()).item()
     trainer.run(1)
-    trainer.state.recorder.record({"step": 1, "epoch": 0, "samples": 8}, {})
+    write_means(trainer.state.recorder)
     assert written[0]["train/loss"] == pytest.approx(loss, rel=1e-6)
     assert written[0]["train/error"] == pytest.approx(loss, rel=1e-6)
 
 
+def write_means(recorder: Recorder) -> None:
+    gathered = recorder.gather()
+    if gathered is not None:
+        recorder.write(gathered[0])
+
+
 def collect(trainer: Trainer) -> list[dict[str, Any]]:
     """The list in which the trainer's records arrive."""
-    written: list[dict[str, Any]] = []
-
-    class Kept(Sink):
-        write = staticmethod(written.append)
-
-    trainer.state.recorder.sink = Kept()
-    return written
+    trainer.state.recorder.writer = kept = Kept()
+    return kept.records
 
 
 def test_micro_batches_without_weight_do_not_count() -> None:
@@ -88,7 +90,7 @@ def test_clipping_is_torchs(clip: float) -> None:
     assert_close(
         trainer.weights, [p.detach() - p.grad for p in model.parameters() if p.grad is not None]
     )
-    trainer.state.recorder.record({"step": 1, "epoch": 0, "samples": 8}, {})
+    write_means(trainer.state.recorder)
     # What is recorded is the norm before clipping.
     assert written[0]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
@@ -153,7 +155,7 @@ def test_a_skipped_step_is_not_counted_into_the_norm() -> None:
     trainer = Trainer(Overflow({1}), "TRAIN.PRECISION", "fp16")
     written = collect(trainer)
     trainer.run(3)
-    trainer.state.recorder.record({"step": 2, "epoch": 0, "samples": 24}, {})
+    write_means(trainer.state.recorder)
     assert 0 < written[0]["train/grad_norm"] < float("inf")
 
 

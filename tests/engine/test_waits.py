@@ -15,8 +15,8 @@ from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
 from launcher.telemetry.histograms import Histograms
 from launcher.telemetry.media import spread
-from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import Regression, Trainer, recording
+from tests.engine.helpers import Regression, Trainer
+from tests.telemetry.helpers import Kept
 
 META = Runtime(Topology(), torch.device("meta"), CpuBudget(1, 1, 1, ""))
 
@@ -54,16 +54,15 @@ def test_steps(weighted: bool) -> None:
     """Only a record reads: what all steps added, at once."""
     task = Recording(weighted)
     trainer = Trainer(task, "MODEL.EMA_DECAY", 0.9, runtime=META, micro_batch_size=3)
-    task.recorder = recording(META)
-    task.recorder.recorder = recorder = trainer.state.recorder
-    recorder.sink = Sink()
+    task.recorder = recorder = trainer.state.recorder
+    recorder.writer = Kept()
     histograms = Histograms("1step", trainer.state.model, recorder)
     histograms.due = True
     trainer.step.observe = histograms.gradients
     trainer.run(5)
     assert histograms.found and all(found.is_meta for found in histograms.found.values())
     with pytest.raises(NotImplementedError):
-        recorder.record({"step": 5, "epoch": 1, "samples": 40}, {})
+        recorder.gather()
 
 
 def test_a_histogram_of_a_task() -> None:
