@@ -199,8 +199,8 @@ class RunDirectory:
     def heartbeat(self, position: Mapping[str, int]) -> None:
         """Say in status.json that a running run is alive, every BEAT_S however often called."""
         with self._writing:
-            due = time.time() - self._status.get("updated", 0) >= BEAT_S
-            if due and self._status["state"] == "running":
+            running = self._status.get("state") == "running"
+            if running and time.time() - self._status["updated"] >= BEAT_S:
                 self.write_status("running", position)
 
     def create_failure(self, failure: Mapping[str, Any]) -> bool:

@@ -67,8 +67,7 @@ def make(tmp_path: Path, store: dist.Store, members: list[dict[str, Any]]) -> li
         ranks.append(made)
     directory = ranks[0].directory
     directory.logs.mkdir(parents=True)
-    directory.claim()
-    directory.sign()
+    directory.begin()
     owner = {key: members[0][key] for key in ("host", "pid")}
     directory.status.write_text(json.dumps({"state": "running", **owner}))
     return ranks

@@ -2,32 +2,33 @@
 
 import errno
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.compat.proto import event_pb2
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util.tensor_util import make_ndarray
 
-from launcher.config import defaults, flatten
+from launcher.config import load_config
 from launcher.telemetry.append import AppendFile
 from launcher.telemetry.media import Media, OnHost, spread
+from launcher.telemetry.sinks import Record
 from launcher.telemetry.tensorboard import TensorBoard
+
+CFG = load_config(None, ["OPTIM.LR", "0.5"], require_task=False).cfg
 
 
 def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0, "histograms": 0})
     events.Reload()
     return events
-
-
-def plugin(events: EventAccumulator, tag: str) -> str:
-    return events.SummaryMetadata(tag).plugin_data.plugin_name
 
 
 def events_in(folder: Path) -> list[Any]:
@@ -37,44 +38,82 @@ def events_in(folder: Path) -> list[Any]:
     return [event_pb2.Event.FromString(data) for data in loaded]
 
 
-def test_pictures_texts_and_histograms(tmp_path: Path) -> None:
-    library = pytest.importorskip("PIL.Image")
-    sink = TensorBoard(tmp_path, 1)
-    pixels = torch.arange(24, dtype=torch.uint8).view(2, 1, 3, 4)
+def write(
+    folder: Path, *items: Record | Media, purge_step: int = 1, completed: bool = False
+) -> Any:
+    """What the event files hold after a sink with these items."""
+    sink = TensorBoard(folder, purge_step, CFG)
+    for item in items:
+        sink.write([item])
+    sink.close(completed)
+    return read(folder)
+
+
+def record(step: int, **values: float) -> Record:
+    return {"step": step, "epoch": 7, "samples": 8, "time": 1e9 + step, **values}
+
+
+def test_numbers_are_scalars_in_single_precision(tmp_path: Path) -> None:
+    values = {"train/loss": 0.1, "val/größe": 1 / 3, "inf": 1e300, "nan": math.nan, "int": 10**30}
+    events = write(tmp_path, record(3, **values))
+    assert events.Tags()["scalars"] == list(values)
+    for tag, value in values.items():
+        (event,) = events.Scalars(tag)
+        with np.errstate(over="ignore"):
+            assert np.float32(value) == event.value or (
+                math.isnan(value) and math.isnan(event.value)
+            )
+        assert (event.step, event.wall_time) == (3, 1e9 + 3)
+
+
+def test_what_a_resumed_run_does_again_stands_once(tmp_path: Path) -> None:
+    """A crash after step 3, a resume from step 1: TensorBoard drops the old steps 2 and 3."""
+    write(tmp_path, *(record(step, x=step) for step in (1, 2, 3)))
+    events = write(tmp_path, record(2, x=2.0), purge_step=2)
+    assert [event.step for event in events.Scalars("x")] == [1, 2]
+
+
+def test_texts_and_histograms(tmp_path: Path) -> None:
     values = torch.linspace(-1, 1, 100)
-    sink.show(Media("image", ["val/x"], OnHost(pixels), 5))
-    sink.show(Media("text", ["val/note"], "*größer*", 6))
-    both = OnHost(torch.stack([spread(values), spread(values * torch.nan)]))
-    sink.show(Media("histogram", ["weights/a", "weights/b"], both, 7))
-    sink.close()
-    events = read(tmp_path)
-    assert set(events.Tags()["tensors"]) == {"val/x", "val/note", "weights/a"}
-    names = [plugin(events, tag) for tag in ("val/x", "val/note", "weights/a")]
-    assert names == ["images", "text", "histograms"]
-    (image,), (text,), (histogram,) = map(events.Tensors, ("val/x", "val/note", "weights/a"))
-    assert [image.step, text.step, histogram.step] == [5, 6, 7]
-    width, height, *files = make_ndarray(image.tensor_proto)
-    assert (int(width), int(height)) == (4, 3)
-    for file, expected in zip(files, pixels, strict=True):
-        assert np.array_equal(np.asarray(library.open(io.BytesIO(file))), expected[0].numpy())
+    both = OnHost(torch.stack([spread(values), spread(values * torch.nan), spread(values * 0)]))
+    names = ["weights/a", "weights/b", "weights/c"]
+    note = Media("text", ["val/note"], "*größer*", 6)
+    events = write(tmp_path, note, Media("histogram", names, both, 7))
+    (text,), (found,) = events.Tensors("val/note"), events.Histograms("weights/a")
+    assert (text.step, found.step) == (6, 7)
     assert make_ndarray(text.tensor_proto).item().decode() == "*größer*"
-    assert make_ndarray(histogram.tensor_proto)[:, 2].sum() == 100
+    one, flat = found.histogram_value, events.Histograms("weights/c")[0].histogram_value
+    assert (one.min, one.max, one.num, sum(one.bucket), len(one.bucket)) == (-1, 1, 100, 100, 30)
+    assert one.bucket_limit[-1] == 1 and one.sum_squares == pytest.approx(values.square().sum())
+    assert (flat.min, flat.max, sum(flat.bucket)) == (0, 0, 100)
+    assert set(events.Tags()["histograms"]) == {"weights/a", "weights/c"}  # not without a number
+
+
+@pytest.mark.parametrize(("count", "channels"), [(1, 1), (1, 3), (1, 4), (2, 1), (2, 3), (2, 4)])
+def test_pictures(count: int, channels: int, tmp_path: Path) -> None:
+    """Several are laid out side by side."""
+    pixels = torch.arange(count * channels * 6, dtype=torch.uint8).view(count, channels, 2, 3)
+    (event,) = write(tmp_path, Media("image", ["val/x"], OnHost(pixels), 5)).Images("val/x")
+    assert (event.step, event.width, event.height) == (5, 3 * count, 2)
+    shown = np.asarray(PIL.Image.open(io.BytesIO(event.encoded_image_string)))
+    expected = torch.cat(list(pixels), dim=2).permute(1, 2, 0)
+    assert np.array_equal(shown, expected.expand(-1, -1, max(channels, 3)))
+
+
+def test_a_picture_of_fractions(tmp_path: Path) -> None:
+    values = OnHost(torch.tensor([[[[0.0, 0.5, 1.0, -3.0, 7.0]]]]))
+    (event,) = write(tmp_path, Media("image", ["x"], values, 5)).Images("x")
+    shown = np.asarray(PIL.Image.open(io.BytesIO(event.encoded_image_string)))
+    assert shown[0, :, 0].tolist() == [0, 127, 255, 0, 255]
 
 
 def test_config_and_hparams(tmp_path: Path) -> None:
-    """In the run's own file: what a step depends on, the metrics of the first evaluation, and that
-    it succeeded."""
-    keys = {**flatten(defaults()), "OPTIM.LR": 0.5, "TASK.WIDTH": 3}
-    sink = TensorBoard(tmp_path / "run" / "tensorboard", 8, "SEED: 0\n", keys)
-    sink.write({"step": 8, "time": 1.0, "train/loss": 1.0})
-    sink.write({"step": 8, "time": 1.0, "val/loss": 1.0, "val/accuracy": 0.5})
-    sink.write({"step": 9, "time": 1.0, "val/loss": 1.0})
-    sink.finish()
-    sink.close()
-    events = read(tmp_path / "run" / "tensorboard")
+    """In the run's own file: what a step depends on, metrics, and that it succeeded."""
+    folder = tmp_path / "run" / "tensorboard"
+    events = write(folder, record(8, x=1.0), purge_step=8, completed=True)
     (config,) = events.Tensors("config")
     assert config.step == 7  # a later attempt's purge leaves it alone
-    assert make_ndarray(config.tensor_proto).item() == b"```yaml\nSEED: 0\n```"
+    assert make_ndarray(config.tensor_proto).item().decode() == f"```yaml\n{CFG.dump()}```"
 
     def content(tag: str) -> bytes:
         return events.SummaryMetadata(tag).plugin_data.content
@@ -87,69 +126,46 @@ def test_config_and_hparams(tmp_path: Path) -> None:
     assert start.hparams["OPTIM.BETAS"].string_value == "[0.9, 0.999]"
     assert not any(key.startswith(("LOG.", "OUTPUT_DIR", "EVAL.")) for key in start.hparams)
     experiment = hparams.parse_experiment_plugin_data(content(hparams.EXPERIMENT_TAG))
-    assert [m.name.tag for m in experiment.metric_infos] == [
-        "val/loss",
-        "val/accuracy",
-        "train/loss",
-    ]
+    assert [m.name.tag for m in experiment.metric_infos] == ["val/loss", "train/loss"]
+    assert experiment.hparam_infos[0].name == "OPTIM.LR"  # what the user set
     assert {h.name for h in experiment.hparam_infos} == set(start.hparams)
-    assert {h.name for h in experiment.hparam_infos if h.differs} == {"OPTIM.LR", "TASK.WIDTH"}
     end = hparams.parse_session_end_info_plugin_data(content(hparams.SESSION_END_INFO_TAG))
     assert end.status == 1
     assert len(list(tmp_path.rglob("*tfevents*"))) == 1
-
-
-def test_a_run_without_evaluations_has_its_training_loss(tmp_path: Path) -> None:
-    sink = TensorBoard(tmp_path, 1, "", {"SEED": 0})
-    sink.finish()
-    sink.close()
-    content = read(tmp_path).SummaryMetadata(hparams.EXPERIMENT_TAG).plugin_data.content
-    experiment = hparams.parse_experiment_plugin_data(content)
-    assert [m.name.tag for m in experiment.metric_infos] == ["train/loss"]
 
 
 def test_after_a_full_disk_every_number_is_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on in the same file, whole: torch's writer would stay silent."""
-    sink = TensorBoard(tmp_path, 1)
-    write = AppendFile._write
-    room = [1 << 30]
+    sink, whole = TensorBoard(tmp_path, 1, CFG), AppendFile._write
+    full = False
 
-    def limited(self: AppendFile, file: Any, data: bytes) -> None:
-        if len(data) > room[0]:
-            write(self, file, data[: room[0]])  # as much as there is room for
+    def limited(self: AppendFile, file: Any, piece: bytes) -> None:
+        whole(self, file, piece[:33] if full else piece)
+        if full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, file, data)
 
     monkeypatch.setattr(AppendFile, "_write", limited)
-    failed = 0
+    waiting: list[Record] = []
     for step in range(1, 30):
-        room[0] = 33 if 10 <= step < 20 else 1 << 30
-        sink.write({"step": step, "time": 1e9 + step, "train/loss": 1 / step})
-        try:
-            sink.flush()
-        except OSError:
-            failed += 1
+        full = step < 5 or 10 <= step < 20
+        waiting.append(record(step, **{"train/loss": 1 / step}))
+        if full:
+            with pytest.raises(OSError):
+                sink.write(waiting)
+        else:
+            sink.write(waiting)
+            waiting = []
         events_in(tmp_path)  # never torn
-    sink.close()
-    assert failed == 10
-    found = {
-        e.step: make_ndarray(e.tensor_proto).item() for e in read(tmp_path).Tensors("train/loss")
-    }
+    sink.close(False)
+    found = {event.step: event.value for event in read(tmp_path).Scalars("train/loss")}
     assert found == {step: np.float32(1 / step) for step in range(1, 30)}
-    assert [e.step for e in events_in(tmp_path) if e.HasField("summary")] == [*range(1, 30)]
+    steps = [e.step for e in events_in(tmp_path) if e.summary.value]
+    assert [step for step in steps if step] == [*range(1, 30)]
+    assert len(steps) == 29 + 3  # config, hparams and metrics
 
 
-def test_numbers_beyond_single_precision(tmp_path: Path) -> None:
-    sink = TensorBoard(tmp_path, 1)
-    sink.write({"step": 1, "time": 1.0, "x": 1e300, "y": float("nan"), "z": 10**30})
-    sink.close()
-    events = read(tmp_path)
-    x, y, z = (make_ndarray(events.Tensors(tag)[0].tensor_proto).item() for tag in "xyz")
-    assert x == float("inf") and y != y and z == np.float32(1e30)
-
-
-def test_nothing_is_written_where_nothing_is_flushed(tmp_path: Path) -> None:
-    TensorBoard(tmp_path / "tensorboard", 1, "config", {"SEED": 0})
+def test_nothing_is_made_without_a_record(tmp_path: Path) -> None:
+    TensorBoard(tmp_path / "tensorboard", 1, CFG).close(False)
     assert list(tmp_path.iterdir()) == []
