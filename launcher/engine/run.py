@@ -5,6 +5,7 @@ config -> task -> data set -> order -> loader -> device -> step -> recorder and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import threading
@@ -28,7 +29,6 @@ from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.schedule import build_schedule
 from launcher.guard.guard import Guard
-from launcher.guard.members import model_layout
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.background import Background
@@ -231,6 +231,13 @@ def build_state(
         progress=progress or Progress(),
         recorder=Recorder(runtime),
     )
+
+
+def model_layout(model: torch.nn.Module) -> str:
+    """A digest of the names, shapes and types of a model's parameters and buffers."""
+    tensors = model.state_dict()
+    text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build_sinks(
