@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
 from launcher.errors import RunError, UsageError
-from launcher.guard.stop import STOPPED, leaving_at_signals
+from launcher.guard.stop import STOPPED, Signals
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
@@ -75,11 +75,11 @@ def train(argv: list[str]) -> int:
     """Run the command; the exit code is 0 done, 2 bad usage or config, 75 stopped early on purpose
     (under torchrun 0), 1 anything else. Raises Ended for a failure that has been told of."""
     # First of all: torch is imported with the task, and a signal may come meanwhile.
-    with leaving_at_signals():
-        return _train(argv)
+    with Signals() as signals:
+        return _train(argv, signals)
 
 
-def _train(argv: list[str]) -> int:
+def _train(argv: list[str], signals: Signals) -> int:
     options, overrides = split_overrides(parser(), argv)
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
@@ -121,7 +121,7 @@ def _train(argv: list[str]) -> int:
     log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
     with (
         Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT) as logs,
-        Guard(cfg, topology, directory, Progress()) as guard,
+        Guard(cfg, topology, directory, Progress(), signals) as guard,
     ):
         runtime = guard.join(task_class)
         if options.eval_only:

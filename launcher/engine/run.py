@@ -5,6 +5,7 @@ config -> task -> data set -> order -> loader -> device -> step -> recorder and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launcher.callbacks import Callbacks, Made, Run, shipped
@@ -28,7 +30,6 @@ from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
 from launcher.engine.step import TrainStep
 from launcher.guard.guard import Guard
-from launcher.guard.members import model_layout
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import in_steps
 from launcher.tasks import make_task
@@ -160,6 +161,13 @@ def build_state(
     )
     parts = (model, optimizer, scaler, ema, recorder, data, callbacks)
     return TrainingState(cfg, *parts, job.directory)
+
+
+def model_layout(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of a model's parameters and buffers."""
+    tensors = model.state_dict()
+    text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build_sinks(job: Job, console: Console, step: int) -> list[Sink]:

@@ -7,17 +7,15 @@ in a thread, and whoever asks waits only so long.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
-T = TypeVar("T")
 ANSWER_S = 5.0
 
 
@@ -34,10 +32,9 @@ class Board:
         """`answer_s` is how long the store may take to answer."""
         self.store, self.rank, self.world_size = store, rank, world_size
         self.answer_s = answer_s
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-        self._calls = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (future, function), or None
         self._late: Future[Any] | None = None  # a question that had no answer in time
-        self._peeks: dict[str, Future[Any]] = {}
+        self._peeked: Future[Any] | None = None
         self.thread = threading.Thread(target=self._serve, name="board", daemon=True)
         self.thread.start()
 
@@ -52,14 +49,12 @@ class Board:
         """What each rank has written under a name, by rank; those that have not are left out."""
 
         def read() -> dict[int, Any]:
-            keys = [f"{name}/{rank}" for rank in range(self.world_size)]
+            keys = {f"{name}/{rank}": rank for rank in range(self.world_size)}
             # One request where all are there, as nearly always.
-            present = keys if self.store.check(keys) else [k for k in keys if self.store.check([k])]
-            values = self.store.multi_get(present) if present else []
-            return {
-                int(k.rpartition("/")[2]): json.loads(v)
-                for k, v in zip(present, values, strict=True)
-            }
+            if not self.store.check([*keys]):
+                keys = {key: rank for key, rank in keys.items() if self.store.check([key])}
+            values = self.store.multi_get([*keys]) if keys else []
+            return {rank: json.loads(v) for rank, v in zip(keys.values(), values, strict=True)}
 
         return self._ask(read)
 
@@ -68,36 +63,29 @@ class Board:
         text = json.dumps(value)
         return json.loads(self._ask(lambda: self.store.compare_set(name, "", text)))
 
-    def seen(self, name: str) -> Any:
-        """The value that `first` wrote under a name, or None."""
-        return self._ask(lambda: self._get(name))
-
     def peek(self, name: str) -> Any:
-        """The same as far as the last call's question is answered by now; waits for nothing."""
-        asked = self._peeks.get(name)
+        """The value that `first` wrote under a name, as far as the last call's question is answered
+        by now; None else. Waits for nothing."""
+
+        def get() -> Any:
+            return json.loads(self.store.get(name)) if self.store.check([name]) else None
+
+        asked = self._peeked
         if asked is not None and not asked.done():
             return None
-        self._peeks[name] = self._call(lambda: self._get(name))
+        self._peeked = self._call(get)
         return asked.result() if asked is not None and asked.exception() is None else None
-
-    def flush(self) -> None:
-        """Wait until what was posted is there, or the store does not answer."""
-        with contextlib.suppress(Unreachable):
-            self._ask(lambda: None)
 
     def close(self) -> None:
         self._calls.put(None)
         self.thread.join(1.0)  # a hanging call is left to the process's end
 
-    def _get(self, name: str) -> Any:
-        return json.loads(self.store.get(name)) if self.store.check([name]) else None
-
-    def _call(self, function: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
+    def _call(self, function: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
         self._calls.put((future, function))
         return future
 
-    def _ask(self, function: Callable[[], T]) -> T:
+    def _ask(self, function: Callable[[], Any]) -> Any:
         if self._late is not None and not self._late.done():
             raise Unreachable("an earlier question is not answered yet")
         asked = self._call(function)

@@ -50,30 +50,18 @@ class Failure:
 
 
 def describe(error: BaseException, cfg: CfgNode, world_size: int) -> str:
-    """An error in words; of one for want of device memory, also the figures and the key to
-    change."""
+    """An error in words; of one for want of device memory, also the key to change."""
     text = f"{type(error).__name__}: {error}".strip(": ")
-    if isinstance(error, torch.OutOfMemoryError):
-        text = f"{text}\n{_memory_hint(cfg, world_size)}"
-    return text
-
-
-def _memory_hint(cfg: CfgNode, world_size: int) -> str:
-    train, figures = cfg.TRAIN, ""
-    if torch.cuda.is_initialized():
-        free, total = torch.cuda.mem_get_info()
-        peak = torch.cuda.max_memory_allocated()
-        figures = (
-            f"cuda:{torch.cuda.current_device()} has {total / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB of it free; this rank took {peak / 2**30:.1f} GiB at most. "
-        )
+    if not isinstance(error, torch.OutOfMemoryError):
+        return text
+    train = cfg.TRAIN
     share = -(-train.BATCH_SIZE // world_size)
     micro = min(share, train.MICRO_BATCH_SIZE or share)
     return (
-        f"{figures}{micro} samples were put through the model at once (TRAIN.BATCH_SIZE "
+        f"{text}\n{micro} samples were put through the model at once (TRAIN.BATCH_SIZE "
         f"{train.BATCH_SIZE} over {world_size} ranks, TRAIN.MICRO_BATCH_SIZE "
         f"{train.MICRO_BATCH_SIZE}). TRAIN.MICRO_BATCH_SIZE {max(1, micro // 2)} needs about "
-        "half the memory, and trains the same; EVAL.BATCH_SIZE is that of evaluations "
+        f"half the memory, and trains the same; EVAL.BATCH_SIZE is that of evaluations "
         f"({cfg.EVAL.BATCH_SIZE})."
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 # What rank 0 does while the others wait for it; these phases have a limit of their own.
-ALONE = ("save", "summarize")
+ALONE = frozenset({"save", "summarize"})
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,6 @@ def stacks() -> str:
         f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame)).rstrip()
         for ident, frame in frames
     )
-
-
-def main_stack() -> str:
-    """The Python stack of the main thread."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return "".join(traceback.format_stack(frame)) if frame is not None else ""
 
 
 def process_state(pid: int) -> str:

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 import launcher
 from launcher.config import CfgNode, flatten
 from launcher.errors import UsageError
@@ -48,13 +46,6 @@ def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
             "packages and command line?\n" + "\n".join(lines)
         )
     return [member for member, _ in everywhere]
-
-
-def model_layout(model: nn.Module) -> str:
-    """A digest of the names, shapes and types of a model's parameters and buffers."""
-    tensors = model.state_dict()
-    text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _code(files: Iterable[str | Path | None]) -> str:

@@ -11,13 +11,12 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Mapping
+from typing import Any
 
 import psutil
 
-from launcher.config import CfgNode, parse_duration
+from launcher.config import CfgNode, seconds
 from launcher.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -33,54 +32,47 @@ SLURM_SPARE_S = 30.0
 LAG = 8
 
 
-@contextmanager
-def leaving_at_signals() -> Iterator[None]:
-    """Let a signal end this process as one that was stopped and may be started again, as long as no
-    Guard has taken the signals over. Its exit code tells, and nothing is made yet."""
-
-    def leave_now(number: int, frame: FrameType | None) -> None:
-        say(f"{signal.Signals(number).name}: stopped before the first step")
-        leave(STOPPED)
-
-    before = {number: signal.signal(number, leave_now) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 class Signals:
-    """The signals that ask to stop, for a thread to wait for: a file descriptor tells of them
-    (signal.set_wakeup_fd), so also while the main thread waits inside a collective, where Python's
-    own handlers do not run. Made and closed in the main thread."""
+    """The signals that ask to stop, as a context in the main thread, for another to wait for.
+
+    A file descriptor tells of them (signal.set_wakeup_fd), so also while the main thread waits in a
+    collective, where Python's own handlers do not run. As long as nobody has waited for them, one
+    ends this process as stopped and to be started again: nothing is made yet.
+    """
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
+        self._awaited = False
+
+    def __enter__(self) -> Signals:
         self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        # Signals must have some handler of Python's for the descriptor to be written to.
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._old_writer)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._awaited:
+            say(f"{signal.Signals(number).name}: stopped before the first step")
+            leave(STOPPED)
 
     def wait(self, seconds: float) -> list[int]:
         """The signals that come within so long; returns at the first, or when woken."""
+        self._awaited = True
         if not select.select([self._reader], [], [], seconds)[0]:
             return []
         return [number for number in os.read(self._reader, 4096) if number in SIGNALS]
 
     def wake(self) -> None:
         """Let `wait` return at once."""
-        with contextlib.suppress(OSError):  # full, so it returns anyway; or closed
+        with contextlib.suppress(OSError):  # full, so it returns anyway
             os.write(self._writer, b"\0")
-
-    def close(self) -> None:
-        """Put the handlers back that were there before."""
-        signal.set_wakeup_fd(self._old_writer)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        os.close(self._writer)
-        os.close(self._reader)
-        self._writer = self._reader = -1
 
 
 class StopMargin:
@@ -88,25 +80,21 @@ class StopMargin:
     last checkpoint has to be written."""
 
     def __init__(
-        self,
-        progress: Progress,
-        cuda: bool = False,
-        granted_s: float | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
+        self, progress: Progress, device: str, granted_s: float | None, clock: Any = time
     ) -> None:
         """`granted_s` is how long after the request a rank is killed, None where it is not."""
-        self.progress, self.granted_s, self.monotonic = progress, granted_s, monotonic
-        self.began, self.first = monotonic(), progress.step
-        self.steps = 2 + (LAG if cuda else 0)
+        self.progress, self.granted_s, self.clock = progress, granted_s, clock
+        self.began, self.first = clock.monotonic(), progress.step
+        self.steps = 2 + (LAG if device == "cuda" else 0)
         self.longest_save_s = 0.0
 
     def __call__(self) -> float:
-        steps = self.progress.step - self.first
-        per_step = (self.monotonic() - self.began) / max(1, steps)
+        steps = max(1, self.progress.step - self.first)
+        per_step = (self.clock.monotonic() - self.began) / steps
         return self.longest_save_s + self.steps * per_step
 
     def saved(self, seconds: float) -> None:
-        """Take note of how long a save took."""
+        """Take note of how long a save took; warn, once, where a stop cannot be in time."""
         self.longest_save_s = max(self.longest_save_s, seconds)
         if self.granted_s is not None and (needed := self()) > self.granted_s:
             logger.warning(
@@ -115,19 +103,19 @@ class StopMargin:
                 "Start it with --shutdown-timeout=%.0f or more (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).",
                 *(needed, seconds, self.granted_s, 2 * needed),
             )
-            self.granted_s = None  # once is enough
+            self.granted_s = None
 
 
-def deadlines(cfg: CfgNode) -> dict[str, float]:
-    """Seconds from now until this attempt must have stopped, by what sets them: TRAIN.MAX_TIME
+def deadlines(cfg: CfgNode, now: float) -> dict[str, float]:
+    """When this attempt must have stopped, by a clock at `now`, and what says so: TRAIN.MAX_TIME
     after the process began, and the end of Slurm's time limit."""
     found = {}
-    if (most := parse_duration(cfg.TRAIN.MAX_TIME)) is not None:
+    if cfg.TRAIN.MAX_TIME:
         age = time.time() - psutil.Process().create_time()
-        found[f"TRAIN.MAX_TIME {cfg.TRAIN.MAX_TIME}"] = most.amount - age
+        found[f"TRAIN.MAX_TIME {cfg.TRAIN.MAX_TIME}"] = now - age + seconds(cfg.TRAIN.MAX_TIME)
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     if end.isdigit():
-        found["Slurm's time limit"] = int(end) - time.time() - SLURM_SPARE_S
+        found["Slurm's time limit"] = now + int(end) - time.time() - SLURM_SPARE_S
     return found
 
 

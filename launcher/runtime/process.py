@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
-from launcher.config import CfgNode, parse_duration
+from launcher.config import CfgNode, seconds
 from launcher.errors import RunError, UsageError
 from launcher.runtime.cpu import CpuBudget, cpu_budget
 from launcher.runtime.topology import Topology
@@ -200,11 +200,8 @@ def _end_with_parent() -> None:
 def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> dist.Store:
     """Join the process group; a store for this attempt, on a connection of its own: a call of the
     group's would block others on the same one."""
-    keys = cfg.DIST
-    init_s, *others_s = (
-        parse_duration(text).amount  # type: ignore[union-attr]  # the config check demands them
-        for text in (keys.INIT_TIMEOUT, keys.TRAIN_TIMEOUT, keys.SAVE_TIMEOUT)
-    )
+    init_s = seconds(cfg.DIST.INIT_TIMEOUT)
+    longest_s = max(init_s, seconds(cfg.DIST.TRAIN_TIMEOUT), seconds(cfg.DIST.SAVE_TIMEOUT))
     deadline = time.monotonic() + init_s
     cuda = device.type == "cuda"
     # torchrun's agent keeps a store for its workers; under srun rank 0 keeps one.
@@ -228,7 +225,7 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> dist.
             store=dist.PrefixStore(f"launcher/{attempt}/group", store),
             rank=topology.rank,
             world_size=topology.world_size,
-            timeout=timedelta(seconds=max(init_s, *others_s) + BEYOND_GUARD_S),
+            timeout=timedelta(seconds=longest_s + BEYOND_GUARD_S),
             device_id=device if cuda else None,
         )
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
