@@ -32,10 +32,10 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from launcher.data.fetch import Fetcher, Request
-from launcher.data.loader import load, train_requests
+from launcher.data.fetch import Fetcher
+from launcher.data.loader import load
 from launcher.data.order import Shuffle
-from launcher.data.plan import Plan
+from launcher.data.plan import Plan, Request, train_requests
 from launcher.datasets import ListFile
 
 BATCH = 64

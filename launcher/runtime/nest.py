@@ -20,7 +20,7 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, MutableMapping):
-        changed = copy.copy(value)  # a defaultdict stays one
+        changed: Any = copy.copy(value)  # a defaultdict stays one
         for key, item in value.items():
             changed[key] = map_tensors(item, change)
         return changed

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.fetch import Fetcher, Request
+from launcher.data.fetch import Fetcher
 from launcher.data.loader import load
+from launcher.data.plan import Request
 from launcher.datasets import ListFile
 from launcher.errors import RunError, UsageError
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.fetch import Fetcher, Request
+from launcher.data.fetch import Fetcher
+from launcher.data.plan import Request
 from launcher.datasets import TokenFile
 from launcher.errors import UsageError
 
@@ -43,7 +44,7 @@ def test_large_tokens_and_npy(tmp_path: Path) -> None:
 def test_a_batch_is_fetched_in_one_call_and_needs_no_seeds(tmp_path: Path) -> None:
     dataset = TokenFile(tokens(tmp_path / "t.bin", 101), length=10)
     fetcher = Fetcher(dataset, None, seed=0)
-    assert fetcher.whole is not None and fetcher.seeds is None
+    assert fetcher.whole is not None and fetcher.seed is None
     inputs, targets = fetcher[Request(0, [9, 0, 3])]
     assert inputs[:, 0].tolist() == [90, 0, 30] and torch.equal(inputs + 1, targets)
 
