@@ -83,7 +83,7 @@ class Loop:
         self.throughput = Throughput(cfg, task, runtime.device, runtime.world_size)
         self.timed = [name for name, period in self.periods.items() if period.timed]
         self.clock = StopWatch(time.monotonic())
-        self.advised = False
+        self.advised, self.waited = False, 0.0
         self.metrics: dict[str, float] = {}  # of an evaluation at this very step
         self.recorded = self.evaluated = -1  # at which step
 
@@ -105,20 +105,20 @@ class Loop:
         finished = progress.reached(duration)
         if self.state.due and not self._make_up(finished):
             return self._stopped()
+        batches = self.data.batches()
         while not finished:
             watch.enter("step")
             before, self.metrics = progress.copy(), {}
-            k = plan.batches_in(progress.samples) % plan.steps_per_epoch
-            start, stop = plan.batch(k)
-            sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
+            batch = next(batches)
             self.schedule.apply(self.state.optimizer, progress.step)
-            self.histograms.prepare(progress, stop - start, plan.samples_per_epoch)
-            with self.throughput.step(sum(sizes)):
-                skipped, seen = self.step(self._next_batch, sizes, stop - start, self._requests())
-            progress.advance(stop - start, plan.samples_per_epoch, skipped)
+            self.histograms.prepare(progress, batch.count, plan.samples_per_epoch)
+            with self.throughput.step(sum(batch.sizes)):
+                skipped, seen = self.step(batch, self._requests())
+            progress.advance(batch.count, plan.samples_per_epoch, skipped)
             finished = progress.reached(duration)
             self.clock.steps += 1
-            self.clock.samples += stop - start
+            self.clock.samples += batch.count
+            self.clock.data = self.data.waited - self.waited
             watch.started = True
             stopping = "stop" in seen
             if skipped and not finished and not stopping:
@@ -187,14 +187,6 @@ class Loop:
                 needed / 2**30,
             )
 
-    def _next_batch(self) -> Any:
-        began = time.monotonic()
-        self.runtime.watch.enter("data")
-        batch = self.data.next_batch()
-        self.runtime.watch.enter("step")
-        self.clock.data += time.monotonic() - began
-        return batch
-
     def _requests(self) -> frozenset[str]:
         """What this rank has to say, and all see after the step: that it was asked to stop; on rank
         0, what is due by its clock."""
@@ -215,7 +207,7 @@ class Loop:
             extra["train/skipped_steps"] = batches - self.state.progress.step
         self.state.recorder.record(self.state.progress.as_dict(), extra, self.step.own.take)
         self._advise(now)
-        self.clock = StopWatch(time.monotonic())
+        self.clock, self.waited = StopWatch(time.monotonic()), self.data.waited
 
     def _advise(self, now: float) -> None:
         """One line, once an attempt, where over a fifth of the time is spent waiting for data."""
@@ -229,7 +221,7 @@ class Loop:
             100 * self.clock.data / seconds,
             self.clock.data / steps,
             seconds / steps,
-            self.data.size.reason if self.data.size else "",
+            self.data.size.reason,
         )
 
     def evaluate(self) -> bool | None:

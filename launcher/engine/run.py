@@ -70,12 +70,13 @@ def run(
     before the run directory is made or changed.
     """
     task = task_class(cfg)
-    data = Data(cfg, task, runtime)
+    data = Data(cfg, task, runtime, runtime.watch.enter)
     state = build_state(cfg, task, runtime)
     failures.progress = state.progress
     task.recorder = RunRecorder(state.recorder, state.progress, runtime)
     schedule = build_schedule(cfg, data.train_plan)
     built = {
+        **lengths(data),
         "the number of steps": schedule.total_steps,
         "the model's layout": model_layout(state.model),
     }
@@ -145,6 +146,11 @@ def run(
     return stopped is None
 
 
+def lengths(data: Data) -> dict[str, str]:
+    told = ", ".join(f"{split} {length}" for split, length in data.lengths.items())
+    return {"the length of the data sets": told}
+
+
 def _write_end(directory: RunDirectory, progress: Progress, stopped: str | None) -> None:
     if stopped is None:
         directory.write_status("completed", progress.as_dict())
@@ -171,7 +177,8 @@ def evaluate_only(
     Raises UsageError where there is no such checkpoint.
     """
     task = task_class(cfg)
-    data = Data(cfg, task, runtime)
+    data = Data(cfg, task, runtime, runtime.watch.enter)
+    compare(lengths(data), runtime)
     model = task.build_model().to(runtime.device)
     task.recorder = RunRecorder(Recorder(runtime), Progress(), runtime)
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
@@ -181,7 +188,6 @@ def evaluate_only(
     saved = load_weights(path, model, runtime, strict_names, ema)
     # A collective a tensor: the model of rank 0 is everybody's.
     runtime.broadcast_tensors(list(model.state_dict().values()))
-    data.start_evaluation()
     runtime.watch.started = True
     metrics = evaluate(cfg, task, model, data.evaluation(), data.val_plan, runtime)
     if metrics is None:
@@ -240,7 +246,6 @@ def open_directory(
     total_steps: int,
 ) -> None:
     """Make the run directory, once every rank has built everything without a mistake."""
-    assert data.size is not None
     # A collective: rank 0 goes on only when all ranks have come this far.
     ranks = runtime.gather(this_rank(runtime.device))
     if ranks is not None:

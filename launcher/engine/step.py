@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
+from launcher.data.splits import GlobalBatch
 from launcher.engine.agreement import Agreement
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
@@ -125,21 +126,18 @@ class TrainStep:
         self.module.zero_grad()
 
     def __call__(
-        self,
-        next_batch: Callable[[], Any],
-        sizes: list[int],
-        count: int,
-        requests: frozenset[str],
+        self, global_batch: GlobalBatch, requests: frozenset[str]
     ) -> tuple[bool, frozenset[str]]:
-        """One step over a global batch of `count` samples, of which this rank has `sizes`.
+        """One step over a global batch.
 
         Returns whether the gradient scaler skipped the update, and the requests all ranks saw.
         """
+        sizes, count = global_batch.sizes, global_batch.count
         self.own.begin()
         self.module.train()
         weighted = False
         for i, samples in enumerate(sizes or [0]):
-            batch = next_batch() if samples else None
+            batch = next(global_batch.batches) if samples else None
             last = i >= len(sizes) - 1
             # Gradients cross the ranks once a step: with the last micro-batch.
             with contextlib.nullcontext() if last else self._no_sync():

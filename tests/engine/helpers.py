@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from launcher.config import CfgNode, load_config
 from launcher.data.order import Shuffle
 from launcher.data.plan import Plan
+from launcher.data.splits import GlobalBatch
 from launcher.engine.run import build_state
 from launcher.engine.step import TrainStep
 from launcher.runtime.cpu import CpuBudget
@@ -96,7 +97,7 @@ class Trainer:
         batches: Iterator[Any] = (take(self.data, rows(epoch, *cut)) for cut in cuts)
         start, stop = self.plan.batch(k)
         sizes = [b - a for a, b in cuts]
-        return self.step(lambda: next(batches), sizes, stop - start, asked)
+        return self.step(GlobalBatch(epoch, k, stop - start, sizes, batches), asked)
 
     @property
     def weights(self) -> Weights:
