@@ -15,7 +15,7 @@ import numpy.typing as npt
 from launcher.errors import UsageError
 
 Indices = npt.NDArray[np.int64]
-# (epoch, positions in the global order) -> sample indices
+# (epoch, positions in the global order, shape (n,)) -> sample indices, shape (n,)
 Order = Callable[[int, Indices], Indices]
 _U64 = npt.NDArray[np.uint64]
 
@@ -55,7 +55,6 @@ class Shuffle:
         self.b = np.uint64(max(1, -(-length // a)))
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
         round_keys = keys(self.seed, epoch, 2 * ROUNDS)
         out = self._permute(positions.astype(np.uint64), round_keys)
         while (outside := np.flatnonzero(out >= self.length)).size:
@@ -71,15 +70,9 @@ class Shuffle:
         return high * self.b + low
 
 
-class Sequential:
+def sequential(epoch: int, positions: Indices) -> Indices:
     """The data set's own order, the same in every epoch."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
-        return positions
+    return positions
 
 
 class Replacement:
@@ -89,7 +82,6 @@ class Replacement:
         self.length, self.seed = length, seed
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
         return (uniform(self.seed, epoch, positions) * self.length).astype(np.int64)
 
 
@@ -109,7 +101,6 @@ class Weighted:
             raise UsageError("sample weights are all zero")
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
         drawn = uniform(self.seed, epoch, positions) * self.ends[-1]
         # Right: a draw on the end of one sample's interval is the next sample's, and a weight of
         # zero has no interval. Rounding may put a draw on the very end: the last one with weight.
@@ -127,7 +118,7 @@ def uniform(seed: int, epoch: int, positions: Indices) -> npt.NDArray[np.float64
 def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
     """The order that TRAIN.SAMPLER names; `weighted` needs the data set's `weights`."""
     if sampler == "sequential":
-        return Sequential(length)
+        return sequential
     if sampler == "replacement":
         return Replacement(length, seed)
     if sampler == "weighted":

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-
-def map_tensors(batch: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The same nesting of dicts, lists and (named) tuples with every tensor changed; anything else
-    is left as it is."""
-    if isinstance(batch, torch.Tensor):
-        return change(batch)
-    if isinstance(batch, dict):
-        changed = copy.copy(batch)  # a defaultdict stays one
-        changed.update({key: map_tensors(value, change) for key, value in batch.items()})
-        return changed
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(map_tensors(value, change) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)([map_tensors(value, change) for value in batch])
-    return batch
+from launcher.runtime.nest import map_tensors
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -32,14 +17,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def nbytes(batch: Any) -> int:
     """Bytes of all tensors in a batch."""
-    total = 0
-
-    def count(tensor: torch.Tensor) -> None:
-        nonlocal total
-        total += tensor.nbytes
-
-    map_tensors(batch, count)
-    return total
+    sizes: list[int] = []
+    map_tensors(batch, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
@@ -49,21 +29,17 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         yield from (to_device(batch, device) for batch in batches)
         return
     side = torch.cuda.Stream(device)
-    ahead: list[Any] = []
+    ahead: list[tuple[Any, torch.cuda.Event]] = []
     for batch in batches:
         with torch.cuda.stream(side):
-            moved = to_device(batch, device)
-            copied = torch.cuda.Event()
-            copied.record(side)
-        if ahead:
-            yield _ready(ahead.pop(), device)
-        ahead.append((moved, copied))
-    if ahead:
-        yield _ready(ahead.pop(), device)
+            ahead.append((to_device(batch, device), side.record_event()))
+        if len(ahead) > 1:
+            yield _ready(*ahead.pop(0), device)
+    for last in ahead:
+        yield _ready(*last, device)
 
 
-def _ready(ahead: tuple[Any, torch.cuda.Event], device: torch.device) -> Any:
-    batch, copied = ahead
+def _ready(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
     current = torch.cuda.current_stream(device)
     # The device, not the host, waits for the copy.
     current.wait_event(copied)

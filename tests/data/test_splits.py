@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from launcher.data.splits import Data
-from launcher.errors import RunError, UsageError
+from launcher.errors import UsageError
 from launcher.runtime.process import Runtime
 from tests.engine.helpers import ALONE, config
 
@@ -82,19 +81,15 @@ class Fake:
         return self.train if split == "train" else self.val
 
 
-def data(task: Fake, *words: object, workers: int = 0) -> Data:
+def data(task: Any, *words: object, workers: int = 0, runtime: Runtime = ALONE) -> Data:
     cfg = config("TRAIN.BATCH_SIZE", 8, "DATALOADER.NUM_WORKERS", workers, *words)
-    return Data(cfg, task, ALONE)
+    return Data(cfg, task, runtime, lambda phase: None)
 
 
 def rest(made: Data) -> list[list[int]]:
     """All micro-batches up to the run's end."""
-    batches = []
     try:
-        while True:
-            batches.append(made.next_batch().tolist())
-    except StopIteration:
-        return batches
+        return [batch.tolist() for whole in made.batches() for batch in whole.batches]
     finally:
         made.close()
 
@@ -176,36 +171,24 @@ def test_data_sets_that_cannot_be_trained_on(
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(("val", "fine"), [(VAL, True), (VAL - 1, False)])
-def test_lengths_are_compared_over_ranks(
-    monkeypatch: pytest.MonkeyPatch, val: int, fine: bool
-) -> None:
-    other = ("node7", {"train": LENGTH, "val": val})
-    monkeypatch.setattr(Runtime, "all_gather", lambda self, value: [value, other])
-    if fine:
-        data(Fake())
-        return
-    with pytest.raises(RunError) as caught:
-        data(Fake())
-    assert f"rank 0 on {os.uname().nodename}: train 23, val 11" in str(caught.value)
-    assert "rank 1 on node7: train 23, val 10" in str(caught.value)
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
 def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None:
     words = ("TRAIN.DURATION", "3ep", "TRAIN.MICRO_BATCH_SIZE", 3)
     whole = data(Fake(train=Resumable()), *words, workers=workers)
     whole.start(0, threads=1)
-    consumed, taken = 0, 0
-    for k in range(steps):
-        for start, stop in whole.train_plan.micro_batches(k % 3, 0):
-            assert whole.next_batch().tolist() == list(range(start, stop))
-            consumed, taken = consumed + stop - start, taken + 1
+    consumed = 0
+    batches = whole.batches()
+    for batch in itertools.islice(batches, steps):
+        start = consumed % LENGTH
+        samples = [i for part in batch.batches for i in part.tolist()]
+        assert samples == list(range(start, start + batch.count))
+        consumed += batch.count
     saved = whole.stream_state(consumed)
     assert saved is not None
     assert saved["epoch"] * LENGTH + saved["position"] <= consumed
-    expected = rest(whole)
+    expected = [part.tolist() for batch in batches for part in batch.batches]
+    whole.close()
     resumed = data(Fake(train=Resumable()), *words, workers=workers)
     resumed.start(consumed, saved, threads=1)
     assert rest(resumed) == expected
