@@ -18,5 +18,5 @@ def wait_until(condition: Callable[[], T], timeout: float = 120, what: str = "th
     deadline = time.monotonic() + timeout
     while not (found := condition()):
         assert time.monotonic() < deadline, f"waited {timeout} s in vain for {what}"
-        time.sleep(0.005)
+        time.sleep(0.01)
     return found

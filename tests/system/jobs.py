@@ -295,16 +295,32 @@ def state(run: Path, step: int | None = None) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def whole_lines(file: Path) -> list[bytes]:
+    """Those of a file that is being written: it may be missing, or end in a torn line."""
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
 def last_record(run: Path) -> dict[str, Any]:
-    """The last whole record of a run under way, whose file may be missing or end in a torn line."""
-    path = run / "metrics.jsonl"
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return strict_json(whole[-1].decode()) if whole else {"step": 0, "time": 0.0}
+    """The last record of a run under way so far; one of step 0 where there is none."""
+    lines = whole_lines(run / "metrics.jsonl")
+    return strict_json(lines[-1].decode()) if lines else {"step": 0, "time": 0.0}
 
 
 def wait_for_step(run: Path, step: int, job: Running) -> None:
     """Wait until a record of this step, or a later one, is written."""
     job.until(lambda: last_record(run)["step"] >= step, f"a record of step {step}")
+
+
+def wait_for_save(run: Path, step: int, job: Running) -> None:
+    """Wait until the checkpoint of this step is committed and told of."""
+
+    def saved() -> bool:
+        for event in map(json.loads, whole_lines(run / "history.jsonl")):
+            if event["event"] == "checkpoint" and event["step"] == step and "failed" not in event:
+                return True
+        return False
+
+    job.until(saved, f"checkpoint {step}")
 
 
 def checkpoint_steps(run: Path) -> list[int]:

@@ -28,15 +28,6 @@ STEPS = 28  # of the whole run
 DIES_AT, RECORDED, SAVED = 19, 18, 16  # the interrupted run
 
 
-def killed(run: Path, leash: Leash, *args: object) -> Path:
-    """`run`, after it was killed between a record and a save."""
-    with Forked(*ARGS, *args, "OUTPUT_DIR", run, **leash.env) as job:
-        leash.wait(job)
-        jobs.wait_for_step(run, RECORDED, job)
-        job.until(lambda: SAVED in jobs.checkpoint_steps(run), f"checkpoint {SAVED}")
-    return run
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The uninterrupted run. Not to be changed."""
@@ -49,7 +40,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, killed at step 19. Not to be changed."""
     folder = tmp_path_factory.mktemp("half")
-    return killed(folder / "run", Leash(folder, DIES_AT))
+    leash, run = Leash(folder, DIES_AT), folder / "run"
+    with Forked(*ARGS, "OUTPUT_DIR", run, **leash.env) as job:
+        leash.wait(job)
+        jobs.wait_for_step(run, RECORDED, job)
+        jobs.wait_for_save(run, SAVED, job)
+    return run
 
 
 @pytest.fixture
@@ -131,7 +127,7 @@ def test_a_second_live_job_is_refused(run: Path, whole: Path, tmp_path: Path) ->
     with Forked(*ARGS, "--resume", "OUTPUT_DIR", run, **leash.env) as owner:
         leash.wait(owner)
         jobs.wait_for_step(run, 24, owner)
-        owner.until(lambda: 24 in jobs.checkpoint_steps(run), "its checkpoint")
+        jobs.wait_for_save(run, 24, owner)
         before = contents(run) | {"status.json": None}  # the live owner's heartbeat
         for option in ("--overwrite", "--resume"):
             ended = launch(*ARGS, option, "OUTPUT_DIR", run)
@@ -148,7 +144,7 @@ def test_orphans_end_and_a_successor_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     args = [*COMMON, "DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", run]
     with jobs.start(*args, ranks=2, env={"LAUNCHER_TEST_SLEEP": "0.1"}) as job:
-        job.until(lambda: 4 in jobs.checkpoint_steps(run), "checkpoint 4")
+        jobs.wait_for_save(run, 4, job)
         orphans = psutil.Process(job.pid).children(recursive=True)
         assert len(orphans) >= 2
         try:
