@@ -286,6 +286,15 @@ def single(value: float | None) -> float:
     return struct.unpack("f", struct.pack("f", math.nan if value is None else value))[0]
 
 
+def expected_scalars(run: Path) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """What `event_scalars` must be by metrics.jsonl: every key is a tag, each value stands once."""
+    return {
+        (key, record["step"]): [(single(record[key]), record["time"])]
+        for record in metrics(run)
+        for key in measured(record)
+    }
+
+
 def state(run: Path, step: int | None = None) -> dict[str, Any]:
     """A checkpoint's state.pt, read without executing anything; by default the last one's."""
     import torch
@@ -335,6 +344,6 @@ def assert_once(run: Path) -> None:
     assert len(keys) == len(set(keys))
 
 
-def measured(record: dict[str, Any]) -> set[str]:
+def measured(record: dict[str, Any]) -> list[str]:
     """The keys of a record that are neither its position nor about other keys."""
-    return set(record) - {"step", "epoch", "samples", "time", "nonfinite"}
+    return [k for k in record if k not in ("step", "epoch", "samples", "time", "nonfinite")]
