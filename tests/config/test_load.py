@@ -478,6 +478,8 @@ def value_of(key: Key) -> st.SearchStrategy[Any]:
         if isinstance(key.default, list):
             return st.integers(1, 99).map(lambda n: [f"{n}ep", f"{n}step", f"{n + 1}ep"])
         return text | st.just("") if key.never else text
+    if key.element is not None:
+        return st.lists(st.text(min_size=1))
     if key.choices:
         return st.sampled_from(key.choices)
     if isinstance(key.default, bool):
