@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
-from launcher.telemetry import append
+from launcher.telemetry import sinks
 from launcher.telemetry.background import Background
 from launcher.telemetry.recorder import Record, Recorder, Sink
 from launcher.telemetry.sinks import JsonLines
@@ -34,10 +34,10 @@ from launcher.telemetry.tensorboard import TensorBoard
 RUNTIME = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 EXTRA = {f"perf/figure_{i}": float(i) for i in range(10)}
 SLOW_S = 0.05
-_write = append.AppendFile._write
+_write = sinks.AppendFile._write
 
 
-def slow_write(self: append.AppendFile, file: Any, data: bytes) -> None:
+def slow_write(self: sinks.AppendFile, file: Any, data: bytes) -> None:
     time.sleep(SLOW_S)
     _write(self, file, data)
 
@@ -100,7 +100,7 @@ class Inline(Sink):
             sink.close()
 
 
-def fails(self: append.AppendFile, file: Any, data: bytes) -> None:
+def fails(self: sinks.AppendFile, file: Any, data: bytes) -> None:
     raise OSError(28, "No space left on device")
 
 
@@ -113,14 +113,14 @@ def recorded(
         training, made = Training(), sinks(folder)
         sink = Background(made, lambda *_, **__: True) if threaded else Inline(made)
         recorder = Recorder(RUNTIME, sink)
-        append.AppendFile._write = write or _write  # type: ignore[method-assign]
+        sinks.AppendFile._write = write or _write  # type: ignore[method-assign]
         began = now()
         for step in range(1, steps + 1):
             recorder.add(training.step(), 64)
             if step % every == 0:
                 recorder.record({"step": step, "epoch": 0, "samples": 0}, EXTRA)
         seconds = (now() - began) / steps
-        append.AppendFile._write = _write  # type: ignore[method-assign]
+        sinks.AppendFile._write = _write  # type: ignore[method-assign]
         sink.close()
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == steps // every, f"{len(lines)} records of {steps // every}"
@@ -158,7 +158,7 @@ CASES: dict[str, Callable[[int, Path], np.ndarray]] = {
 def calls(number: int = 50, repeats: int = 200) -> dict[str, float]:
     """Microseconds of one call in the training's thread: so short that the quickest of many was
     disturbed by nothing. The thread is handed what it cannot write."""
-    append.AppendFile._write = fails  # type: ignore[method-assign]
+    sinks.AppendFile._write = fails  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         sink = Background(sinks(Path(folder)), lambda *_, **__: True)
         recorder, values = Recorder(RUNTIME, sink), Training().step()
@@ -174,7 +174,7 @@ def calls(number: int = 50, repeats: int = 200) -> dict[str, float]:
             name: 1e6 * min(timeit.repeat(function, number=number, repeat=repeats)) / number
             for name, function in functions.items()
         }
-        append.AppendFile._write = _write  # type: ignore[method-assign]
+        sinks.AppendFile._write = _write  # type: ignore[method-assign]
         sink.close()
     return found
 
