@@ -32,6 +32,7 @@ class _Reader:
 
     sink: Sink
     at: int = 0  # the first item of the buffer that it has not got
+    again: float = 0.0  # when it is tried, after a failure
     failed: bool = False
     recovered: bool = False
 
@@ -39,7 +40,7 @@ class _Reader:
 class Writer:
     """Made on every rank, and opened on rank 0: before `open` and after `close` nothing is taken.
 
-    A sink that cannot be written is tried again with what comes next, and at least once a second.
+    A sink that cannot be written is tried again once a second, and for a checkpoint.
     Beyond the limit media are left out, then records lost: after that `flush` is never True again,
     for a checkpoint must not follow records that are not in the files.
     """
@@ -71,7 +72,7 @@ class Writer:
         called about once a second, for files that are written or looked for without a record."""
         self._readers = [_Reader(sink) for sink in sinks]
         self._history, self._complete, self._beat = history, complete, beat
-        self.is_open, self._flushed = True, False
+        self.is_open = True
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
 
@@ -157,9 +158,13 @@ class Writer:
                 with contextlib.suppress(Exception):  # no figures then
                     item.update(self._complete())
         self._buffer += new
+        urgent = self._urgent()
         for reader in self._readers:
             while items := self._buffer[reader.at : reader.at + TOGETHER]:
+                if not (urgent or time.monotonic() >= reader.again):
+                    break
                 if not self._write(reader, items):
+                    reader.again = time.monotonic() + BEAT_S
                     break
                 reader.at += len(items)
         essential = [reader for reader in self._readers if reader.sink.essential]

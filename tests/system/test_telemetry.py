@@ -146,11 +146,11 @@ def test_a_stuck_file_stops_no_step(whole: Path, tmp_path: Path) -> None:
 def test_a_slow_file_and_one_that_fails_end_nothing_and_miss_nothing(
     whole: Path, tmp_path: Path
 ) -> None:
-    """One takes 50 ms a write, and half of what is written to the other fails six times, which is
+    """One takes 50 ms a write, and half of what is written to the other fails three times, which is
     told of once, on the console and in the history. In the end every number stands once in both.
     How little the steps notice is in benchmarks/recording.py."""
     run = tmp_path / "run"
-    env = {"LAUNCHER_TEST_SLOW": "metrics.jsonl:0.05", "LAUNCHER_TEST_FAIL": "tfevents:6"}
+    env = {"LAUNCHER_TEST_SLOW": "metrics.jsonl:0.05", "LAUNCHER_TEST_FAIL": "tfevents:3"}
     env |= {**PATH, "LAUNCHER_TEST_SLEEP": "0.1"}
     ended = jobs.train(*ARGS, "LOG.EVERY", "1step", "OUTPUT_DIR", run, env=env).ok()
     failed, again = "event file cannot be written: OSError", "event file is written again"
