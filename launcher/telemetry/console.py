@@ -48,14 +48,16 @@ class Console(Sink):
         self.bar.start()
 
     def write(self, items: Sequence[Record | Media]) -> None:
-        for record in items:
-            if isinstance(record, dict):
-                training = "train/loss" in record
-                # The bar shows training records; evaluations deserve a line above it too.
-                file_only = training and self.bar is not None
-                logger.info(summary(record), extra={"file_only": file_only})
-                if training and self.bar is not None:
-                    self.bar.update(self.task, completed=record["step"], values=_brief(record))
+        for record in (item for item in items if isinstance(item, dict)):
+            # The bar shows training records; evaluations deserve a line above it too.
+            beside = self.bar is not None and "train/loss" in record
+            logger.info(summary(record), extra={"file_only": beside})
+            if beside:
+                loss, rate = record["train/loss"], record.get("train/lr", 0.0)
+                speed = record.get("perf/samples_per_s", 0.0)
+                values = f"epoch {record['epoch']}  loss {loss:.4g}  lr {rate:.3g}"
+                values += f"  {speed:.0f} samples/s"
+                self.bar.update(self.task, completed=record["step"], values=values)
 
     def print(self, line: str) -> None:
         """Print a log line above the bar."""
@@ -111,9 +113,3 @@ def summary(record: Record) -> str:
     if "perf/eta_s" in record:
         parts.append(f"eta {timedelta(seconds=round(record['perf/eta_s']))}")
     return "  ".join(parts)
-
-
-def _brief(record: Record) -> str:
-    speed, rate = record.get("perf/samples_per_s", 0.0), record.get("train/lr", 0.0)
-    loss = record["train/loss"]
-    return f"epoch {record['epoch']}  loss {loss:.4g}  lr {rate:.3g}  {speed:.0f} samples/s"

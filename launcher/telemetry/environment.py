@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import socket
 import subprocess
@@ -42,10 +43,8 @@ def versions() -> dict[str, str]:
 
     found = {"launcher": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "yacs", "tensorboard", "psutil", "rich"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

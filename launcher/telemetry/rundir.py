@@ -21,7 +21,7 @@ import orjson
 
 from launcher.errors import UsageError
 from launcher.runtime.member import Member
-from launcher.telemetry.append import AppendFile
+from launcher.telemetry.sinks import AppendFile
 
 logger = logging.getLogger(__name__)
 # Fields of a record in metrics.jsonl that are no metrics.

@@ -24,10 +24,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from launcher.config import CfgNode, defaults, flatten
-from launcher.telemetry.append import AppendFile
 from launcher.telemetry.media import BUCKETS, Media
 from launcher.telemetry.rundir import POSITION
-from launcher.telemetry.sinks import Record, Sink
+from launcher.telemetry.sinks import AppendFile, Record, Sink
 
 # Keys that no step depends on: they are no hyperparameters.
 NOT_HPARAMS = ("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "DIST.", "DATALOADER.")

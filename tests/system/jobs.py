@@ -262,22 +262,15 @@ def values(run: Path, key: str) -> dict[int, float]:
 
 
 def event_scalars(run: Path) -> dict[tuple[str, int], list[tuple[float, float]]]:
-    """(tag, step) -> its (value, wall time)s in the event files, however they were written."""
+    """(tag, step) -> its (value, wall time)s in the event files, as everybody reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
             found.setdefault((tag, event.step), []).append((event.value, event.wall_time))
-    for tag in events.Tags()["tensors"]:
-        if events.SummaryMetadata(tag).plugin_data.plugin_name != "scalars":
-            continue
-        for event in events.Tensors(tag):
-            value = make_ndarray(event.tensor_proto).item()
-            found.setdefault((tag, event.step), []).append((value, event.wall_time))
     return found
 
 

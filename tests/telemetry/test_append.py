@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.telemetry.append import AppendFile
+from launcher.telemetry.sinks import AppendFile
 
 
 class Disk:

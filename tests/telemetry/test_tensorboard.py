@@ -17,9 +17,8 @@ from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util.tensor_util import make_ndarray
 
 from launcher.config import load_config
-from launcher.telemetry.append import AppendFile
 from launcher.telemetry.media import Media, OnHost, spread
-from launcher.telemetry.sinks import Record
+from launcher.telemetry.sinks import AppendFile, Record
 from launcher.telemetry.tensorboard import TensorBoard
 
 CFG = load_config(None, ["OPTIM.LR", "0.5"], require_task=False).cfg
