@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import IO, Any
 
@@ -107,7 +107,7 @@ class Guard:
         # Until `join`, and in one process, a rank is by itself.
         self._runtime: Runtime | None = None
         self._board = Board(dist.HashStore(), self.rank, topology.world_size)
-        self._members: list[Member] = []
+        self._members: Sequence[Member] = ()
         # By `open`.
         self._margin: stop.StopMargin | None = None
         self._samples = 0
@@ -125,12 +125,16 @@ class Guard:
         Raises UsageError where ranks have another config, other versions or other code, RunError
         where they do not come.
         """
-        self._runtime = process.start(self.topology, self.cfg)
-        if self._runtime.store is not None:
+        runtime = process.start(self.topology, self.cfg)
+        self.meet(runtime, introduce(self.cfg, task_class, runtime))
+        return runtime
+
+    def meet(self, runtime: Runtime, members: Sequence[Member]) -> None:
+        """Know the other ranks and share a board with them from now on; the end of `join`."""
+        if runtime.store is not None:
             self._board.close()
-            self._board = Board(self._runtime.store, self.rank, self.topology.world_size)
-        self._members = introduce(self.cfg, task_class, self._runtime)
-        return self._runtime
+            self._board = Board(runtime.store, self.rank, len(members))
+        self._runtime, self._members = runtime, members
 
     def agree(self, found: Mapping[str, Any]) -> None:
         """Raise UsageError, naming ranks, where they have found different things. A collective."""
@@ -237,8 +241,10 @@ class Guard:
     # In the guard's own thread.
 
     def _run(self) -> None:
-        while not self._closed.is_set():
+        while True:
             self._surviving(self._take_signals)
+            if self._closed.is_set():
+                return
             self.tick()
 
     def tick(self) -> None:
