@@ -84,10 +84,9 @@ class RunDirectory:
         """Replace environment.json."""
         replace_json(self.environment, environment)
 
-    def left_unfinished_by(self, job_id: str) -> bool:
-        """Whether the run here was begun by this same job, and not completed."""
-        same = job_id != "" and _read_json(self.environment).get("job") == job_id
-        return same and self.read_status().get("state") != "completed"
+    def begun_by(self, job_id: str) -> bool:
+        """Whether the run here was begun, or gone on with, by this same job."""
+        return job_id != "" and _read_json(self.environment).get("job") == job_id
 
     def set_aside(self) -> Path:
         """Rename the directory to DIR.old-<UTC time>, and return that. The claim ends."""

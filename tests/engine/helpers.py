@@ -13,11 +13,13 @@ from launcher.data.order import Shuffle
 from launcher.data.plan import Plan
 from launcher.engine.run import build_state
 from launcher.engine.step import TrainStep
+from launcher.guard.guard import Guard
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
 from launcher.telemetry.recorder import Recorder, Sink
+from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.task_recorder import RunRecorder
 
 LENGTH = 23
@@ -32,6 +34,11 @@ def recording(runtime: Runtime = ALONE, sink: Sink | None = None) -> RunRecorder
 
 def config(*words: object) -> CfgNode:
     return load_config(None, [str(word) for word in words], require_task=False).cfg
+
+
+def unwatched() -> Guard:
+    """A guard whose thread does not run."""
+    return Guard(config(), Topology(), RunDirectory("run"), Progress())
 
 
 class Regression:

@@ -13,10 +13,18 @@ from torch import nn
 
 from launcher.data.plan import Plan
 from launcher.engine.evaluate import evaluate
-from launcher.runtime.process import Runtime, start
+from launcher.runtime.process import Runtime, end, start
 from launcher.runtime.topology import Topology
 from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import LENGTH, Regression, Trainer, config, recording, take
+from tests.engine.helpers import (
+    LENGTH,
+    Regression,
+    Trainer,
+    config,
+    recording,
+    take,
+    unwatched,
+)
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -58,7 +66,7 @@ def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float]:
         take(task.build_dataset(), range(*plan.batch(k)))
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
-    return evaluate(config(), task, task.build_model(), batches, plan, runtime)
+    return evaluate(config(), task, task.build_model(), batches, plan, runtime, unwatched())
 
 
 def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> dict[str, Any]:
@@ -101,13 +109,14 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
             master_addr="127.0.0.1",
             master_port=int(port),
         )
-        with start(topology, config("DIST.DEVICE", "cpu")) as runtime:
-            results[world_size] = {
-                (*case, weighted): trained(runtime, *case, weighted)
-                for case in CASES
-                for weighted in (False, True)
-            }
-            results[world_size]["evaluated"] = evaluated(runtime)
+        runtime = start(topology, config("DIST.DEVICE", "cpu"))
+        results[world_size] = {
+            (*case, weighted): trained(runtime, *case, weighted)
+            for case in CASES
+            for weighted in (False, True)
+        }
+        results[world_size]["evaluated"] = evaluated(runtime)
+        end()
     torch.save(results, folder / f"rank{rank}.pt")
 
 

@@ -12,7 +12,7 @@ from launcher.errors import RunError
 from launcher.runtime.process import Runtime
 from launcher.telemetry.media import Media
 from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import ALONE, config, recording
+from tests.engine.helpers import ALONE, config, recording, unwatched
 
 N = 10
 X = torch.arange(N, dtype=torch.float32) ** 2 / 7
@@ -46,7 +46,7 @@ class Always(Table):
 def run(task: Any, batch_size: int = 4, model: nn.Module | None = None) -> dict[str, float]:
     plan = Plan(N, batch_size)
     batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
-    return evaluate(config(), task, model or nn.Linear(1, 1), batches, plan, ALONE)
+    return evaluate(config(), task, model or nn.Linear(1, 1), batches, plan, ALONE, unwatched())
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 99])
@@ -128,7 +128,7 @@ class Recording(Table):
 
     def __init__(self, runtime: Runtime, stops: bool) -> None:
         super().__init__(loss=X)
-        self.runtime, self.stops, self.sink, self.seen = runtime, stops, Shown(), 0
+        self.guard, self.stops, self.sink, self.seen = unwatched(), stops, Shown(), 0
         self.recorder = recording(runtime, self.sink)
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
@@ -136,7 +136,7 @@ class Recording(Table):
         self.recorder.text("note", "x")
         self.recorder.scalar("seen", self.seen, weight=self.seen)
         if self.stops and self.seen == 2:
-            self.runtime.watch.stop = "asked to"
+            self.guard.request_stop("asked to")
         return super().eval_step(model, batch)
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -159,5 +159,5 @@ def test_an_evaluation_that_is_given_up_shows_nothing() -> None:
     task = Recording(runtime, stops=True)
     plan = Plan(N, 4)
     batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
-    assert evaluate(config(), task, nn.Linear(1, 1), batches, plan, runtime) is None
+    assert evaluate(config(), task, nn.Linear(1, 1), batches, plan, runtime, task.guard) is None
     assert task.seen == 2 and task.sink.names == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -92,9 +91,11 @@ def test_a_hang_is_told_once_with_the_stacks_of_all(
 
 
 def test_the_rank_that_all_wait_for_is_told_with_its_stack(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, [HERE, HERE])
+    progress = Progress()
+    ranks = Ranks(tmp_path, [HERE, HERE], progress=progress)
+    progress.samples = 8
     ranks.guards[1].enter("step")
-    ranks.guards[0].enter("save")
+    ranks.guards[0].enter("evaluate")  # which may take longer
     ranks.stall()
     assert ranks.told["rank"] == 1 and "rank 1 (step, 0 steps done)" in ranks.told["exception"]
     assert "thread MainThread" in ranks.told["traceback"] and ranks.codes == {0: 1, 1: 1}
@@ -247,10 +248,8 @@ def test_a_board_that_has_kept_silent_once_is_not_waited_for_again() -> None:
     board = Board(Slow(), 0, 1, answer_s=0.3)
     with pytest.raises(Unreachable):
         board.read("beat")
-    began = time.monotonic()
     with pytest.raises(Unreachable, match="earlier question"):
         board.read("beat")
-    assert time.monotonic() - began < 0.3
     answer.set()
 
     def answers() -> bool:

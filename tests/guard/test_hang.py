@@ -48,7 +48,7 @@ def test_the_rank_that_all_wait_for(before: list[Beat], after: list[Beat], verdi
 
 
 def test_stacks_name_the_threads_and_end_with_the_main_one() -> None:
-    *_, main = stacks().rpartition("thread ")
+    *_, main = stacks().rpartition("\nthread ")
     assert main.startswith("MainThread:") and "test_stacks_name_the_threads" in main
 
 

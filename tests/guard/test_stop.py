@@ -66,9 +66,12 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_time_that_is_nearly_over_is_a_request_of_rank_0(tmp_path: Path) -> None:
-    ranks = Ranks(tmp_path, [HERE, HERE], words=["TRAIN.MAX_TIME", "2h"])
+    progress = Progress()
+    words = ["TRAIN.MAX_TIME", "2h", "DIST.INIT_TIMEOUT", "3h"]
+    ranks = Ranks(tmp_path, [HERE, HERE], words=words, progress=progress)
+    progress.step = 1000  # of at most 7 s each
     ranks.guards[0].saved(500.0)
-    for now, reason in ((6000, None), (7199 - 500, "TRAIN.MAX_TIME 2h")):
+    for now, reason in ((5000, None), (7190 - 500, "TRAIN.MAX_TIME 2h")):
         ranks.now = now
         ranks.sleep(0.5)
         assert [guard.stop for guard in ranks.guards.values()] == [reason, None]

@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import UsageError
-from launcher.runtime import hang
+from launcher.runtime.member import Member
 from launcher.telemetry.rundir import RunDirectory, replace_json
 
 HERE = {"step": 3, "epoch": 1, "samples": 24}
@@ -312,7 +313,7 @@ def test_without_locks_a_process_that_took_anothers_number_is_not_the_owner(
     run: RunDirectory,
 ) -> None:
     """As in a container that takes another's place: the same host name, and the same pids."""
-    owner = hang.myself()
+    owner = asdict(Member.here())
     (run.path / ".lock").write_text(json.dumps(owner))
     with pytest.raises(UsageError, match="in use by another job"):
         run.claim()
@@ -320,13 +321,26 @@ def test_without_locks_a_process_that_took_anothers_number_is_not_the_owner(
     run.claim()
 
 
-def test_the_end_of_an_owner_is_told_of_once(run: RunDirectory) -> None:
-    """By a rank of its own, and by none beside a successor."""
-    owner = {**hang.myself(), "pid": 1}
-    status = {"state": "running", "host": owner["host"], "pid": owner["pid"]}
-    (run.path / "status.json").write_text(json.dumps({**status, "pid": 2}))
-    assert not run.take_over(owner)  # another attempt's by now
-    (run.path / "status.json").write_text(json.dumps(status))
-    assert run.take_over(owner)
-    run.write_status("failed", {"step": 1, "epoch": 0}, "told")
-    assert not run.take_over(owner)
+def test_the_first_failure_stands(run: RunDirectory) -> None:
+    assert run.create_failure({"rank": 1})
+    assert not RunDirectory(run.path).create_failure({"rank": 0})
+    assert json.loads(run.failure.read_text()) == {"rank": 1}
+    assert os.listdir(run.path) == ["failure.json"]
+
+
+def test_the_first_failure_stands_without_hard_links_too(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    test_the_first_failure_stands(run)
+
+
+def test_a_failure_of_an_attempt_before_goes(run: RunDirectory) -> None:
+    run.create_failure({"rank": 1})
+    run.claim()
+    assert run.failure.exists()
+    run.sign()
+    assert not run.failure.exists()
