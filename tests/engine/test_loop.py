@@ -13,7 +13,7 @@ from torch import nn
 from launcher.config import defaults
 from launcher.engine.loop import Loop, StopWatch
 from launcher.errors import RunError
-from tests.engine.helpers import ALONE
+from tests.engine.helpers import ALONE, unwatched
 
 
 def bare(**parts: object) -> Loop:
@@ -67,7 +67,7 @@ def test_a_run_is_not_complete_without_its_last_checkpoint() -> None:
     state = SimpleNamespace(
         capture=lambda runtime: {}, recorder=SimpleNamespace(flush=lambda: False)
     )
-    loop = bare(state=state, runtime=ALONE, saver=object())
+    loop = bare(state=state, runtime=ALONE, saver=object(), guard=unwatched())
     loop.save()  # a save under way is only skipped
     with pytest.raises(RunError, match="no last checkpoint"):
         loop.save(last=True)

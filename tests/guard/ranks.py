@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from launcher.config import CfgNode, load_config
 from launcher.errors import UsageError
+from launcher.guard.board import Unreachable
 from launcher.guard.guard import TICK_S, Guard
 from launcher.guard.stop import Signals
 from launcher.runtime.cpu import CpuBudget
@@ -103,6 +105,9 @@ class Ranks:
             self.busy.add(rank)
             try:
                 self.guards[rank].tick()
+                # What it has posted or asked is on the board before the clock goes on.
+                with contextlib.suppress(Unreachable):
+                    self.guards[rank].board.read("beat")
             except Left as left:
                 self.codes[rank] = left.args[0]
             self.busy.discard(rank)

@@ -193,7 +193,7 @@ def test_trouble_in_the_watching_ends_no_watch(
     words = ["TRAIN.MAX_TIME", "60s", "DIST.INIT_TIMEOUT", "30s"]
     ranks = Ranks(tmp_path, [HERE], words=words, progress=Progress())
     ranks.guards[0].progress = Troubled()
-    ranks.stall(20)
+    ranks.stall(2)
     assert capfd.readouterr().err.count("trouble in watching the run: OSError") == 1
 
 
