@@ -13,7 +13,7 @@ from launcher.config import load_config
 from launcher.errors import RunError, UsageError
 from launcher.guard.stop import STOPPED, Signals
 from launcher.runtime.progress import Progress
-from launcher.runtime.topology import read_topology
+from launcher.runtime.topology import Topology, read_topology
 from launcher.tasks import resolve_task
 from launcher.telemetry.rundir import RunDirectory
 
@@ -91,7 +91,7 @@ def _train(argv: list[str], signals: Signals) -> int:
         return 0
     assert task_class is not None  # load_config demands one
     directory = RunDirectory(cfg.OUTPUT_DIR)
-    restarted = topology.restarts > 0 or directory.left_unfinished_by(topology.job_id)
+    restarted = is_restart(topology, directory)
     resume = options.resume or restarted
     if topology.is_main and not options.eval_only:
         try:
@@ -133,6 +133,19 @@ def _train(argv: list[str], signals: Signals) -> int:
             done = run(job, runtime, guard, logs)
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
+
+
+def is_restart(topology: Topology, directory: RunDirectory) -> bool:
+    """Whether this goes on with what the same job has begun.
+
+    torchrun tries again after any failure. Where the run here is another job's, the first try was
+    refused, or was to set it aside: so is this one.
+    """
+    if topology.job_id == "":  # nobody knows whose run it is
+        return topology.restarts + topology.retries > 0
+    unfinished = directory.read_status().get("state") != "completed"
+    ours = directory.begun_by(topology.job_id)
+    return topology.restarts > 0 or (ours and (unfinished or topology.retries > 0))
 
 
 def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:

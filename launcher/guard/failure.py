@@ -29,8 +29,8 @@ class Failure:
     pid: int
     step: int  # that were done
     exception: str
-    traceback: str  # or the stack of a rank that hangs, or the state of its process
     told_by: int  # the rank that tells of it
+    traceback: str = ""  # or the stack of a rank that hangs, or the state of its process
     silent: list[int] = field(default_factory=list)  # ranks that gave no sign of life
     time: float = field(default_factory=time.time)  # Unix seconds
     log: list[str] = field(default_factory=list)  # the end of that rank's log

@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import IO, Any
 
@@ -106,8 +106,8 @@ class Guard:
         self._signals = signals or stop.Signals()
         # Until `join`, and in one process, a rank is by itself.
         self._runtime: Runtime | None = None
-        self._board = Board(dist.HashStore(), self.rank, topology.world_size)
-        self._members: list[Member] = []
+        self.board = Board(dist.HashStore(), self.rank, topology.world_size)
+        self._members: Sequence[Member] = ()
         # By `open`.
         self._margin: stop.StopMargin | None = None
         self._samples = 0
@@ -125,12 +125,16 @@ class Guard:
         Raises UsageError where ranks have another config, other versions or other code, RunError
         where they do not come.
         """
-        self._runtime = process.start(self.topology, self.cfg)
-        if self._runtime.store is not None:
-            self._board.close()
-            self._board = Board(self._runtime.store, self.rank, self.topology.world_size)
-        self._members = introduce(self.cfg, task_class, self._runtime)
-        return self._runtime
+        runtime = process.start(self.topology, self.cfg)
+        self.meet(runtime, introduce(self.cfg, task_class, runtime))
+        return runtime
+
+    def meet(self, runtime: Runtime, members: Sequence[Member]) -> None:
+        """Know the other ranks and share a board with them from now on; the end of `join`."""
+        if runtime.store is not None:
+            self.board.close()
+            self.board = Board(runtime.store, self.rank, len(members))
+        self._runtime, self._members = runtime, members
 
     def agree(self, found: Mapping[str, Any]) -> None:
         """Raise UsageError, naming ranks, where they have found different things. A collective."""
@@ -194,11 +198,11 @@ class Guard:
         exception = describe(error, self.cfg, self.topology.world_size)
         trace = "" if isinstance(error, UsageError) else "".join(traceback.format_exception(error))
         mine = self._failure(self.rank, exception, traceback=trace)
-        self._board.post("stacks", {})  # nobody need wait for one
+        self.board.post("stacks", {})  # nobody need wait for one
         if isinstance(error, UsageError) and not (isinstance(error, RunError) and self._members):
             # It may be at this rank alone. Then rank 0 tells of it, for torchrun ends this one
             # before the command has spoken.
-            self._board.post("told", True)
+            self.board.post("told", True)
             with contextlib.suppress(Unreachable):
                 self._agreed(replace(mine, told_by=0))
             return False
@@ -229,7 +233,7 @@ class Guard:
         self._closed.set()
         self._signals.wake()
         self._thread.join(2 * TICK_S)
-        self._board.close()
+        self.board.close()
         faulthandler.cancel_dump_traceback_later()
         if self._timer_file is not None:
             self._timer_file.close()
@@ -237,8 +241,10 @@ class Guard:
     # In the guard's own thread.
 
     def _run(self) -> None:
-        while not self._closed.is_set():
+        while True:
             self._surviving(self._take_signals)
+            if self._closed.is_set():
+                return
             self.tick()
 
     def tick(self) -> None:
@@ -307,7 +313,7 @@ class Guard:
         number, collectives = last.number + 1 if last else 0, self._runtime.collectives()
         here = self.phase, self.progress.step, self.age, self.limit, rss / 2**30
         self._beat_at, self._beat = now, Beat(number, collectives, *here)
-        self._board.post("beat", asdict(self._beat))
+        self.board.post("beat", asdict(self._beat))
 
     def _look_at_time(self) -> None:
         if self.is_main and self._margin is not None:
@@ -380,13 +386,13 @@ class Guard:
             others = {r: self._members[r] for r in first.silent if r != self.rank}
             beside = {r: member for r, member in others.items() if member.is_beside()}
             states = {r: process_state(member.pid) for r, member in beside.items()}
-            self._board.post("stacks", {self.rank: stacks(), **states})
+            self.board.post("stacks", {self.rank: stacks(), **states})
             if not agreed:
                 first = self._others_word() or first
             if first.told_by == self.rank and not first.traceback:
                 first = replace(first, traceback=self._stack_of(first))
             self._tell(first)
-            self._board.close()
+            self.board.close()
             for member in beside.values():
                 # torchrun would wait for a frozen rank for 30 s more.
                 if member.lives():
@@ -416,7 +422,7 @@ class Guard:
             # Rank 0 too, for the disk of another host may be another.
             self.directory.create_failure(asdict(first.with_log(self.directory)))
         if mine:
-            self._board.post("told", True)
+            self.board.post("told", True)
         if opened and self.is_main:
             self._write_end(first)
         tell_torchrun(first, error if first.rank == self.rank else None)
@@ -467,7 +473,7 @@ class Guard:
         all that can tell theirs."""
         self._wait_for(len(self._members) - len(first.silent), "stacks", STACKS_S)
         with contextlib.suppress(Unreachable):
-            told = ChainMap(*self._board.read("stacks").values())
+            told = ChainMap(*self.board.read("stacks").values())
             return str(told.get(str(first.rank), ""))
         return ""
 
@@ -512,7 +518,7 @@ class Guard:
     def _others_failure(self, watched: dict[int, Beat] | None) -> Failure | None:
         """The first failure, where one is posted by now or ranks are gone without a word; `watched`
         as for `_gone`. Raises Unreachable."""
-        if (found := self._board.peek("failure")) is not None:
+        if (found := self.board.peek("failure")) is not None:
             return Failure(**found)
         gone = self._gone(watched)
         return self._agreed(self._killed(gone)) if gone else None
@@ -531,7 +537,7 @@ class Guard:
 
     def _beats(self) -> dict[int, Beat]:
         """What each rank last posted of itself. Raises Unreachable."""
-        return {rank: Beat(**beat) for rank, beat in self._board.read("beat").items()}
+        return {rank: Beat(**beat) for rank, beat in self.board.read("beat").items()}
 
     def _last_beat(self, rank: int) -> Beat | None:
         with contextlib.suppress(Unreachable):
@@ -540,7 +546,7 @@ class Guard:
 
     def _agreed(self, failure: Failure) -> Failure:
         """The first failure of all ranks: this one, where there is none yet. Raises Unreachable."""
-        return Failure(**self._board.first("failure", asdict(failure)))
+        return Failure(**self.board.first("failure", asdict(failure)))
 
     def _until(self, find: Callable[[], Any], seconds: float) -> Any:
         """Ask again and again, for at most so long, for something true."""
@@ -552,7 +558,7 @@ class Guard:
     def _wait_for(self, ranks: int, name: str, seconds: float) -> None:
         """Wait until so many ranks have posted something; not where nobody can be asked."""
         with contextlib.suppress(Unreachable):
-            self._until(lambda: len(self._board.read(name)) >= ranks, seconds)
+            self._until(lambda: len(self.board.read(name)) >= ranks, seconds)
 
 
 def _no_sign(member: Member) -> str:

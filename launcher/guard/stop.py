@@ -43,7 +43,7 @@ class Signals:
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        self._awaited = False
+        self.awaited = False
 
     def __enter__(self) -> Signals:
         self._old_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -58,13 +58,13 @@ class Signals:
         os.close(self._writer)
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._awaited:
+        if not self.awaited:
             say(f"{signal.Signals(number).name}: stopped before the first step")
             leave(STOPPED)
 
     def wait(self, seconds: float) -> list[int]:
         """The signals that come within so long; returns at the first, or when woken."""
-        self._awaited = True
+        self.awaited = True
         if not select.select([self._reader], [], [], seconds)[0]:
             return []
         return [number for number in os.read(self._reader, 4096) if number in SIGNALS]

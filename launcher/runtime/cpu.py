@@ -67,13 +67,8 @@ def cgroup_cpu_quota(proc_cgroup: Path, root: Path) -> float | None:
     Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`); None where nothing limits.
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
-    quotas: list[float] = []
-    for folder in cgroup_folders(proc_cgroup, root, "cpu"):
-        for read in (_quota_v2, _quota_v1):
-            quota = read(folder)
-            if quota is not None:
-                quotas.append(quota)
-    return min(quotas, default=None)
+    quotas = map(_quota, cgroup_folders(proc_cgroup, root, "cpu"))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
 def cgroup_folders(proc_cgroup: Path, root: Path, controller: str) -> list[Path]:
@@ -102,18 +97,12 @@ def cgroup_folders(proc_cgroup: Path, root: Path, controller: str) -> list[Path]
     return list(dict.fromkeys(folders))
 
 
-def _quota_v2(folder: Path) -> float | None:
+def _quota(folder: Path) -> float | None:
     try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()  # "max": no number
+        else:
+            quota, period = ((folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 and period > 0 else None
-    except (OSError, ValueError):
         return None

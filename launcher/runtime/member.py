@@ -27,8 +27,7 @@ class Member:
         return self.host == os.uname().nodename
 
     def lives(self) -> bool:
-        """Whether this very process is alive on this host, and no zombie; of a process of another
-        host nobody can tell, and this is False."""
+        """Whether this very process is alive, and no zombie; False for one of another host."""
         try:
             process = psutil.Process(self.pid)
             same = not self.created or abs(process.create_time() - self.created) < 1

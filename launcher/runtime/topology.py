@@ -25,7 +25,8 @@ class Topology:
     master_addr: str = ""
     master_port: int = 0
     job_id: str = ""  # stays the same over the restarts of a job; "" where nobody restarts
-    restarts: int = 0  # that this process knows of
+    restarts: int = 0  # by Slurm
+    retries: int = 0  # by torchrun, that this node knows of
 
     @property
     def distributed(self) -> bool:
@@ -46,13 +47,8 @@ class Topology:
 
 # Rank, local rank, world size and local world size, as the two starters name them.
 NAMES = {
-    "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    "srun": (
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_STEP_TASKS_PER_NODE",
-    ),
+    "torchrun": "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE",
+    "srun": "SLURM_PROCID SLURM_LOCALID SLURM_STEP_NUM_TASKS SLURM_STEP_TASKS_PER_NODE",
 }
 
 
@@ -72,7 +68,7 @@ def read_topology(env: Mapping[str, str]) -> Topology:
     else:
         return Topology(restarts=_number(env, "SLURM_RESTART_COUNT", 0))
     by = topology.launched_by
-    rank, local, world, local_world = NAMES[by]
+    rank, local, world, local_world = NAMES[by].split()
     if not 0 <= topology.rank < topology.world_size:
         raise UsageError(
             f"{rank}={topology.rank} does not fit {world}={topology.world_size}: ranks count from "
@@ -114,7 +110,6 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         # No --rdzv-id: torchrun's own store lives, on a port of its own, as long as the job.
         shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         job_id = f"{env.get('MASTER_ADDR', '')}:{port}" if shared else ""
-    restarts = [_number(env, f"{who}_RESTART_COUNT", 0) for who in ("TORCHELASTIC", "SLURM")]
     return Topology(
         rank=_number(env, "RANK"),
         local_rank=_number(env, "LOCAL_RANK"),
@@ -125,7 +120,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         master_addr=env.get("MASTER_ADDR", ""),
         master_port=port,
         job_id=job_id,
-        restarts=max(restarts),
+        restarts=_number(env, "SLURM_RESTART_COUNT", 0),
+        retries=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 

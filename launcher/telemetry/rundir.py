@@ -66,10 +66,9 @@ class RunDirectory:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
         return any(p.exists() for p in (self.config, self.status, self.metrics, self.checkpoints))
 
-    def left_unfinished_by(self, job_id: str) -> bool:
-        """Whether the run here was begun by this same job, and not completed."""
-        same = job_id != "" and _read_json(self.environment).get("job") == job_id
-        return same and self.read_status().get("state") != "completed"
+    def begun_by(self, job_id: str) -> bool:
+        """Whether the run here was begun, or gone on with, by this same job."""
+        return job_id != "" and _read_json(self.environment).get("job") == job_id
 
     def check_writable(self) -> None:
         """Raise UsageError where the directory could not be made or written; touches nothing."""

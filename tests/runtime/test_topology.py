@@ -1,8 +1,5 @@
 """Which rank this process is: torchrun's variables, an srun step's, or none."""
 
-import subprocess
-import sys
-
 import pytest
 
 from launcher.errors import UsageError
@@ -172,23 +169,3 @@ def test_a_person_reads_where_a_rank_is() -> None:
     assert str(read_topology(TORCHRUN)) == (
         "rank 5 of 8 (local rank 1 of 4, 2 nodes, started by torchrun)"
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "env", "seconds"),
-    [
-        ([], {}, 30),
-        ([], {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, 90),
-        (["--shutdown-timeout=120"], {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, 120),
-        (["--shutdown_timeout", "45"], {}, 45),
-    ],
-)
-def test_what_torchrun_grants(arguments: list[str], env: dict[str, str], seconds: int) -> None:
-    """Read from its command line, which a rank sees as its parent's."""
-    child = (
-        f"from launcher.runtime.topology import shutdown_timeout; print(shutdown_timeout({env}))"
-    )
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    command = [sys.executable, "-c", code, *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert float(found.stdout) == seconds
