@@ -154,7 +154,7 @@ class StreamFetcher(Dataset):
         multiple of `state_every` comes as a Stated, where the data set has a state (0: none does);
         `saved` is such a state to go on from."""
         self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
-        self.endless, self.saved = endless, saved
+        self.endless, self.saved = endless, saved or {}
         self.state_every = state_every if hasattr(dataset, "state_dict") else 0
         self.epoch, self.passes, self.position = -1, 0, 0
         self.iterator: Iterator[Any] = iter(())
@@ -163,7 +163,8 @@ class StreamFetcher(Dataset):
         start = request.samples[0]
         with generators_kept(self.seed):
             if self.epoch != request.epoch:
-                self._begin(request.epoch)
+                here = self.saved.get("epoch") == request.epoch
+                self._begin(**(self.saved if here else {"epoch": request.epoch}))
             self._skip(start - self.position)
             batch = self.collate([self._next() for _ in request.samples])
         if not self.state_every or start % self.state_every:
@@ -171,17 +172,13 @@ class StreamFetcher(Dataset):
         state = {"epoch": self.epoch, "passes": self.passes, "position": self.position}
         return Stated(batch, {**state, "dataset": self.dataset.state_dict()})
 
-    def _begin(self, epoch: int) -> None:
-        saved = self.saved if self.saved is not None and self.saved["epoch"] == epoch else {}
-        self.epoch = epoch
-        self.passes, self.position = saved.get("passes", 0), saved.get("position", 0)
-        self._iterate(saved.get("dataset"))
-
-    def _iterate(self, state: Any = None) -> None:
+    def _begin(self, epoch: int, passes: int = 0, position: int = 0, dataset: Any = None) -> None:
+        """Start an epoch, or a pass of an endless one; `dataset` is its state, if it has one."""
+        self.epoch, self.passes, self.position = epoch, passes, position
         if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self.epoch + self.passes)
-        if state is not None:
-            self.dataset.load_state_dict(state)
+            self.dataset.set_epoch(epoch + passes)
+        if dataset is not None:
+            self.dataset.load_state_dict(dataset)
         self.iterator = iter(self.dataset)
 
     def _skip(self, count: int) -> None:
@@ -195,7 +192,7 @@ class StreamFetcher(Dataset):
 
     def _next(self) -> Any:
         if self.seed is not None:
-            seed_generators(sample_seeds(self.seed, self.epoch, [self.position])[0])
+            seed_generators(*sample_seeds(self.seed, self.epoch, [self.position]))
         name = type(self.dataset).__name__
         for _ in range(2):
             try:
@@ -206,8 +203,7 @@ class StreamFetcher(Dataset):
                         f"data set {name} ended after {self.position} samples of epoch "
                         f"{self.epoch}; its len() says there are more"
                     ) from None
-                self.passes += 1
-                self._iterate()
+                self._begin(self.epoch, self.passes + 1, self.position)
             except Exception as error:
                 raise _failed(self.dataset, f"sample {self.position}", error) from error
             else:

@@ -7,10 +7,8 @@ them, the next epoch's first batch is fetched before this one ends, and nobody c
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -21,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from launcher.data.plan import Request
 from launcher.errors import RunError, UsageError
-from launcher.runtime.memory import memory_budget, oom_kills
+from launcher.runtime.memory import oom_kills
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +58,12 @@ def load(
         # at another moment than the uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
-    killed_before, others = oom_kills(), set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
+    killed_before, handler = oom_kills(), signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch's own handler raises wherever the training happens to be when a worker dies; the
-        # next batch tells of it as well, within 5 s.
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    processes = set(multiprocessing.active_children()) - others
+    # torch's own handler raises wherever the training happens to be when a worker dies; the next
+    # batch tells of it as well, within 5 s.
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    processes: list[BaseProcess] = list(getattr(iterator, "_workers", []))
     try:
         for answer in iterator:
             pending.popleft()
@@ -93,7 +89,7 @@ def load(
 
 
 def _explain(
-    error: Exception, waited_for: str, timeout_s: float, processes: set[BaseProcess], oom: bool
+    error: Exception, waited_for: str, timeout_s: float, processes: list[BaseProcess], oom: bool
 ) -> Exception:
     """What a DataLoader's own error means; an error that is not about its workers itself."""
     text, kind = str(error), type(error)
@@ -114,12 +110,9 @@ def _explain(
         cause = "bus error: /dev/shm is full"
     elif signal.SIGKILL in codes:
         cause += ", as the kernel does when memory is short"
-    free = memory_budget()
-    shm = "" if free.shm is None else f", /dev/shm {free.shm / 2**30:.2f} GiB"
     return RunError(
-        f"a loader worker died while {waited_for} were due: {cause}. Free now: memory "
-        f"{free.available / 2**30:.1f} GiB{shm}. Fewer DATALOADER.NUM_WORKERS or a smaller "
-        "DATALOADER.PREFETCH_FACTOR need less of both."
+        f"a loader worker died while {waited_for} were due: {cause}. Fewer DATALOADER.NUM_WORKERS "
+        "or a smaller DATALOADER.PREFETCH_FACTOR need less memory and /dev/shm."
     )
 
 

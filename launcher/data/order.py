@@ -91,14 +91,16 @@ class Weighted:
     Keeps the running sum of the weights: 8 bytes a sample, the one order that needs memory.
     """
 
-    def __init__(self, weights: npt.ArrayLike, seed: int) -> None:
+    def __init__(self, weights: Any, length: int, seed: int) -> None:
         values = np.asarray(weights, dtype=np.float64)
-        if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
-            raise UsageError("sample weights must be one finite number of at least 0 a sample")
+        fine = values.shape == (length,) and np.isfinite(values).all() and (values >= 0).all()
+        if not fine or not values.any():
+            raise UsageError(
+                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`: one finite "
+                f"number of at least 0 for each of its {length} samples, and not all zero"
+            )
         self.ends = np.cumsum(values)
         self.seed = seed
-        if self.ends[-1] <= 0:
-            raise UsageError("sample weights are all zero")
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
         drawn = uniform(self.seed, epoch, positions) * self.ends[-1]
@@ -122,12 +124,5 @@ def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
     if sampler == "replacement":
         return Replacement(length, seed)
     if sampler == "weighted":
-        weights = getattr(dataset, "weights", None)
-        if weights is None or len(weights) != length:
-            raise UsageError(
-                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`, one number a "
-                f"sample; {type(dataset).__name__} has "
-                + ("none." if weights is None else f"{len(weights)} for {length} samples.")
-            )
-        return Weighted(weights, seed)
+        return Weighted(getattr(dataset, "weights", None), length, seed)
     return Shuffle(length, seed)

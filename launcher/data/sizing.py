@@ -7,10 +7,7 @@ two runs of one seed must choose alike. The reason is told in one line.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.config import CfgNode
 from launcher.runtime.memory import MemoryBudget
@@ -67,18 +64,3 @@ def size_loader(
     pin = not free.swapping if keys.PIN_MEMORY == "auto" else keys.PIN_MEMORY.lower() == "true"
     reason = f"{workers} worker{'s' * (workers != 1)} a rank: {why}"
     return LoaderSize(workers, threads, cuda and pin, reason)
-
-
-def threads_set_by_user(env: Mapping[str, str], parent_environ: Path | None = None) -> bool:
-    """Whether OMP_NUM_THREADS is the user's.
-
-    torchrun sets it to 1 for its ranks where the user has not set it; the environment that torchrun
-    itself was started with tells the two apart.
-    """
-    if "OMP_NUM_THREADS" not in env or "TORCHELASTIC_RUN_ID" not in env:
-        return "OMP_NUM_THREADS" in env
-    path = parent_environ or Path(f"/proc/{os.getppid()}/environ")
-    try:
-        return b"\0OMP_NUM_THREADS=" in b"\0" + path.read_bytes()
-    except OSError:
-        return True

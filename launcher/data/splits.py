@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -19,10 +18,11 @@ from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
 from launcher.data.loader import load
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
-from launcher.data.sizing import LoaderSize, size_loader, threads_set_by_user
+from launcher.data.sizing import LoaderSize, size_loader
 from launcher.data.transfer import nbytes, on_device
 from launcher.errors import UsageError
-from launcher.runtime.memory import MemoryBudget, memory_budget, own_memory
+from launcher.runtime.cpu import threads_set_by_user
+from launcher.runtime.memory import memory_budget, own_memory
 from launcher.runtime.process import Runtime
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Data:
 
     `start` before `batches`; `close` at the end. No sample is taken in this process where there
     are loader workers: a file that a data set opens on first use would be shared with all of them.
-    `waited` says for how many seconds the training has waited for batches.
+    `size` is how the training is loaded, settled by `start`; `waited` for how many seconds it has
+    waited for batches.
 
     Raises UsageError for a data set that cannot be trained on. Whether `lengths` are the same on
     all ranks is for the caller to ask: ranks that disagree would wait for each other later.
@@ -74,8 +75,11 @@ class Data:
         # A stream's order is its own.
         sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
         self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
-        self.waited = 0.0
+        # Before there are workers, whose memory would count as taken.
+        self._memory = memory_budget(), own_memory()
         self._nbytes = dict.fromkeys(self.datasets, 0)  # of a batch, once one is known
+        self.size = self._size("train")
+        self.waited = 0.0
         self._first = self._last = 0  # global batches, counted over all epochs
         self._training: Iterator[Any] = iter(())
         self._stream_states: deque[dict[str, Any]] = deque(maxlen=4)
@@ -102,11 +106,6 @@ class Data:
             raise UsageError(f"build_dataset({split!r}) returned an empty data set.")
         return length
 
-    @property
-    def size(self) -> LoaderSize:
-        """How the training is loaded; settled by `start`."""
-        return self._size("train")
-
     def start(self, samples: int, stream: dict[str, Any] | None = None, threads: int = 0) -> None:
         """Start this rank's loader after `samples` consumed ones, and fetch its first micro-batch.
 
@@ -131,6 +130,7 @@ class Data:
             )
         span = self.runtime.rank, self._first, self._last
         answers = self._load("train", lambda: train_requests(plan, self.order, *span), stream)
+        self.size = self._size("train")
         logger.info(self.size.reason)
         self._training = on_device(self._unwrapped(answers), self.runtime.device)
 
@@ -209,16 +209,11 @@ class Data:
             if self._size(split).workers < workers:
                 answers.close()
                 return self._load(split, requests, stream, most)
-        return itertools.chain(first, answers)
+        return itertools.chain(iter(first), answers)
 
     def _size(self, split: str) -> LoaderSize:
         keys, kind = self.cfg.DATALOADER, self.kinds[split]
         return size_loader(keys, self.runtime, kind, *self._memory, self._nbytes[split])
-
-    @functools.cached_property
-    def _memory(self) -> tuple[MemoryBudget, int]:
-        # Once, before there are workers, whose memory would count as taken.
-        return memory_budget(), own_memory()
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""
