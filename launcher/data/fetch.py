@@ -6,10 +6,10 @@ restarts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
-@contextmanager
+@contextlib.contextmanager
 def generators_kept(seed: int | None) -> Iterator[None]:
     """Put the process's own random states back at the end, where samples are seeded. Once a batch:
     80 microseconds; a worker has no random state that anybody else uses."""
@@ -80,25 +80,24 @@ class Fetcher(Dataset):
     def __getitem__(self, request: Request) -> Any:
         if self.tensors:
             return list(self.dataset[torch.as_tensor(request.samples)])
-        if self.seed is None:
-            return self.collate(self._unseeded(request.samples))
         with generators_kept(self.seed):
-            seeds = sample_seeds(self.seed, *request)
-            samples = []
-            for index, seed in zip(request.samples, seeds, strict=True):
-                seed_generators(seed)
-                samples.append(self._sample(index))
-            seed_generators(seeds[0] ^ 1)  # a collate that mixes samples draws its own
-            return self.collate(samples)
+            return self.collate(self._samples(*request))
 
-    def _unseeded(self, indices: list[int]) -> list[Any]:
+    def _samples(self, epoch: int, indices: list[int]) -> list[Any]:
         if self.whole is not None:
             try:
                 return self.whole(indices)
             except Exception as error:
                 if not self.skip_bad:
                     raise _failed(self.dataset, f"samples {indices}", error) from error
-        return [self._sample(index) for index in indices]
+        if self.seed is None:
+            return [self._sample(index) for index in indices]
+        seeds, samples = sample_seeds(self.seed, epoch, indices), []
+        for index, seed in zip(indices, seeds, strict=True):
+            seed_generators(seed)
+            samples.append(self._sample(index))
+        seed_generators(seeds[0] ^ 1)  # a collate that mixes samples draws its own
+        return samples
 
     def _sample(self, index: int) -> Any:
         try:
@@ -112,14 +111,12 @@ class Fetcher(Dataset):
         # The next sample that can be read takes its place, so that batches keep their size.
         length = len(self.dataset)
         for other in (i % length for i in range(index + 1, index + length)):
-            try:
+            with contextlib.suppress(Exception):
                 sample = self.dataset[other]
-            except Exception:
-                continue
-            self.skipped += 1
-            told = "%s; took sample %d in its place (%d so far in this process)"
-            logger.warning(told, failure, other, self.skipped)
-            return sample
+                self.skipped += 1
+                told = "%s; took sample %d in its place (%d so far in this process)"
+                logger.warning(told, failure, other, self.skipped)
+                return sample
         raise failure
 
 

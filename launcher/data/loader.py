@@ -1,4 +1,4 @@
-"""A DataLoader that is handed requests and answers with batches.
+"""A DataLoader that is handed requests and answers with batches, and their way to the device.
 
 One iterator serves a whole attempt. Epochs are part of the requests, so workers live on across
 them, the next epoch's first batch is fetched before this one ends, and nobody calls `set_epoch`.
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from launcher.data.plan import Request
 from launcher.errors import RunError, UsageError
 from launcher.runtime.memory import oom_kills
+from launcher.runtime.nest import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -132,3 +133,41 @@ def _start_worker(worker_id: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     # torch itself gives a worker one thread; libraries that it loads later get one too.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def nbytes(batch: Any) -> int:
+    """Bytes of all tensors in a batch."""
+    sizes: list[int] = []
+    map_tensors(batch, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches on the device; on CUDA copied on a stream of their own, one batch ahead, so that
+    the copy of the next batch runs beside the computation on this one."""
+
+    def moved(batch: Any) -> Any:
+        # A copy from pinned memory does not wait for the device.
+        return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+    if device.type != "cuda":
+        yield from map(moved, batches)
+        return
+    side = torch.cuda.Stream(device)
+    ahead: list[tuple[Any, torch.cuda.Event]] = []
+    for batch in batches:
+        with torch.cuda.stream(side):
+            ahead.append((moved(batch), side.record_event()))
+        if len(ahead) > 1:
+            yield _ready(*ahead.pop(0), device)
+    for last in ahead:
+        yield _ready(*last, device)
+
+
+def _ready(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
+    current = torch.cuda.current_stream(device)
+    # The device, not the host, waits for the copy.
+    current.wait_event(copied)
+    # The allocator must not hand this memory to the side stream while the current one uses it.
+    map_tensors(batch, lambda tensor: tensor.record_stream(current))
+    return batch

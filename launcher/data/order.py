@@ -6,6 +6,7 @@ free, memory is constant, and an epoch over 10^9 samples starts at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,14 +76,9 @@ def sequential(epoch: int, positions: Indices) -> Indices:
     return positions
 
 
-class Replacement:
+def replacement(length: int, seed: int, epoch: int, positions: Indices) -> Indices:
     """Independent uniform draws: a sample may stand several times in an epoch, or not at all."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
-
-    def __call__(self, epoch: int, positions: Indices) -> Indices:
-        return (uniform(self.seed, epoch, positions) * self.length).astype(np.int64)
+    return (uniform(seed, epoch, positions) * length).astype(np.int64)
 
 
 class Weighted:
@@ -122,7 +118,7 @@ def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
     if sampler == "sequential":
         return sequential
     if sampler == "replacement":
-        return Replacement(length, seed)
+        return functools.partial(replacement, length, seed)
     if sampler == "weighted":
         return Weighted(getattr(dataset, "weights", None), length, seed)
     return Shuffle(length, seed)

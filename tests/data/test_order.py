@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import order
-from launcher.data.order import Indices, Replacement, Shuffle, Weighted, make_order, sequential
+from launcher.data.order import Indices, Shuffle, Weighted, make_order, sequential
 from launcher.errors import UsageError
 
 law = settings(deadline=None, max_examples=60)
@@ -158,7 +158,7 @@ def test_sequential_is_the_data_sets_own_order() -> None:
 
 
 DRAWS: dict[str, Callable[[int, int], Any]] = {
-    "replacement": lambda length, seed: Replacement(length, seed),
+    "replacement": lambda length, seed: make_order("replacement", None, length, seed),
     "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, length, seed),
 }
 draws = pytest.mark.parametrize("kind", DRAWS)
@@ -195,7 +195,7 @@ def test_draws_of_epochs_and_seeds_differ(kind: str) -> None:
 @pytest.mark.parametrize("length", [2, 7, 50])
 def test_replacement_is_uniform_and_independent(length: int) -> None:
     many = 40_000
-    drawn = Replacement(length, 3)(0, np.arange(many))
+    drawn = make_order("replacement", None, length, 3)(0, np.arange(many))
     counts = np.bincount(drawn, minlength=length)
     expected = many / length
     assert chi_square_fits(((counts - expected) ** 2 / expected).sum(), length - 1)
@@ -228,19 +228,12 @@ def test_a_weight_of_zero_is_never_drawn_even_on_an_edge(
     assert weights[index] > 0
 
 
-@pytest.mark.parametrize(
-    ("sampler", "kind"),
-    [
-        ("shuffle", Shuffle),
-        ("replacement", Replacement),
-        ("weighted", Weighted),
-    ],
-)
-def test_make_order(sampler: str, kind: type) -> None:
-    made = make_order(sampler, SimpleNamespace(weights=[1, 2, 3]), 3, 5)
-    assert type(made) is kind
-    assert made.seed == 5  # type: ignore[attr-defined]
-    assert make_order("sequential", None, 3, 5) is sequential
+def test_make_order() -> None:
+    dataset = SimpleNamespace(weights=[1, 2, 3])
+    for sampler, kind in (("shuffle", Shuffle), ("weighted", Weighted)):
+        made = make_order(sampler, dataset, 3, 5)
+        assert type(made) is kind and made.seed == 5  # type: ignore[attr-defined]
+    assert make_order("sequential", dataset, 3, 5) is sequential
 
 
 @pytest.mark.parametrize(
