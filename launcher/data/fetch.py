@@ -1,7 +1,6 @@
 """From a request to a collated batch. This is what runs in the loader workers.
 
-What a sample draws follows from (SEED, epoch, sample), so it does not depend on workers, ranks or
-restarts.
+What a sample draws follows from (SEED, epoch, sample): not from workers, ranks or restarts.
 """
 
 from __future__ import annotations

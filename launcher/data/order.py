@@ -95,8 +95,7 @@ class Weighted:
                 "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`: one finite "
                 f"number of at least 0 for each of its {length} samples, and not all zero"
             )
-        self.ends = np.cumsum(values)
-        self.seed = seed
+        self.ends, self.seed = np.cumsum(values), seed
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
         drawn = uniform(self.seed, epoch, positions) * self.ends[-1]

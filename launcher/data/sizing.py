@@ -38,7 +38,7 @@ def size_loader(
     """
     cpu, cuda = runtime.cpu, runtime.device.type == "cuda"
     local_ranks = runtime.topology.local_world_size
-    on_ranks = f"{local_ranks} local rank{'s' * (local_ranks > 1)}"
+    among = f"{local_ranks} local rank{'s' * (local_ranks > 1)}"
     if keys.NUM_WORKERS >= 0:
         workers, why = keys.NUM_WORKERS, "DATALOADER.NUM_WORKERS"
     elif kind == "tensors":
@@ -49,17 +49,16 @@ def size_loader(
     else:
         # The rank's own thread takes one CPU; a model on the CPU takes half of them.
         workers = cpu.per_rank - 1 if cuda else cpu.per_rank // 2
-        why = f"{cpu.usable} usable CPUs ({cpu.reason}), {on_ranks}"
+        why = f"{cpu.usable} usable CPUs ({cpu.reason}), {among}"
     threads = max(1, cpu.per_rank - workers)  # before memory, which differs from run to run
     caps = [(free.available, own_memory + nbytes * (keys.PREFETCH_FACTOR + 1), free.reason)]
     if free.shm is not None:
         caps.append((free.shm, nbytes * keys.PREFETCH_FACTOR, "/dev/shm"))
-    for available, each, name in caps:
-        fits = int(MEMORY_SHARE * available / local_ranks // max(each, 1))
+    for room, each, name in caps:
+        fits = int(MEMORY_SHARE * room / local_ranks // max(each, 1))
         if keys.NUM_WORKERS < 0 and fits < workers:
             workers = fits
-            why = f"{name} {available / 2**30:.2f} GiB free, {each / 2**20:.0f} MiB a worker, "
-            why += on_ranks
+            why = f"{name} {room / 2**30:.2f} GiB free, {each / 2**20:.0f} MiB a worker, {among}"
     # Page-locked memory cannot be swapped or given to anybody else.
     pin = not free.swapping if keys.PIN_MEMORY == "auto" else keys.PIN_MEMORY.lower() == "true"
     reason = f"{workers} worker{'s' * (workers != 1)} a rank: {why}"

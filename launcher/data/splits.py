@@ -116,8 +116,7 @@ class Data:
         if not threads_set_by_user(os.environ):
             torch.set_num_threads(threads or self.size.threads)
         self._stream_states.append(stream)
-        mid_epoch = samples % plan.samples_per_epoch > 0
-        if mid_epoch and self.kinds["train"] == "iterable" and stream is None:
+        if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
             logger.warning(
                 "the training data set has no state_dict and load_state_dict: it is read again "
                 "from the epoch's start up to where the run was, which is exact only if it yields "

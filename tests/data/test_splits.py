@@ -289,10 +289,13 @@ class Collating(Fake):
 
 
 class Pids(Dataset):
+    taken = 0  # in this process
+
     def __len__(self) -> int:
         return LENGTH
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        self.taken += 1
         return index, os.getpid()
 
 
@@ -310,6 +313,7 @@ def test_no_sample_is_taken_here_where_there_are_workers(how: str) -> None:
         made.close()
     finally:
         torch.multiprocessing.set_start_method(None, force=True)
+    assert [dataset.taken for dataset in made.datasets.values()] == [0, 0]
     for batches in (train, val):
         indices, pids = torch.cat(batches).T.tolist()
         assert sorted(indices) == list(range(LENGTH))
