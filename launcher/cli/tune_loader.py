@@ -285,7 +285,7 @@ class Tuner:
         """
         import psutil
 
-        from launcher.data.transfer import nbytes
+        from launcher.data.loader import nbytes
 
         this = psutil.Process()
         others, sizes = set(this.children()), list[int]()
@@ -318,9 +318,8 @@ class Tuner:
     @contextmanager
     def _batches(self, setting: Setting, sizes: list[int]) -> Iterator[Iterator[Any]]:
         """This rank's batches on its device, as in training; `sizes` gets what was asked for."""
-        from launcher.data.loader import load
+        from launcher.data.loader import load, on_device
         from launcher.data.plan import ENDLESS, train_requests
-        from launcher.data.transfer import on_device
 
         def noted() -> Iterator[Any]:
             # Each setting goes on where the last one ended, so that none profits from files that

@@ -1,15 +1,14 @@
 """From a request to a collated batch. This is what runs in the loader workers.
 
-What a sample draws follows from (SEED, epoch, sample), so it does not depend on workers, ranks or
-restarts.
+What a sample draws follows from (SEED, epoch, sample): not from workers, ranks or restarts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +44,7 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
-@contextmanager
+@contextlib.contextmanager
 def generators_kept(seed: int | None) -> Iterator[None]:
     """Put the process's own random states back at the end, where samples are seeded. Once a batch:
     80 microseconds; a worker has no random state that anybody else uses."""
@@ -80,25 +79,24 @@ class Fetcher(Dataset):
     def __getitem__(self, request: Request) -> Any:
         if self.tensors:
             return list(self.dataset[torch.as_tensor(request.samples)])
-        if self.seed is None:
-            return self.collate(self._unseeded(request.samples))
         with generators_kept(self.seed):
-            seeds = sample_seeds(self.seed, *request)
-            samples = []
-            for index, seed in zip(request.samples, seeds, strict=True):
-                seed_generators(seed)
-                samples.append(self._sample(index))
-            seed_generators(seeds[0] ^ 1)  # a collate that mixes samples draws its own
-            return self.collate(samples)
+            return self.collate(self._samples(*request))
 
-    def _unseeded(self, indices: list[int]) -> list[Any]:
+    def _samples(self, epoch: int, indices: list[int]) -> list[Any]:
         if self.whole is not None:
             try:
                 return self.whole(indices)
             except Exception as error:
                 if not self.skip_bad:
                     raise _failed(self.dataset, f"samples {indices}", error) from error
-        return [self._sample(index) for index in indices]
+        if self.seed is None:
+            return [self._sample(index) for index in indices]
+        seeds, samples = sample_seeds(self.seed, epoch, indices), []
+        for index, seed in zip(indices, seeds, strict=True):
+            seed_generators(seed)
+            samples.append(self._sample(index))
+        seed_generators(seeds[0] ^ 1)  # a collate that mixes samples draws its own
+        return samples
 
     def _sample(self, index: int) -> Any:
         try:
@@ -112,14 +110,12 @@ class Fetcher(Dataset):
         # The next sample that can be read takes its place, so that batches keep their size.
         length = len(self.dataset)
         for other in (i % length for i in range(index + 1, index + length)):
-            try:
+            with contextlib.suppress(Exception):
                 sample = self.dataset[other]
-            except Exception:
-                continue
-            self.skipped += 1
-            told = "%s; took sample %d in its place (%d so far in this process)"
-            logger.warning(told, failure, other, self.skipped)
-            return sample
+                self.skipped += 1
+                told = "%s; took sample %d in its place (%d so far in this process)"
+                logger.warning(told, failure, other, self.skipped)
+                return sample
         raise failure
 
 
@@ -154,7 +150,7 @@ class StreamFetcher(Dataset):
         multiple of `state_every` comes as a Stated, where the data set has a state (0: none does);
         `saved` is such a state to go on from."""
         self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
-        self.endless, self.saved = endless, saved
+        self.endless, self.saved = endless, saved or {}
         self.state_every = state_every if hasattr(dataset, "state_dict") else 0
         self.epoch, self.passes, self.position = -1, 0, 0
         self.iterator: Iterator[Any] = iter(())
@@ -163,7 +159,8 @@ class StreamFetcher(Dataset):
         start = request.samples[0]
         with generators_kept(self.seed):
             if self.epoch != request.epoch:
-                self._begin(request.epoch)
+                here = self.saved.get("epoch") == request.epoch
+                self._begin(**(self.saved if here else {"epoch": request.epoch}))
             self._skip(start - self.position)
             batch = self.collate([self._next() for _ in request.samples])
         if not self.state_every or start % self.state_every:
@@ -171,17 +168,13 @@ class StreamFetcher(Dataset):
         state = {"epoch": self.epoch, "passes": self.passes, "position": self.position}
         return Stated(batch, {**state, "dataset": self.dataset.state_dict()})
 
-    def _begin(self, epoch: int) -> None:
-        saved = self.saved if self.saved is not None and self.saved["epoch"] == epoch else {}
-        self.epoch = epoch
-        self.passes, self.position = saved.get("passes", 0), saved.get("position", 0)
-        self._iterate(saved.get("dataset"))
-
-    def _iterate(self, state: Any = None) -> None:
+    def _begin(self, epoch: int, passes: int = 0, position: int = 0, dataset: Any = None) -> None:
+        """Start an epoch, or a pass of an endless one; `dataset` is its state, if it has one."""
+        self.epoch, self.passes, self.position = epoch, passes, position
         if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(self.epoch + self.passes)
-        if state is not None:
-            self.dataset.load_state_dict(state)
+            self.dataset.set_epoch(epoch + passes)
+        if dataset is not None:
+            self.dataset.load_state_dict(dataset)
         self.iterator = iter(self.dataset)
 
     def _skip(self, count: int) -> None:
@@ -195,7 +188,7 @@ class StreamFetcher(Dataset):
 
     def _next(self) -> Any:
         if self.seed is not None:
-            seed_generators(sample_seeds(self.seed, self.epoch, [self.position])[0])
+            seed_generators(*sample_seeds(self.seed, self.epoch, [self.position]))
         name = type(self.dataset).__name__
         for _ in range(2):
             try:
@@ -206,8 +199,7 @@ class StreamFetcher(Dataset):
                         f"data set {name} ended after {self.position} samples of epoch "
                         f"{self.epoch}; its len() says there are more"
                     ) from None
-                self.passes += 1
-                self._iterate()
+                self._begin(self.epoch, self.passes + 1, self.position)
             except Exception as error:
                 raise _failed(self.dataset, f"sample {self.position}", error) from error
             else:

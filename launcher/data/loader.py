@@ -1,4 +1,4 @@
-"""A DataLoader that is handed requests and answers with batches.
+"""A DataLoader that is handed requests and answers with batches, and their way to the device.
 
 One iterator serves a whole attempt. Epochs are part of the requests, so workers live on across
 them, the next epoch's first batch is fetched before this one ends, and nobody calls `set_epoch`.
@@ -7,10 +7,8 @@ them, the next epoch's first batch is fetched before this one ends, and nobody c
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
@@ -21,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from launcher.data.plan import Request
 from launcher.errors import RunError, UsageError
-from launcher.runtime.memory import memory_budget, oom_kills
+from launcher.runtime.memory import oom_kills
+from launcher.runtime.nest import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -60,14 +59,12 @@ def load(
         # at another moment than the uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
-    killed_before, others = oom_kills(), set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
+    killed_before, handler = oom_kills(), signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch's own handler raises wherever the training happens to be when a worker dies; the
-        # next batch tells of it as well, within 5 s.
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    processes = set(multiprocessing.active_children()) - others
+    # torch's own handler raises wherever the training happens to be when a worker dies; the next
+    # batch tells of it as well, within 5 s.
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    processes: list[BaseProcess] = list(getattr(iterator, "_workers", []))
     try:
         for answer in iterator:
             pending.popleft()
@@ -93,7 +90,7 @@ def load(
 
 
 def _explain(
-    error: Exception, waited_for: str, timeout_s: float, processes: set[BaseProcess], oom: bool
+    error: Exception, waited_for: str, timeout_s: float, processes: list[BaseProcess], oom: bool
 ) -> Exception:
     """What a DataLoader's own error means; an error that is not about its workers itself."""
     text, kind = str(error), type(error)
@@ -114,12 +111,9 @@ def _explain(
         cause = "bus error: /dev/shm is full"
     elif signal.SIGKILL in codes:
         cause += ", as the kernel does when memory is short"
-    free = memory_budget()
-    shm = "" if free.shm is None else f", /dev/shm {free.shm / 2**30:.2f} GiB"
     return RunError(
-        f"a loader worker died while {waited_for} were due: {cause}. Free now: memory "
-        f"{free.available / 2**30:.1f} GiB{shm}. Fewer DATALOADER.NUM_WORKERS or a smaller "
-        "DATALOADER.PREFETCH_FACTOR need less of both."
+        f"a loader worker died while {waited_for} were due: {cause}. Fewer DATALOADER.NUM_WORKERS "
+        "or a smaller DATALOADER.PREFETCH_FACTOR need less memory and /dev/shm."
     )
 
 
@@ -139,3 +133,41 @@ def _start_worker(worker_id: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     # torch itself gives a worker one thread; libraries that it loads later get one too.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def nbytes(batch: Any) -> int:
+    """Bytes of all tensors in a batch."""
+    sizes: list[int] = []
+    map_tensors(batch, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches on the device; on CUDA copied on a stream of their own, one batch ahead, so that
+    the copy of the next batch runs beside the computation on this one."""
+
+    def moved(batch: Any) -> Any:
+        # A copy from pinned memory does not wait for the device.
+        return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+    if device.type != "cuda":
+        yield from map(moved, batches)
+        return
+    side = torch.cuda.Stream(device)
+    ahead: list[tuple[Any, torch.cuda.Event]] = []
+    for batch in batches:
+        with torch.cuda.stream(side):
+            ahead.append((moved(batch), side.record_event()))
+        if len(ahead) > 1:
+            yield _ready(*ahead.pop(0), device)
+    for last in ahead:
+        yield _ready(*last, device)
+
+
+def _ready(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
+    current = torch.cuda.current_stream(device)
+    # The device, not the host, waits for the copy.
+    current.wait_event(copied)
+    # The allocator must not hand this memory to the side stream while the current one uses it.
+    map_tensors(batch, lambda tensor: tensor.record_stream(current))
+    return batch

@@ -6,6 +6,7 @@ free, memory is constant, and an epoch over 10^9 samples starts at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -75,14 +76,9 @@ def sequential(epoch: int, positions: Indices) -> Indices:
     return positions
 
 
-class Replacement:
+def replacement(length: int, seed: int, epoch: int, positions: Indices) -> Indices:
     """Independent uniform draws: a sample may stand several times in an epoch, or not at all."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
-
-    def __call__(self, epoch: int, positions: Indices) -> Indices:
-        return (uniform(self.seed, epoch, positions) * self.length).astype(np.int64)
+    return (uniform(seed, epoch, positions) * length).astype(np.int64)
 
 
 class Weighted:
@@ -91,14 +87,15 @@ class Weighted:
     Keeps the running sum of the weights: 8 bytes a sample, the one order that needs memory.
     """
 
-    def __init__(self, weights: npt.ArrayLike, seed: int) -> None:
+    def __init__(self, weights: Any, length: int, seed: int) -> None:
         values = np.asarray(weights, dtype=np.float64)
-        if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
-            raise UsageError("sample weights must be one finite number of at least 0 a sample")
-        self.ends = np.cumsum(values)
-        self.seed = seed
-        if self.ends[-1] <= 0:
-            raise UsageError("sample weights are all zero")
+        fine = values.shape == (length,) and np.isfinite(values).all() and (values >= 0).all()
+        if not fine or not values.any():
+            raise UsageError(
+                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`: one finite "
+                f"number of at least 0 for each of its {length} samples, and not all zero"
+            )
+        self.ends, self.seed = np.cumsum(values), seed
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
         drawn = uniform(self.seed, epoch, positions) * self.ends[-1]
@@ -120,14 +117,7 @@ def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
     if sampler == "sequential":
         return sequential
     if sampler == "replacement":
-        return Replacement(length, seed)
+        return functools.partial(replacement, length, seed)
     if sampler == "weighted":
-        weights = getattr(dataset, "weights", None)
-        if weights is None or len(weights) != length:
-            raise UsageError(
-                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`, one number a "
-                f"sample; {type(dataset).__name__} has "
-                + ("none." if weights is None else f"{len(weights)} for {length} samples.")
-            )
-        return Weighted(weights, seed)
+        return Weighted(getattr(dataset, "weights", None), length, seed)
     return Shuffle(length, seed)

@@ -41,9 +41,9 @@ class Plan:
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"The data set has {self.length} samples, fewer than one batch of "
-                f"{self.batch_size}, and TRAIN.DROP_LAST leaves out an epoch's last, smaller "
-                "batch: nothing is left. Set TRAIN.DROP_LAST False or a smaller TRAIN.BATCH_SIZE."
+                f"The data set's {self.length} samples are fewer than one batch of "
+                f"{self.batch_size}, and TRAIN.DROP_LAST leaves such a batch out: set it False, or "
+                "a smaller TRAIN.BATCH_SIZE."
             )
 
     @property
@@ -103,9 +103,7 @@ def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -
 
 def eval_requests(plan: Plan, rank: int) -> Iterator[Request]:
     """A rank's batches of an evaluation: whole batches dealt in turn, nothing padded or dropped.
-
-    A batch holds the same samples at any number of ranks, so each sample's result is the same to
-    the last bit.
+    A batch is the same at any number of ranks, and so is each sample's result, to the last bit.
     """
     for k in range(rank, plan.steps_per_epoch, plan.world_size):
         yield Request(0, list(range(*plan.batch(k))))

@@ -7,10 +7,7 @@ two runs of one seed must choose alike. The reason is told in one line.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from launcher.config import CfgNode
 from launcher.runtime.memory import MemoryBudget
@@ -41,7 +38,7 @@ def size_loader(
     """
     cpu, cuda = runtime.cpu, runtime.device.type == "cuda"
     local_ranks = runtime.topology.local_world_size
-    on_ranks = f"{local_ranks} local rank{'s' * (local_ranks > 1)}"
+    among = f"{local_ranks} local rank{'s' * (local_ranks > 1)}"
     if keys.NUM_WORKERS >= 0:
         workers, why = keys.NUM_WORKERS, "DATALOADER.NUM_WORKERS"
     elif kind == "tensors":
@@ -52,33 +49,17 @@ def size_loader(
     else:
         # The rank's own thread takes one CPU; a model on the CPU takes half of them.
         workers = cpu.per_rank - 1 if cuda else cpu.per_rank // 2
-        why = f"{cpu.usable} usable CPUs ({cpu.reason}), {on_ranks}"
+        why = f"{cpu.usable} usable CPUs ({cpu.reason}), {among}"
     threads = max(1, cpu.per_rank - workers)  # before memory, which differs from run to run
     caps = [(free.available, own_memory + nbytes * (keys.PREFETCH_FACTOR + 1), free.reason)]
     if free.shm is not None:
         caps.append((free.shm, nbytes * keys.PREFETCH_FACTOR, "/dev/shm"))
-    for available, each, name in caps:
-        fits = int(MEMORY_SHARE * available / local_ranks // max(each, 1))
+    for room, each, name in caps:
+        fits = int(MEMORY_SHARE * room / local_ranks // max(each, 1))
         if keys.NUM_WORKERS < 0 and fits < workers:
             workers = fits
-            why = f"{name} {available / 2**30:.2f} GiB free, {each / 2**20:.0f} MiB a worker, "
-            why += on_ranks
+            why = f"{name} {room / 2**30:.2f} GiB free, {each / 2**20:.0f} MiB a worker, {among}"
     # Page-locked memory cannot be swapped or given to anybody else.
     pin = not free.swapping if keys.PIN_MEMORY == "auto" else keys.PIN_MEMORY.lower() == "true"
     reason = f"{workers} worker{'s' * (workers != 1)} a rank: {why}"
     return LoaderSize(workers, threads, cuda and pin, reason)
-
-
-def threads_set_by_user(env: Mapping[str, str], parent_environ: Path | None = None) -> bool:
-    """Whether OMP_NUM_THREADS is the user's.
-
-    torchrun sets it to 1 for its ranks where the user has not set it; the environment that torchrun
-    itself was started with tells the two apart.
-    """
-    if "OMP_NUM_THREADS" not in env or "TORCHELASTIC_RUN_ID" not in env:
-        return "OMP_NUM_THREADS" in env
-    path = parent_environ or Path(f"/proc/{os.getppid()}/environ")
-    try:
-        return b"\0OMP_NUM_THREADS=" in b"\0" + path.read_bytes()
-    except OSError:
-        return True

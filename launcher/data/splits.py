@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import os
@@ -14,24 +13,22 @@ from typing import Any
 
 import torch
 
-from launcher.config import CfgNode, flatten, parse_duration
+from launcher.config import CfgNode, parse_duration
+from launcher.config.checks import in_epochs
 from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
-from launcher.data.loader import load
+from launcher.data.loader import load, nbytes, on_device
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
-from launcher.data.sizing import LoaderSize, size_loader, threads_set_by_user
-from launcher.data.transfer import nbytes, on_device
+from launcher.data.sizing import LoaderSize, size_loader
 from launcher.errors import UsageError
-from launcher.runtime.memory import MemoryBudget, memory_budget, own_memory
+from launcher.runtime.cpu import threads_set_by_user
+from launcher.runtime.memory import memory_budget, own_memory
 from launcher.runtime.process import Runtime
 
 logger = logging.getLogger(__name__)
 # How often, in global batches, the state of a stream with `state_dict` is taken along. A resume
 # loads the last one and reads forward from there.
 STATE_EVERY = 32
-# What makes no sense in epochs where these have no end.
-PERIODS = ["TRAIN.DURATION", "EVAL.EVERY", "CHECKPOINT.EVERY", "CHECKPOINT.KEEP_EVERY"]
-PERIODS += ["LOG.EVERY", "OPTIM.WARMUP"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ class Data:
 
     `start` before `batches`; `close` at the end. No sample is taken in this process where there
     are loader workers: a file that a data set opens on first use would be shared with all of them.
-    `waited` says for how many seconds the training has waited for batches.
+    `size` is how the training is loaded, settled by `start`; `waited` for how many seconds it has
+    waited for batches.
 
     Raises UsageError for a data set that cannot be trained on. Whether `lengths` are the same on
     all ranks is for the caller to ask: ranks that disagree would wait for each other later.
@@ -74,11 +72,14 @@ class Data:
         # A stream's order is its own.
         sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
         self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
-        self.waited = 0.0
+        # Before there are workers, whose memory would count as taken.
+        self._memory = memory_budget(), own_memory()
         self._nbytes = dict.fromkeys(self.datasets, 0)  # of a batch, once one is known
+        self.size = self._size("train")
+        self.waited = 0.0
         self._first = self._last = 0  # global batches, counted over all epochs
         self._training: Iterator[Any] = iter(())
-        self._stream_states: deque[dict[str, Any]] = deque(maxlen=4)
+        self._stream_states: deque[dict[str, Any] | None] = deque([None], maxlen=4)  # newest last
 
     def _length(self, split: str) -> int:
         dataset = self.datasets[split]
@@ -90,9 +91,7 @@ class Data:
                     f"build_dataset({split!r}) returned a {type(dataset).__name__} without a "
                     "length; give it a __len__"
                 ) from None
-            periods = {name: parse_duration(flatten(self.cfg)[name]) for name in PERIODS}
-            epochs = [name for name, period in periods.items() if period and period.unit == "ep"]
-            if epochs:
+            if epochs := in_epochs(self.cfg):
                 raise UsageError(
                     "The training data set tells no length, so it has no epochs: give "
                     f"{', '.join(epochs)} in steps, or the data set a __len__."
@@ -101,11 +100,6 @@ class Data:
         if length == 0:
             raise UsageError(f"build_dataset({split!r}) returned an empty data set.")
         return length
-
-    @property
-    def size(self) -> LoaderSize:
-        """How the training is loaded; settled by `start`."""
-        return self._size("train")
 
     def start(self, samples: int, stream: dict[str, Any] | None = None, threads: int = 0) -> None:
         """Start this rank's loader after `samples` consumed ones, and fetch its first micro-batch.
@@ -121,16 +115,16 @@ class Data:
             self._last = int(duration.amount) * plan.steps_per_epoch
         if not threads_set_by_user(os.environ):
             torch.set_num_threads(threads or self.size.threads)
-        mid_epoch = samples % plan.samples_per_epoch > 0
-        if mid_epoch and self.kinds["train"] == "iterable" and stream is None:
+        self._stream_states.append(stream)
+        if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
             logger.warning(
-                "data set %s has no state_dict and load_state_dict: it is read again from the "
-                "epoch's start up to where the run was, which is exact only if it yields the same "
-                "samples each time",
-                type(self.datasets["train"]).__name__,
+                "the training data set has no state_dict and load_state_dict: it is read again "
+                "from the epoch's start up to where the run was, which is exact only if it yields "
+                "the same samples each time"
             )
         span = self.runtime.rank, self._first, self._last
-        answers = self._load("train", lambda: train_requests(plan, self.order, *span), stream)
+        answers = self._load("train", lambda: train_requests(plan, self.order, *span))
+        self.size = self._size("train")
         logger.info(self.size.reason)
         self._training = on_device(self._unwrapped(answers), self.runtime.device)
 
@@ -160,7 +154,7 @@ class Data:
         batches = len(range(rank, plan.steps_per_epoch, plan.world_size))
         # A single batch has nothing to be fetched beside.
         most = 0 if self.kinds["val"] == "tensors" else max(0, batches - 1)
-        answers = self._load("val", lambda: eval_requests(plan, rank), most=most)
+        answers = self._load("val", lambda: eval_requests(plan, rank), most)
         yield from on_device(answers, self.runtime.device)
 
     def close(self) -> None:
@@ -171,12 +165,12 @@ class Data:
         """The newest known state of an iterable data set that is not past `samples` consumed."""
         epoch, in_epoch = divmod(samples, self.train_plan.samples_per_epoch)
         for state in reversed(self._stream_states):
-            if state["epoch"] == epoch and state["position"] <= in_epoch:
+            if state and state["epoch"] == epoch and state["position"] <= in_epoch:
                 return state
         return None
 
-    def fetcher(self, split: str, stream: dict[str, Any] | None = None) -> Fetcher | StreamFetcher:
-        """What makes a split's batches from requests, here or in a worker; see `start`."""
+    def fetcher(self, split: str) -> Fetcher | StreamFetcher:
+        """What makes a split's batches from requests, here or in a worker."""
         dataset, keys = self.datasets[split], self.cfg.DATALOADER
         seed = self.cfg.SEED if keys.SEED_SAMPLES else None
         if self.kinds[split] != "iterable":
@@ -184,14 +178,10 @@ class Data:
         if split != "train":
             return StreamFetcher(dataset, self.collate, seed)
         endless, every = self.length == ENDLESS, STATE_EVERY * self.train_plan.batch_size
-        return StreamFetcher(dataset, self.collate, seed, endless, every, stream)
+        return StreamFetcher(dataset, self.collate, seed, endless, every, self._stream_states[-1])
 
     def _load(
-        self,
-        split: str,
-        requests: Callable[[], Iterator[Request]],
-        stream: dict[str, Any] | None = None,
-        most: int = ENDLESS,
+        self, split: str, requests: Callable[[], Iterator[Request]], most: int = ENDLESS
     ) -> Iterator[Any]:
         """The answers to the requests, the first one already here; by `most` workers at most.
 
@@ -199,7 +189,7 @@ class Data:
         memory, the loader starts over with fewer.
         """
         size, prefetch = self._size(split), self.cfg.DATALOADER.PREFETCH_FACTOR
-        workers, fetcher = min(size.workers, most), self.fetcher(split, stream)
+        workers, fetcher = min(size.workers, most), self.fetcher(split)
         timeout = parse_duration(self.cfg.DIST.TRAIN_TIMEOUT)
         assert timeout is not None  # the config check demands one
         answers = load(fetcher, requests(), workers, prefetch, size.pin_memory, timeout.amount)
@@ -208,17 +198,12 @@ class Data:
             self._nbytes[split] = nbytes(first)
             if self._size(split).workers < workers:
                 answers.close()
-                return self._load(split, requests, stream, most)
-        return itertools.chain(first, answers)
+                return self._load(split, requests, most)
+        return itertools.chain(iter(first), answers)
 
     def _size(self, split: str) -> LoaderSize:
         keys, kind = self.cfg.DATALOADER, self.kinds[split]
         return size_loader(keys, self.runtime, kind, *self._memory, self._nbytes[split])
-
-    @functools.cached_property
-    def _memory(self) -> tuple[MemoryBudget, int]:
-        # Once, before there are workers, whose memory would count as taken.
-        return memory_budget(), own_memory()
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""

@@ -106,3 +106,18 @@ def _quota(folder: Path) -> float | None:
         return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
+
+
+def threads_set_by_user(env: Mapping[str, str], parent_environ: Path | None = None) -> bool:
+    """Whether OMP_NUM_THREADS is the user's.
+
+    torchrun sets it to 1 for its ranks where the user has not set it; the environment that torchrun
+    itself was started with tells the two apart.
+    """
+    if "OMP_NUM_THREADS" not in env or "TORCHELASTIC_RUN_ID" not in env:
+        return "OMP_NUM_THREADS" in env
+    path = parent_environ or Path(f"/proc/{os.getppid()}/environ")
+    try:
+        return b"\0OMP_NUM_THREADS=" in b"\0" + path.read_bytes()
+    except OSError:
+        return True

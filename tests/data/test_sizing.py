@@ -1,12 +1,11 @@
 """Loader workers, compute threads and pinned memory, from the budgets of CPU and memory."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from launcher.data.sizing import LoaderSize, size_loader, threads_set_by_user
+from launcher.data.sizing import LoaderSize, size_loader
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.memory import MemoryBudget
 from launcher.runtime.process import Runtime
@@ -133,27 +132,3 @@ def test_pinned_memory(cuda: bool, pin: str, budget: MemoryBudget, pinned: bool)
 )
 def test_the_reason_for_the_log(options: dict[str, Any], reason: str) -> None:
     assert size(**{"per_rank": 4, **options}).reason == reason
-
-
-UNDER_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
-
-
-@pytest.mark.parametrize(
-    ("env", "parent", "by_user"),
-    [
-        ({}, b"OMP_NUM_THREADS=4\0", False),
-        ({"OMP_NUM_THREADS": "4"}, None, True),
-        (UNDER_TORCHRUN, b"HOME=/\0", False),
-        (UNDER_TORCHRUN, b"A=1\0OMP_NUM_THREADS=1\0", True),
-        (UNDER_TORCHRUN, b"OMP_NUM_THREADS=1\0A=1\0", True),
-        (UNDER_TORCHRUN, b"X_OMP_NUM_THREADS=1\0", False),
-        (UNDER_TORCHRUN, None, True),  # cannot be read
-    ],
-)
-def test_whose_threads(
-    tmp_path: Path, env: dict[str, str], parent: bytes | None, by_user: bool
-) -> None:
-    path = tmp_path / "environ"
-    if parent is not None:
-        path.write_bytes(parent)
-    assert threads_set_by_user(env, path) is by_user

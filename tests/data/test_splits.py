@@ -2,6 +2,9 @@
 
 import itertools
 import logging
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +12,18 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from launcher.data import splits
 from launcher.data.splits import Data
 from launcher.errors import UsageError
+from launcher.runtime.cpu import CpuBudget
+from launcher.runtime.memory import MemoryBudget
 from launcher.runtime.process import Runtime
-from tests.engine.helpers import ALONE, config
+from launcher.runtime.topology import Topology
+from tests.engine.helpers import ALONE, config, recording
 
 LENGTH, VAL = 23, 11
+MIB = 2**20
+ONE_EPOCH = ("TRAIN.DURATION", "1ep")
 
 
 @pytest.fixture(autouse=True)
@@ -228,3 +237,112 @@ def test_threads_of_the_rank(
     made.start(0, threads=threads)
     made.close()
     assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_global_batch_is_the_same_on_all_ranks_but_for_their_parts(rank: int) -> None:
+    """9 samples by 4: the last batch of an epoch has one, which is rank 0's."""
+    runtime = Runtime(Topology(rank=rank, world_size=2), torch.device("cpu"), ALONE.cpu)
+    words = ("TRAIN.DURATION", "2ep", "TRAIN.BATCH_SIZE", 4, "TRAIN.MICRO_BATCH_SIZE", 1)
+    made = data(Fake(Counted(9)), *words, runtime=runtime)
+    made.start(4, threads=1)
+    found = []
+    for batch in made.batches():
+        found.append((batch.epoch, batch.number, batch.count, batch.sizes))
+        assert [len(part) for part in batch.batches] == batch.sizes
+    epoch = [(0, 4, [1, 1]), (1, 4, [1, 1]), (2, 1, [1] if rank == 0 else [])]
+    assert found == [(e, *batch) for e in (0, 1) for batch in epoch][1:]
+
+
+def test_waiting_for_data_is_told_and_timed() -> None:
+    told: list[str] = []
+    made = Data(config("TRAIN.BATCH_SIZE", 8), Fake(Slow()), ALONE, told.append)
+    made.start(0, threads=1)
+    batches = made.batches()
+    for _ in range(2):
+        (_,) = next(batches).batches
+    assert told == ["data", "step"] * 2
+    assert made.waited >= 0.08  # of the second batch: `start` waits for the first
+
+
+class Slow(Counted):
+    """A hundredth of a second a sample."""
+
+    def __init__(self) -> None:
+        super().__init__(LENGTH)
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.01)
+        return index
+
+
+class Collating(Fake):
+    """Its collate is a method, so that workers which are not forked are sent the whole task. A
+    sample is the process it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__(Pids(), Pids())
+        self.recorder = recording()
+
+    def collate(self, samples: list[Any]) -> torch.Tensor:
+        return torch.tensor(samples)
+
+
+class Pids(Dataset):
+    taken = 0  # in this process
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        self.taken += 1
+        return index, os.getpid()
+
+
+@pytest.mark.parametrize(
+    "how", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
+def test_no_sample_is_taken_here_where_there_are_workers(how: str) -> None:
+    """However they are started: what a data set opens on first use would be shared over a fork."""
+    torch.multiprocessing.set_start_method(how, force=True)
+    try:
+        made = data(Collating(), *ONE_EPOCH, "EVAL.BATCH_SIZE", 8, workers=1)
+        made.start(0, threads=1)
+        train = [part for batch in made.batches() for part in batch.batches]
+        val = list(made.evaluation())
+        made.close()
+    finally:
+        torch.multiprocessing.set_start_method(None, force=True)
+    assert [dataset.taken for dataset in made.datasets.values()] == [0, 0]
+    for batches in (train, val):
+        indices, pids = torch.cat(batches).T.tolist()
+        assert sorted(indices) == list(range(LENGTH))
+        assert len(set(pids)) == 1 and os.getpid() not in pids
+
+
+class Mebibytes(Counted):
+    """1 MiB a sample."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((MIB // 8,), super().__getitem__(index), dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("shm", "workers"), [(1000, 4), (64, 2), (20, 0)], ids=["all fit", "two fit", "none fits"]
+)
+def test_the_loader_starts_over_with_as_many_workers_as_the_first_batch_leaves_room_for(
+    shm: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker has two batches of 8 MiB in half of /dev/shm. Threads follow from the CPUs alone."""
+    free = MemoryBudget(2**40, 2**40, shm * MIB, False, "free memory")
+    monkeypatch.setattr(splits, "memory_budget", lambda: free)
+    runtime = Runtime(Topology(), torch.device("cpu"), CpuBudget(8, 8, 8, "a test"))
+    before = set(multiprocessing.active_children())
+    made = data(Fake(Mebibytes(LENGTH)), *ONE_EPOCH, workers=-1, runtime=runtime)
+    made.start(8)
+    assert len(set(multiprocessing.active_children()) - before) == workers
+    assert (made.size.workers, made.size.threads, torch.get_num_threads()) == (workers, 4, 4)
+    assert ("/dev/shm" in made.size.reason) is (workers < 4)
+    whole = data(Fake(), *ONE_EPOCH)
+    whole.start(8)
+    assert [[sample[0] for sample in part] for part in rest(made)] == rest(whole)

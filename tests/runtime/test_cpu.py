@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher.runtime.cpu import CpuBudget, cgroup_cpu_quota, cpu_budget
+from launcher.runtime.cpu import CpuBudget, cgroup_cpu_quota, cpu_budget, threads_set_by_user
 
 V2 = "0::/job/step\n"
 V1 = "4:memory:/job/step\n3:cpu,cpuacct:/job/step\n"
@@ -149,3 +149,27 @@ def test_real_affinity_is_seen() -> None:
         check=True,
     )
     assert done.stdout.startswith("1 CPU affinity; host has ")
+
+
+UNDER_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("env", "parent", "by_user"),
+    [
+        ({}, b"OMP_NUM_THREADS=4\0", False),
+        ({"OMP_NUM_THREADS": "4"}, None, True),
+        (UNDER_TORCHRUN, b"HOME=/\0", False),
+        (UNDER_TORCHRUN, b"A=1\0OMP_NUM_THREADS=1\0", True),
+        (UNDER_TORCHRUN, b"OMP_NUM_THREADS=1\0A=1\0", True),
+        (UNDER_TORCHRUN, b"X_OMP_NUM_THREADS=1\0", False),
+        (UNDER_TORCHRUN, None, True),  # cannot be read
+    ],
+)
+def test_whose_threads(
+    tmp_path: Path, env: dict[str, str], parent: bytes | None, by_user: bool
+) -> None:
+    path = tmp_path / "environ"
+    if parent is not None:
+        path.write_bytes(parent)
+    assert threads_set_by_user(env, path) is by_user
