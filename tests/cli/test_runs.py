@@ -13,7 +13,7 @@ import pytest
 
 from launcher import cli
 from tests.cli.imports import ROOT, imported_by
-from tests.runs.made import lines, make_run, record, training
+from tests.runs.made import append, lines, make_run, record, training
 
 Captured = pytest.CaptureFixture[str]
 Said = Callable[[str], str]
@@ -141,8 +141,7 @@ READERS += ("export runs/a -o x.csv",)
 
 
 def test_damaged_lines_are_told_and_no_reason_to_stop(capsys: Captured) -> None:
-    with Path("runs/a/metrics.jsonl").open("a") as file:
-        file.write("torn {\n" * 5 + lines([record(110, train__loss=0.5)]))
+    append(Path("runs/a/metrics.jsonl"), "torn {\n" * 5 + lines([record(110, train__loss=0.5)]))
     for words in READERS:
         assert runs(words) == 0
         err = capsys.readouterr().err

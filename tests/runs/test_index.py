@@ -26,7 +26,7 @@ from launcher.runs.index import (
     summarize,
 )
 from launcher.runs.records import Place, read_table
-from tests.runs.made import lines, make_run, record, training
+from tests.runs.made import append, lines, make_run, record, training
 
 
 def plain(summary: Summary) -> dict[str, Any]:
@@ -86,8 +86,7 @@ def test_nothing_is_parsed_twice(path: Path, parsed: list[int]) -> None:
     first = plain(summarize(OURS, path))
     end = path.stat().st_size
     assert plain(summarize(OURS, path)) == first and parsed == [0]
-    with path.open("a") as file:
-        file.write(lines(training(1000)[60:]))
+    append(path, lines(training(1000)[60:]))
     assert plain(summarize(OURS, path)) == full(path)
     assert parsed == [0, end]
 
@@ -97,8 +96,7 @@ def test_a_torn_end_is_parsed_when_it_is_whole(path: Path, parsed: list[int]) ->
     end = path.stat().st_size
     text = lines([record(510, train__loss=0.5)])
     for part in (text[:20], text[20:-1], text[-1:]):
-        with path.open("a") as file:
-            file.write(part)
+        append(path, part)
         assert plain(summarize(OURS, path)) == full(path)
     assert parsed == [0, end, end, end]
     assert summarize(OURS, path).series["train/loss"].last == (510, 0.5)
@@ -131,8 +129,7 @@ def test_another_file_of_that_name_is_seen(path: Path) -> None:
     other = path.with_name("other")
     loss = '"train/loss": 0.1,'  # at step 1000
     other.write_text(path.read_text().replace(loss, '"train/loss": 9.9,'))
-    with other.open("a") as file:
-        file.write(lines([record(2010, train__loss=0.1)]))
+    append(other, lines([record(2010, train__loss=0.1)]))
     other.replace(path)
     assert plain(summarize(OURS, path)) == full(path)
 
