@@ -17,13 +17,13 @@ import pytest
 
 from launcher import cli
 from tests.system import jobs
+from tests.system.browser import CHROMIUM, Browser
 from tests.system.forked import Forked, launch
 from tests.system.leash import Leash
 
 DIGITS = f"{jobs.ROOT / 'tests/system/leash.py'}:LeashedDigits"
 ARGS = ("train", "--config-file", jobs.DIGITS, "TRAIN.DURATION", "3ep", "TASK.NAME", DIGITS)
 CHANGED = ("CHECKPOINT.EVERY", "LOG.EVERY", "LOG.HISTOGRAMS")  # in the run that is resumed
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -218,56 +218,9 @@ def test_a_live_run(tmp_path: Path) -> None:
     assert look()["state"] == "lost"
 
 
-def browse(page: Path, folder: Path, *options: str) -> str:
-    """What headless Chromium makes of a page: the document after its scripts have run."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"]
-    process = subprocess.Popen(
-        [*map(str, command), *options, page.as_uri()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "HOME": str(folder)},
-    )
-    try:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-2000:]
-        return out
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here")
-def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path: Path) -> None:
-    """Every metric is a figure with a curve a run, of as many points as it has records; zooming
-    and smoothing draw it anew."""
-    page = tmp_path / "report.html"
-    runs(folder, "report", done, other, "-o", page)
-    html = browse(page, tmp_path, "--dump-dom")
-    drawn: dict[str, dict[str, int]] = {}
-    for figure in re.findall(r"<figure>.*?</figure>", html, re.DOTALL):
-        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)
-        assert caption is not None
-        drawn[caption[1]] = {
-            name: int(points)
-            for name, points in re.findall(
-                r'class="curve" d="M[^"]+L[^"]+"[^>]* data-run="(\w+)" data-points="(\d+)"', figure
-            )
-        }
-    records = {"resumed": jobs.metrics(done), "other": jobs.metrics(other)}
-    keys = {k for r in records["other"] for k in r} - {"step", "epoch", "samples", "time"}
-    assert {"val/accuracy", "train/loss", "perf/step_s"} <= keys
-    assert drawn == {
-        key: {name: sum(key in r for r in rows) for name, rows in records.items()} for key in keys
-    }
-    for word in ("OPTIM.LR", "checkpoint", "versions: launcher"):
-        assert word in html
-
-    # The same page with somebody who smooths and zooms.
-    acts = """
+# A person who smooths, zooms, and goes back.
+ACTS = """
+(() => {
     const svg = charts[0].svg, box = svg.getBoundingClientRect(), before = svg.innerHTML;
     const at = (kind, share) => svg.dispatchEvent(new PointerEvent(kind,
         {bubbles: true, clientX: box.left + share * box.width, clientY: box.top + 50}));
@@ -276,14 +229,36 @@ def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path
     at("pointerdown", .3); at("pointermove", .7); at("pointerup", .7);
     const zoomed = charts[0].zoom;
     svg.dispatchEvent(new MouseEvent("dblclick"));
-    document.title = JSON.stringify({smoothed: smooth !== before && smooth.includes('class="raw"'),
-        zoomed, tip: charts[0].tip.textContent, back: svg.innerHTML === smooth});
-    """
-    acted = tmp_path / "acted.html"
-    acted.write_text(page.read_text().replace("</body>", f"<script>{acts}</script></body>"))
-    title = re.search(r"<title>(.*?)</title>", browse(acted, tmp_path, "--dump-dom"))
-    assert title is not None
-    found = json.loads(title[1])
+    return {smoothed: smooth !== before && smooth.includes('class="raw"'),
+        zoomed, tip: charts[0].tip.textContent, back: svg.innerHTML === smooth};
+})()
+"""
+# figure -> run -> points of its curve
+DRAWN = """
+Object.fromEntries([...document.querySelectorAll("figure")].map(figure => [
+    figure.querySelector("figcaption").textContent,
+    Object.fromEntries([...figure.querySelectorAll('.curve[d^="M"][d*="L"]')].map(
+        curve => [curve.dataset.run, Number(curve.dataset.points)]))]))
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium or Chrome here")
+def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path: Path) -> None:
+    """Every metric is a figure with a curve a run, of as many points as it has records; zooming
+    and smoothing draw it anew."""
+    page = tmp_path / "report.html"
+    runs(folder, "report", done, other, "-o", page)
+    records = {"resumed": jobs.metrics(done), "other": jobs.metrics(other)}
+    keys = {key for record in records["other"] for key in jobs.measured(record)}
+    assert {"val/accuracy", "train/loss", "perf/step_s"} <= keys
+    with Browser() as browser:
+        browser.go(page.as_uri())
+        browser.wait_for("OPTIM.LR", "checkpoint", "versions: launcher")
+        assert browser.run(DRAWN) == {
+            key: {name: sum(key in r for r in rows) for name, rows in records.items()}
+            for key in keys
+        }
+        found = browser.run(ACTS)
     assert found["smoothed"] and found["back"] and "resumed" in found["tip"]
     low, high = found["zoomed"]
     assert 23 < low < high < 69
