@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def done(folder: Path) -> Path:
             assert tail.stdout is not None
             told = [tail.stdout.readline() for _ in range(6)]  # what is cut off is among them
             job.kill()
+            # A sign of life of late: tail waits only so long for somebody to resume a dead run.
+            dead = json.dumps(jobs.status(run) | {"updated": time.time() + 600})
+            (run / "status.new").write_text(dead)
+            (run / "status.new").replace(run / "status.json")
             launch(*args, "--resume").ok()
             told += tail.stdout.readlines()
             assert tail.wait(60) == 0
