@@ -54,6 +54,7 @@ def noted(*words: str) -> list[str]:
     return ["TASK.NAME", f"{TASKS}:Noted", *words]
 
 
+RANK_0 = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 EMPTY = Mistake(
     "empty data set",
     noted("TASK.TRAIN_SAMPLES", "0"),
@@ -113,29 +114,26 @@ MISTAKES = [
         "WORLD_SIZE that is no number",
         digits(),
         ["WORLD_SIZE='two'"],
-        env={"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"},
+        env=RANK_0 | {"WORLD_SIZE": "two"},
     ),
     Mistake(
         "ranks on a node that are more than there are",
         digits(),
         ["LOCAL_WORLD_SIZE=4", "WORLD_SIZE=2", "torchrun"],
-        env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"},
+        env=RANK_0 | {"LOCAL_WORLD_SIZE": "4"},
     ),
     Mistake(
         "no rendezvous address",
         digits("DIST.INIT_TIMEOUT", "5s"),
         ["MASTER_ADDR|rendezvous|torchrun"],
-        env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        env=RANK_0,
         needs_torch=True,
     ),
     Mistake(
         "a rank that never comes",
         digits("DIST.INIT_TIMEOUT", "3s"),
         [r"DIST\.INIT_TIMEOUT", "rank 0 of 2"],
-        env={
-            **{"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
-            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())},
-        },
+        env=RANK_0 | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())},
         needs_torch=True,
         code=1,  # it may come another time, so job files and torchrun may try again
     ),
