@@ -26,7 +26,6 @@ FILES = {
     "loop.yaml": "_BASE_: loop.yaml\n",
     "code.yaml": "SEED: !!python/object/apply:os.getpid []\n",
     "syntax.py": "import os\ndef f(:\n",
-    "fails.py": "import os\nos.nothing\n",
     "other.py": "from launcher import Task\nclass Other(Task):\n    pass\n",
     "file": "a regular file\n",
 }
@@ -55,6 +54,7 @@ def noted(*words: str) -> list[str]:
     return ["TASK.NAME", f"{TASKS}:Noted", *words]
 
 
+RANK_0 = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 EMPTY = Mistake(
     "empty data set",
     noted("TASK.TRAIN_SAMPLES", "0"),
@@ -78,7 +78,6 @@ TWO = Mistake(
 )
 MISTAKES = [
     Mistake("missing config file", ["--config-file", "none.yaml"], [r"none\.yaml"]),
-    Mistake("a folder as config file", ["--config-file", "."], [r"\."]),
     Mistake("broken YAML", ["--config-file", "broken.yaml"], [r"broken\.yaml:[34]"]),
     Mistake("a base that is itself", ["--config-file", "loop.yaml"], [r"loop\.yaml", "_BASE_"]),
     Mistake("a Python tag", ["--config-file", "code.yaml"], [r"code\.yaml:1"]),
@@ -86,12 +85,8 @@ MISTAKES = [
     Mistake("unknown option", digits("--resum"), ["--resum"]),
     Mistake("a key without a value", digits("OPTIM.LR"), [r"OPTIM\.LR"]),
     Mistake("unknown task", ["TASK.NAME", "digit"], ["'digit'", "did you mean digits"]),
-    Mistake("missing task file", ["TASK.NAME", "none.py:Other"], [r"none\.py", "tried"]),
     Mistake("syntax error", ["TASK.NAME", "syntax.py:A"], ["syntax error", r"syntax\.py:2"]),
-    Mistake("failing task file", ["TASK.NAME", "fails.py:A"], [r"fails\.py:2", "nothing"]),
     Mistake("no such class", ["TASK.NAME", "other.py:Othr"], ["Othr", "did you mean Other"]),
-    Mistake("no task", ["TASK.NAME", "other.py:Other"], ["lacks build_model"]),
-    Mistake("missing module", ["TASK.NAME", "no_such:A"], ["no module no_such"]),
     Mistake("an unknown metric", digits("CHECKPOINT.METRIC", "val/acc"), ["val/accuracy"]),
     TWO,
     UNWRITABLE,
@@ -119,29 +114,26 @@ MISTAKES = [
         "WORLD_SIZE that is no number",
         digits(),
         ["WORLD_SIZE='two'"],
-        env={"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0"},
+        env=RANK_0 | {"WORLD_SIZE": "two"},
     ),
     Mistake(
         "ranks on a node that are more than there are",
         digits(),
         ["LOCAL_WORLD_SIZE=4", "WORLD_SIZE=2", "torchrun"],
-        env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"},
+        env=RANK_0 | {"LOCAL_WORLD_SIZE": "4"},
     ),
     Mistake(
         "no rendezvous address",
         digits("DIST.INIT_TIMEOUT", "5s"),
         ["MASTER_ADDR|rendezvous|torchrun"],
-        env={"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        env=RANK_0,
         needs_torch=True,
     ),
     Mistake(
         "a rank that never comes",
         digits("DIST.INIT_TIMEOUT", "3s"),
         [r"DIST\.INIT_TIMEOUT", "rank 0 of 2"],
-        env={
-            **{"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
-            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())},
-        },
+        env=RANK_0 | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())},
         needs_torch=True,
         code=1,  # it may come another time, so job files and torchrun may try again
     ),
@@ -200,9 +192,11 @@ def test_an_exception_on_rank_1(tmp_path: Path) -> None:
     assert ended.code == 1
     assert re.search(r"rank 1 on \S+ failed first, .*: ValueError: a planned failure", ended.err)
     assert "in train_step" in ended.err
-    log = (run / "logs/rank1.log").read_text()
-    assert "ValueError: a planned failure" in log and "in train_step" in log
-    assert "planned failure" not in (run / "logs/rank0.log").read_text()
+    first, second = ((run / f"logs/rank{rank}.log").read_text() for rank in range(2))
+    assert "ValueError: a planned failure" in second and "in train_step" in second
+    # Where rank 0 lives long enough it names what it has died of, but the traceback is rank 1's.
+    line = 'raise ValueError("a planned failure")'
+    assert line in second and line not in first
     assert (status(run)["state"], status(run)["step"]) == ("failed", 2)
     assert history(run)[-1]["event"] == "failure"
 

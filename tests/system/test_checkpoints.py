@@ -298,10 +298,8 @@ def test_changes_that_break_exactness_stop_a_resume(run: Path) -> None:
 
 
 def test_one_change_is_enough_and_may_be_allowed(completed: Path) -> None:
-    """Item 7: TRAIN.DURATION of a completed run: refused, with --allow trained on; unchanged: the
-    run says that it is complete."""
+    """Item 7: TRAIN.DURATION of a completed run: refused, with --allow trained on."""
     before = contents(completed)
-    assert "complete" in resume(completed).ok().output
     longer = ("TRAIN.DURATION", "5ep")
     assert resume(completed, *longer).code == 2
     assert contents(completed) == before
@@ -418,8 +416,8 @@ def exported(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             launch("checkpoint", "export", whole / "checkpoints/last", "-o", file, *option).ok()
     weights = torch.load(folder / "w.pt", weights_only=True)
     prefixed = {f"module.{k}": v for k, v in weights.items()}
-    other = {k: v for k, v in weights.items() if not k.startswith("8.")}
-    other |= {"0.weight": torch.zeros(7, 32), "head.weight": weights["8.bias"]}
+    other = {k: v for k, v in prefixed.items() if not k.startswith("module.8.")}
+    other |= {"module.0.weight": torch.zeros(7, 32), "module.head.weight": weights["8.bias"]}
     for name, form in {"ddp": prefixed, "nested": {"state_dict": prefixed}, "other": other}.items():
         torch.save(form, folder / f"{name}.pt")
     return folder
@@ -442,34 +440,23 @@ def test_weights_from_every_form(whole: Path, exported: Path) -> None:
         assert all(torch.equal(fitting[name], expected[name]) for name in expected), path
 
 
-def start_from(weights: Path, run: Path, *more: str) -> jobs.Ended:
-    """One step, too small to be seen, from these weights."""
-    step = ("TRAIN.DURATION", "1step", "OPTIM.WARMUP", "", "OPTIM.LR", "1e-30")
-    return launch(*ARGS, *step, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", run, *more)
-
-
 def test_weights_that_do_not_fit(exported: Path, whole: Path, tmp_path: Path) -> None:
     """Item 8: every mismatch in one message (exit 2, no directory); WEIGHTS_STRICT False loads
-    what fits, and a run starts from it."""
-    weights, run = exported / "other.pt", tmp_path / "run"
-    ended = start_from(weights, run)
+    what fits, and a run starts from it, here from names with the prefix of DDP."""
+    run = tmp_path / "run"
+    # One step, too small to be seen.
+    args = (*ARGS, "TRAIN.DURATION", "1step", "OPTIM.WARMUP", "", "OPTIM.LR", "1e-30")
+    args += ("MODEL.WEIGHTS", exported / "other.pt", "OUTPUT_DIR", run)
+    ended = launch(*args)
     assert ended.code == 2
     assert "2 missing: 8.bias; 8.weight" in ended.err
     assert "1 unexpected: head.weight" in ended.err
     assert "1 of another shape: 0.weight (7, 32), the model has (640, 32)" in ended.err
     assert "MODEL.WEIGHTS_STRICT" in ended.err
     assert not run.exists()
-    start_from(weights, run, "MODEL.WEIGHTS_STRICT", "False").ok()
+    launch(*args, "MODEL.WEIGHTS_STRICT", "False").ok()
     ours, theirs = jobs.state(run)["model"], jobs.state(whole)["model"]
-    assert torch.equal(ours["4.weight"], theirs["4.weight"])
-    assert not torch.equal(ours["0.weight"], theirs["0.weight"])
+    trained = [name for name in theirs if not name.endswith("mean")]
+    fitting = {name for name in trained if torch.equal(ours[name], theirs[name])}
+    assert fitting == set(trained) - {"0.weight", "8.weight", "8.bias"}
     assert jobs.metrics(run)[0]["step"] == 1
-
-
-def test_a_run_starts_from_somebody_elses_weights(
-    exported: Path, whole: Path, tmp_path: Path
-) -> None:
-    """Item 8: MODEL.WEIGHTS with the prefix of DDP."""
-    start_from(exported / "ddp.pt", tmp_path / "run").ok()
-    ours, theirs = jobs.state(tmp_path / "run")["model"], jobs.state(whole)["model"]
-    assert all(torch.equal(ours[n], theirs[n]) for n in theirs if not n.endswith("mean"))

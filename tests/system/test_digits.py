@@ -12,8 +12,6 @@ from tests.system.jobs import (
     ROOT,
     Ended,
     checkpoint_steps,
-    event_scalars,
-    expected_scalars,
     history,
     measured,
     metrics,
@@ -135,14 +133,6 @@ def test_every_record_is_strict_json_with_its_position(digits: Digits) -> None:
             assert {s for name, s in seen if name == key} == {*range(period, 461, period)}
     times = [record["time"] for record in records]
     assert times == sorted(times)
-
-
-def test_tensorboard_shows_the_records_and_nothing_more(digits: Digits) -> None:
-    """Contract, section 5: every key is the TensorBoard tag, with the same values.
-
-    Not a bit of single precision is lost; TensorBoard's fast loader shows no more than that.
-    """
-    assert event_scalars(digits.run) == expected_scalars(digits.run)
 
 
 def test_the_learning_rate_follows_the_config(digits: Digits) -> None:

@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -18,20 +19,12 @@ from tests.system.exact import COMMON, assert_same
 from tests.system.jobs import wait_for_step
 from tests.waiting import wait_until
 
+WORKERS, ACCUMULATING = ("DATALOADER.NUM_WORKERS",), ("TRAIN.MICRO_BATCH_SIZE", "1")
 MATRIX = [
-    pytest.param(1, ["DATALOADER.NUM_WORKERS", "0"], id="1 rank", marks=pytest.mark.slow),
-    pytest.param(
-        3,
-        ["DATALOADER.NUM_WORKERS", "1", "TRAIN.MICRO_BATCH_SIZE", "1"],
-        id="3 ranks, workers, accumulation",
-    ),
-    pytest.param(2, ["DATALOADER.NUM_WORKERS", "2"], id="2 ranks", marks=pytest.mark.slow),
-    pytest.param(
-        4,
-        ["OPTIM.NAME", "sgd", "TRAIN.MICRO_BATCH_SIZE", "1"],
-        id="4 ranks",
-        marks=pytest.mark.slow,
-    ),
+    pytest.param(1, [*WORKERS, "0"], id="1 rank", marks=pytest.mark.slow),
+    pytest.param(3, [*WORKERS, "1", *ACCUMULATING], id="3 ranks, workers, accumulation"),
+    pytest.param(2, [*WORKERS, "2"], id="2 ranks", marks=pytest.mark.slow),
+    pytest.param(4, ACCUMULATING, id="4 ranks", marks=pytest.mark.slow),
 ]
 
 
@@ -42,7 +35,7 @@ def family(job: jobs.Job) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(("ranks", "options"), MATRIX)
-def test_a_killed_run_resumes_exactly(ranks: int, options: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(ranks: int, options: Sequence[str], tmp_path: Path) -> None:
     """Invariants 1 and 2: SIGKILL to torchrun and to a rank, mid-epoch and mid-period."""
     args = [*COMMON, *options]
     reference, run = tmp_path / "reference", tmp_path / "run"
@@ -150,14 +143,11 @@ def test_killed_at_random_instants(
         jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=launch).ok()
         assert_same(run, reference)
     inside = sum(count for (_, hit), count in landed.items() if hit)
+    victims = Counter(victim for victim, _ in landed.elements())
     with capsys.disabled():
-        told = ", ".join(
-            f"{victim} {sum(landed[victim, hit] for hit in (True, False))}"
-            for victim in ("torchrun", "rank", "all ranks")
-        )
         print(
-            f"\n{ranks} ranks, seed {seed}: {sum(landed.values())} kills ({told}), {inside} of "
-            f"them inside a save; {late} too late, not counted; {finished + run.exists()} runs "
-            "equal to the uninterrupted one"
+            f"\n{ranks} ranks, seed {seed}: {sum(landed.values())} kills ({dict(victims)}), "
+            f"{inside} of them inside a save; {late} too late, not counted; "
+            f"{finished + run.exists()} runs equal to the uninterrupted one"
         )
     assert inside * 5 >= wanted, f"{inside} of {wanted} kills fell inside a save"
