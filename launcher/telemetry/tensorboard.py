@@ -11,13 +11,15 @@ import io
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -51,6 +53,7 @@ class TensorBoard(Sink):
         values = hyperparameters(cfg)
         shown = dict.fromkeys([cfg.CHECKPOINT.METRIC, "val/loss", "train/loss"], 0.0)
         experiment, _, end = summary.hparams(values, shown)
+        _set_first(experiment, values)
         trial = str(directory.absolute().parent)  # two runs of one config are two rows
         texts = text_pb("config", f"```yaml\n{cfg.dump()}```")
         # Not after what this attempt will do: the next one's purge must leave them alone.
@@ -80,12 +83,18 @@ class TensorBoard(Sink):
 
 
 def hyperparameters(cfg: CfgNode) -> dict[str, bool | int | float | str]:
-    """The keys that steps depend on, those first that the user set or the task added."""
-    built_in, values = flatten(defaults()), flatten(cfg)
-    keys = [key for key in values if not key.startswith(NOT_HPARAMS)]
-    keys.sort(key=lambda key: values[key] == built_in.get(key))
-    plain = ((key, values[key]) for key in keys)
-    return {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in plain}
+    """The keys that steps depend on."""
+    values = {k: v for k, v in flatten(cfg).items() if not k.startswith(NOT_HPARAMS)}
+    return {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in values.items()}
+
+
+def _set_first(experiment: Summary, values: Mapping[str, Any]) -> None:
+    """Mark the keys that the user set or the task added: TensorBoard shows these first."""
+    plugin, built_in = experiment.value[0].metadata.plugin_data, flatten(defaults())
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = str(values[info.name]) != str(built_in.get(info.name))
+    plugin.content = data.SerializeToString()
 
 
 def _event(item: Record | Media) -> Event:

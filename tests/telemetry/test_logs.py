@@ -271,11 +271,22 @@ def test_a_worker_that_was_forked_before_the_file_was_opened(logs: Opener, tmp_p
         os.close(descriptor)
 
 
-def test_a_worker_waits_for_no_lock_of_its_rank(logs: Opener, tmp_path: Path) -> None:
+class InUse(io.StringIO):
+    """A stream that another thread was writing to when the process was forked."""
+
+    def write(self, text: str) -> int:
+        threading.Event().wait()
+        return 0
+
+
+def test_a_worker_waits_for_no_lock_of_its_rank(
+    logs: Opener, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     made = logs()
+    made.console.setStream(InUse())
     with made.file.lock or threading.Lock(), made.console.lock or threading.Lock():
         in_workers(1, lambda: logger.error("of the worker"))
-    assert "of the worker" in file_of(tmp_path)
+    assert "of the worker" in file_of(tmp_path) and "of the worker" in capfd.readouterr().err
 
 
 def test_a_broken_log_call_ends_nothing(
