@@ -16,8 +16,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-ANSWER_S = 5.0
-
 
 class Unreachable(Exception):
     """The store did not answer in time."""
@@ -26,12 +24,9 @@ class Unreachable(Exception):
 class Board:
     """JSON values under names. Raises Unreachable where the store does not answer."""
 
-    def __init__(
-        self, store: dist.Store, rank: int, world_size: int, answer_s: float = ANSWER_S
-    ) -> None:
-        """`answer_s` is how long the store may take to answer."""
-        self.store, self.rank, self.world_size = store, rank, world_size
-        self.answer_s = answer_s
+    def __init__(self, store: dist.Store, rank: int, ranks: int, answer_s: float = 5.0) -> None:
+        """`ranks` is how many there are, `answer_s` how long the store may take to answer."""
+        self.store, self.rank, self.ranks, self.answer_s = store, rank, ranks, answer_s
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()  # (future, function), or None
         self._late: Future[Any] | None = None  # a question that had no answer in time
         self._peeked: Future[Any] | None = None
@@ -49,7 +44,7 @@ class Board:
         """What each rank has written under a name, by rank; those that have not are left out."""
 
         def read() -> dict[int, Any]:
-            keys = {f"{name}/{rank}": rank for rank in range(self.world_size)}
+            keys = {f"{name}/{rank}": rank for rank in range(self.ranks)}
             # One request where all are there, as nearly always.
             if not self.store.check([*keys]):
                 keys = {key: rank for key, rank in keys.items() if self.store.check([key])}

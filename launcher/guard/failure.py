@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,11 +40,10 @@ class Failure:
 
     def with_log(self, directory: RunDirectory) -> Failure:
         """The same with the end of that rank's log."""
-        try:
-            with directory.log(self.rank).open(encoding="utf-8", errors="replace") as lines:
-                end = [line.rstrip("\n") for line in deque(lines, LOG_LINES)]
-        except OSError:
-            end = []
+        end: list[str] = []
+        with contextlib.suppress(OSError):
+            text = directory.log(self.rank).read_text(encoding="utf-8", errors="replace")
+            end = text.splitlines()[-LOG_LINES:]
         return replace(self, log=end)
 
 

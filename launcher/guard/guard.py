@@ -45,22 +45,17 @@ from launcher.runtime.topology import Topology
 from launcher.telemetry.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
-STEPPING = ("data", "step")
 TICK_S, BEAT_S = 0.5, 1.0
-# A rank that posts nothing for so long gives no sign of life.
-SILENT_S = 3.0
-# Before a run's ranks know each other, joining raises after the same time, with better words.
-GRACE_S = 10.0
-# How much later than this thread would have noticed faulthandler's timer goes off.
-TIMER_S = 1.5
+SILENT_S = 3.0  # a rank that posts nothing for so long gives no sign of life
+GRACE_S = 10.0  # before the ranks have met, joining raises earlier, with better words
+TIMER_S = 1.5  # faulthandler's timer goes off so much later than this thread would have noticed
 # For how long ranks that end wait for each other's stacks, and for the one that tells.
 STACKS_S, TOLD_S = 4.0, 6.0
 # For how long a rank that has no board waits for the word of others, who judge, collect and write.
 OTHERS_S = SILENT_S + STACKS_S + TOLD_S
 # For how long rank 0, of which nobody knows whether it is dead, may still write the run's end.
 OWNER_S = 12.0
-# How long an ending rank may take for its last words.
-LAST_WORDS_S = 30.0
+LAST_WORDS_S = 30.0  # in which an ending rank must have told and left
 
 
 class Guard:
@@ -120,11 +115,8 @@ class Guard:
         return self
 
     def join(self, task_class: type) -> Runtime:
-        """Set the process up, join the process group, and meet the other ranks. A collective.
-
-        Raises UsageError where ranks have another config, other versions or other code, RunError
-        where they do not come.
-        """
+        """Set the process up and meet the other ranks. A collective. Raises UsageError where ranks
+        have another config, other versions or other code, RunError where they do not come."""
         runtime = process.start(self.topology, self.cfg)
         self.meet(runtime, introduce(self.cfg, task_class, runtime))
         return runtime
@@ -270,19 +262,17 @@ class Guard:
 
     def _take_signals(self) -> None:
         for number in self._signals.wait(TICK_S):
-            self._take_signal(signal.Signals(number).name)
-
-    def _take_signal(self, name: str) -> None:
-        now = self.clock.monotonic()
-        if self._signalled_at is not None:
-            if now - self._signalled_at > stop.SAME_REQUEST_S:
+            now, name = self.clock.monotonic(), signal.Signals(number).name
+            if self._signalled_at is None:
+                self._signalled_at = now
+                self._take_first(name)
+            elif now - self._signalled_at > stop.SAME_REQUEST_S:
                 stop.say(f"{name} again: leaving at once")
                 self.leave(1)
-            return
-        self._signalled_at = now
+
+    def _take_first(self, name: str) -> None:
         if self.topology.launched_by == "torchrun":
-            # The kernel tells of a parent's death when its first thread is gone, a moment before
-            # the parent is another.
+            # The kernel tells of a parent's death a moment before the parent is another.
             self.clock.sleep(0.2)
         if os.getppid() != self._parent:
             name = f"{self.topology.launched_by} died"
@@ -295,11 +285,12 @@ class Guard:
     @property
     def limit(self) -> float:
         """Seconds that the phase at hand may take without a move."""
-        return self.limits["start" if self._starts and self.phase in STEPPING else self.phase]
+        return self.limits[
+            "start" if self._starts and self.phase in ("data", "step") else self.phase
+        ]
 
     @property
-    def _starts(self) -> bool:
-        """Whether this attempt's first step is not done yet."""
+    def _starts(self) -> bool:  # this attempt's first step is not done yet
         return self._margin is None or self.progress.samples == self._samples
 
     def _post_beat(self) -> None:
@@ -322,9 +313,8 @@ class Guard:
                     self.request_stop(what)
 
     def _look_at_others(self) -> None:
-        """End with a rank that has failed or was killed, where the main thread is stuck in a
-        collective (NCCL does not tell of a peer's end). Else it has the first word, to close what
-        is open."""
+        """End with a rank that has failed or was killed, where the main thread is stuck (NCCL does
+        not tell of a peer's end). Else it has the first word, to close what is open."""
         if self.age > SILENT_S and self._members and self.phase not in {"end", *ALONE}:
             with contextlib.suppress(Unreachable):
                 if first := self._others_failure(None):
@@ -368,11 +358,8 @@ class Guard:
             self._end(self._hung(blamed, [blamed] if blamed != self.rank else []), agreed=False)
 
     def _end(self, first: Failure, agreed: bool = True) -> None:
-        """Say what is known, and leave; `agreed`: the failure stands on the board.
-
-        No rank leaves before all that can have told where they stand: a rank's end would unwind
-        the main threads of the others, and torchrun would end them.
-        """
+        """Say what is known, and leave; `agreed`: the failure stands on the board. No rank leaves
+        before all that can have told where they stand, for its end would unwind the others."""
         if not self._begin_end():
             return
         try:
@@ -383,19 +370,17 @@ class Guard:
             else:
                 with contextlib.suppress(OSError), self.directory.log(self.rank).open("a") as log:
                     log.write(words)
-            others = {r: self._members[r] for r in first.silent if r != self.rank}
-            beside = {r: member for r, member in others.items() if member.is_beside()}
-            states = {r: process_state(member.pid) for r, member in beside.items()}
-            self.board.post("stacks", {self.rank: stacks(), **states})
+            beside = [r for r in first.silent if r != self.rank and self._members[r].is_beside()]
+            states = {r: process_state(self._members[r].pid) for r in beside}
+            self.board.post("stacks", {**states, self.rank: stacks()})
             if not agreed:
                 first = self._others_word() or first
             if first.told_by == self.rank and not first.traceback:
                 first = replace(first, traceback=self._stack_of(first))
             self._tell(first)
             self.board.close()
-            for member in beside.values():
-                # torchrun would wait for a frozen rank for 30 s more.
-                if member.lives():
+            for member in (self._members[r] for r in beside):
+                if member.lives():  # frozen, and torchrun would wait for it for 30 s more
                     os.kill(member.pid, signal.SIGKILL)
         finally:
             self.leave(1)
@@ -404,15 +389,14 @@ class Guard:
 
     def _begin_end(self) -> bool:
         """Whether the caller is the first to end this rank for a failure, and so tells of it."""
-        first = self._ending.acquire(blocking=False)
-        if first:
-            self.enter("end")
-        return first
+        if not self._ending.acquire(blocking=False):
+            return False
+        self.enter("end")
+        return True
 
     def _tell(self, first: Failure, error: BaseException | None = None) -> None:
         """Tell of the failure: who posted it on the console and in failure.json, rank 0 in the
-        run's status and history; each its own torchrun. `error` is the one that unwinds the main
-        thread."""
+        run's status and history; each its torchrun. `error` is what unwinds the main thread."""
         mine, opened = first.told_by == self.rank, self._margin is not None
         if mine:
             show(first, self.directory if opened else None)
@@ -469,12 +453,10 @@ class Guard:
         return self._until(read, OTHERS_S) if self._margin is not None else None
 
     def _stack_of(self, first: Failure) -> str:
-        """The stack of the rank to blame, or its process's state where it cannot tell; waits for
-        all that can tell theirs."""
+        """The stack of the rank to blame, or its process's state, once all that can have told."""
         self._wait_for(len(self._members) - len(first.silent), "stacks", STACKS_S)
         with contextlib.suppress(Unreachable):
-            told = ChainMap(*self.board.read("stacks").values())
-            return str(told.get(str(first.rank), ""))
+            return str(ChainMap(*self.board.read("stacks").values()).get(str(first.rank), ""))
         return ""
 
     def _failure(self, rank: int, exception: str, **details: Any) -> Failure:
@@ -485,35 +467,38 @@ class Guard:
 
     def _killed(self, gone: list[int]) -> Failure:
         """That of ranks that vanished without an exception."""
-        rank, member, beat = gone[0], self._members[gone[0]], self._last_beat(gone[0])
+        rank, beside, beat = gone[0], self._members[gone[0]].is_beside(), self._last_beat(gone[0])
         text = f"rank {rank}" + (f" (and ranks {gone[1:]})" if len(gone) > 1 else "")
-        text += " was killed from outside" if member.is_beside() else f" {_no_sign(member)}"
-        if member.is_beside() and oom_kills() > self._oom_kills:
+        text += " was killed from outside" if beside else f" {self._no_sign(rank)}"
+        if beside and oom_kills() > self._oom_kills:
             text += ", by the kernel for want of memory (oom_kill of its cgroup rose)"
         if beat is not None:
             text += f". It was last seen at step {beat.step} ({beat.phase})"
             text += f" with {beat.rss_gib:.2f} GiB of memory"
-        if member.is_beside():
+        if beside:
             text += f"; this host has {memory_budget().available / 2**30:.1f} GiB free now"
         return self._failure(rank, text, silent=gone, **({"step": beat.step} if beat else {}))
 
     def _hung(self, rank: int, silent: list[int]) -> Failure:
         """That of a rank for which all others wait, or seem to."""
-        text = f"hang: nothing has moved for {self.age:.0f} s, and "
-        away = {r for r, member in enumerate(self._members) if not member.is_beside()}
-        if len({self._members[r].host for r in away}) > 1 and away <= set(silent):
+        text, step = f"hang: nothing has moved for {self.age:.0f} s, and ", self.progress.step
+        beside = [r for r, member in enumerate(self._members) if member.is_beside()]
+        hosts = {member.host for r, member in enumerate(self._members) if r not in silent}
+        if len({member.host for member in self._members}) > 2 and hosts == {Member.here().host}:
             # Not all of them at once.
             text += f"host {Member.here().host} gets no sign of life from any other: it is cut off"
-            lowest = next(r for r, member in enumerate(self._members) if member.is_beside())
-            return self._failure(lowest, text, silent=silent)
-        beat = self._last_beat(rank) if rank != self.rank else None
-        # The others could not have finished a step without it.
-        step = max(beat.step if beat else 0, self.progress.step)
-        text += f"all ranks wait for rank {rank} ({beat.phase if beat else self.phase}, "
-        text += f"{step} steps done)"
-        if rank in silent:
-            text += f", which {_no_sign(self._members[rank])}"
+            return self._failure(beside[0], text, silent=silent)
+        phase, beat = self.phase, self._last_beat(rank)
+        if beat is not None and rank != self.rank:
+            # The others could not have finished a step without it.
+            phase, step = beat.phase, max(beat.step, step)
+        text += f"all ranks wait for rank {rank} ({phase}, {step} steps done)"
+        text += f", which {self._no_sign(rank)}" if rank in silent else ""
         return self._failure(rank, text, step=step, silent=silent)
+
+    def _no_sign(self, rank: int) -> str:
+        where = f": its host {self._members[rank].host} is down, or cannot be reached"
+        return "gives no sign of life" + ("" if self._members[rank].is_beside() else where)
 
     def _others_failure(self, watched: dict[int, Beat] | None) -> Failure | None:
         """The first failure, where one is posted by now or ranks are gone without a word; `watched`
@@ -526,14 +511,12 @@ class Guard:
     def _gone(self, watched: dict[int, Beat] | None) -> list[int]:
         """Ranks that left without a word: on this host by their process, elsewhere by silence since
         `watched` was read, if it was. Raises Unreachable then."""
-        now = self._beats() if watched is not None else {}
-
-        def is_gone(rank: int, member: Member) -> bool:
-            if member.is_beside():
-                return not member.lives()
-            return watched is not None and watched.get(rank) == now.get(rank)
-
-        return [rank for rank, member in enumerate(self._members) if is_gone(rank, member)]
+        silent: set[int] = set()
+        if watched is not None:
+            now = self._beats()
+            silent = {r for r in range(len(self._members)) if watched.get(r) == now.get(r)}
+        members = enumerate(self._members)
+        return [r for r, m in members if (not m.lives() if m.is_beside() else r in silent)]
 
     def _beats(self) -> dict[int, Beat]:
         """What each rank last posted of itself. Raises Unreachable."""
@@ -556,24 +539,14 @@ class Guard:
         return found
 
     def _wait_for(self, ranks: int, name: str, seconds: float) -> None:
-        """Wait until so many ranks have posted something; not where nobody can be asked."""
+        """Wait until so many ranks have posted this; not where nobody can be asked."""
         with contextlib.suppress(Unreachable):
             self._until(lambda: len(self.board.read(name)) >= ranks, seconds)
 
 
-def _no_sign(member: Member) -> str:
-    where = f": its host {member.host} is down, or cannot be reached"
-    return "gives no sign of life" + ("" if member.is_beside() else where)
-
-
 def _limits(cfg: CfgNode) -> dict[str, float]:
     """Seconds that each phase of a run may take without a move."""
-    start, train, save = (
-        seconds(cfg.DIST[f"{name}_TIMEOUT"]) for name in ("INIT", "TRAIN", "SAVE")
-    )
+    start, train, save = (seconds(cfg.DIST[f"{n}_TIMEOUT"]) for n in ("INIT", "TRAIN", "SAVE"))
     # A loader worker that is stuck is told of by the loader itself, after the same timeout.
-    data = train + 5.0
-    return {
-        **{"start": start, "data": data, "step": train, "evaluate": data},
-        **{"save": save, "summarize": save, "end": LAST_WORDS_S},
-    }
+    moving = {"start": start, "data": train + 5.0, "step": train, "evaluate": train + 5.0}
+    return {**moving, "save": save, "summarize": save, "end": LAST_WORDS_S}

@@ -71,17 +71,12 @@ def stacks() -> str:
 
 def process_state(pid: int) -> str:
     """What the kernel says of a process that cannot speak for itself (proc(5))."""
-    lines = []
-    with contextlib.suppress(psutil.Error):
+    text = f"process {pid} is gone"
+    with contextlib.suppress(psutil.Error, OSError):
         process = psutil.Process(pid)
-        times = process.cpu_times()
-        lines.append(
-            f"process {pid}: {process.status()}, {process.num_threads()} threads, "
-            f"{process.memory_info().rss / 2**30:.2f} GiB, CPU {times.user + times.system:.1f} s"
-        )
-    for name in ("wchan", "stack"):  # the latter for root alone
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{pid}/{name}").read_text().strip()
-            if text not in ("", "0"):
-                lines.append(f"{name}: {text}")
-    return "\n".join(lines) or f"process {pid} is gone"
+        times, rss = process.cpu_times(), process.memory_info().rss / 2**30
+        text = f"process {pid}: {process.status()}, {process.num_threads()} threads, "
+        text += f"{rss:.2f} GiB, CPU {times.user + times.system:.1f} s"
+        for name in ("wchan", "stack"):  # the latter for root alone
+            text += f"\n{name}: {Path(f'/proc/{pid}/{name}').read_text().strip()}"
+    return text

@@ -1,5 +1,5 @@
-"""Requests to stop: signals, times that are over, and how early a stop must begin to be in time.
-Imports no torch: a signal may come while that is being imported."""
+"""Requests to stop: signals, and times that are over; how early a stop must begin. Imports no
+torch: a signal may come while that is being imported."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from launcher.runtime.progress import Progress
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Signals within this time of the first are the same request: torchrun forwards to every rank what
-# a scheduler sends to everyone (10 ms apart, measured).
+# Within this time they are one request: torchrun forwards what a scheduler sends to everyone.
 SAME_REQUEST_S = 5.0
 STOPPED = 75  # sysexits.h's EX_TEMPFAIL: stopped early on purpose, and resumable
 # Slurm kills at the very second of its limit; the job file still has something to do before.
@@ -79,9 +78,7 @@ class StopMargin:
     """How long a stop takes, in seconds: the ranks agree a step later, on CUDA some more, and the
     last checkpoint has to be written."""
 
-    def __init__(
-        self, progress: Progress, device: str, granted_s: float | None, clock: Any = time
-    ) -> None:
+    def __init__(self, progress: Progress, device: str, granted_s: float | None, clock: Any):
         """`granted_s` is how long after the request a rank is killed, None where it is not."""
         self.progress, self.granted_s, self.clock = progress, granted_s, clock
         self.began, self.first = clock.monotonic(), progress.step
