@@ -94,7 +94,7 @@ class Running(ABC):
         except AssertionError as error:
             raise AssertionError(f"{error}\n{' '.join(self.command)}\n{self.output()}") from None
 
-    def wait(self, timeout: float = 150) -> Ended:
+    def wait(self, timeout: float = 240) -> Ended:
         """Wait for the end. A run that takes longer is killed, and the test fails with its
         output."""
         command = " ".join(self.command)
@@ -191,7 +191,7 @@ def train(
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    timeout: float = 150,
+    timeout: float = 240,
     options: Sequence[str] = (),
 ) -> Ended:
     """`start`, and wait for the end."""
