@@ -30,7 +30,7 @@ class Saver:
     ) -> None:
         """`done(manifest, seconds, error)` is called in the writing thread after each save."""
         self.store, self.done = store, done
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[Exception | None] | None = None
         self.copies: list[torch.Tensor] = []  # in the order in which the state's tensors stand
         self.pending: dict[str, Any] | None = None
@@ -69,9 +69,24 @@ class Saver:
             copied = torch.cuda.Event()
             copied.record()
         self.pending = manifest
-        self.writing = self.writer.submit(self._write, snapshot, manifest, copied, began)
+
+        def write() -> Exception | None:
+            error: Exception | None = None
+            try:
+                if copied is not None:
+                    copied.synchronize()  # in this thread: the training does not wait
+                self.store.commit(snapshot, manifest)
+            except Exception as caught:
+                # A save that fails must not end a run of days: it is told, and tried again when the
+                # next one is due. The checkpoints before it are still there.
+                error = caught
+            self.pending = None
+            self.done(manifest, time.monotonic() - began, error)
+            return error
+
+        self.writing = self.thread.submit(write)
         if last and self.wait() is not None:
-            self.writing = self.writer.submit(self._write, snapshot, manifest, copied, began)
+            self.writing = self.thread.submit(write)
             if (error := self.wait()) is not None:
                 raise RunError(f"the last checkpoint could not be saved: {error}") from error
 
@@ -80,24 +95,4 @@ class Saver:
         return self.writing.result() if self.writing is not None else None
 
     def close(self) -> None:
-        self.writer.shutdown()
-
-    def _write(
-        self,
-        snapshot: dict[str, Any],
-        manifest: dict[str, Any],
-        copied: torch.cuda.Event | None,
-        began: float,
-    ) -> Exception | None:
-        error: Exception | None = None
-        try:
-            if copied is not None:
-                copied.synchronize()  # in this thread: the training does not wait
-            self.store.commit(snapshot, manifest)
-        except Exception as caught:
-            # A save that fails must not end a run of days: it is told, and tried again when the
-            # next one is due. The checkpoints before it are still there.
-            error = caught
-        self.pending = None
-        self.done(manifest, time.monotonic() - began, error)
-        return error
+        self.thread.shutdown()

@@ -27,7 +27,7 @@ from launcher.data.splits import Data
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
 from launcher.engine.optim import build_optimizer
-from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
+from launcher.engine.resume import check_changes, choose_checkpoint, find
 from launcher.engine.step import TrainStep
 from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime
@@ -82,8 +82,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
     if found is not None:
-        check_config(found.state["config"], cfg, job.allow)
-        check_length(found.state["dataset_length"], data.length, job.allow)
+        check_changes(found.state, cfg, data.length, job.allow)
         state.restore(found.state, runtime)
         if "TRAIN.DURATION" in job.allow:
             state.finished = ""  # whoever asks for another duration wants it to go on

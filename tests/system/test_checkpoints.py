@@ -322,7 +322,7 @@ def test_another_data_set_length_needs_its_own_allow(run: Path) -> None:
     before = contents(run)
     ended = resume(run, "TASK.SAMPLES", 60, "--allow", "TASK.SAMPLES")
     assert ended.code == 2
-    assert "60 samples; the checkpoint was made with 52" in ended.err
+    assert "DATASET_LENGTH: 52 -> 60" in ended.err
     assert "--allow DATASET_LENGTH" in ended.err
     assert contents(run) == before
     resume(run, "TASK.SAMPLES", 60, "--allow", "TASK.SAMPLES,DATASET_LENGTH").ok()
