@@ -103,7 +103,7 @@ def rest(made: Data) -> list[list[int]]:
         made.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("micro", [0, 3])
 def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
     task = Fake()
@@ -117,7 +117,7 @@ def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
     assert task.val.calls.sum() == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) -> None:
     """Also at an epoch's end, and the samples are those of the uninterrupted run."""
@@ -133,7 +133,7 @@ def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) 
     assert task.train.calls.tolist() == counts.tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
     task = Fake()
     made = data(task, "EVAL.BATCH_SIZE", 4, workers=workers)
@@ -200,6 +200,7 @@ def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None
     whole.close()
     resumed = data(Fake(train=Resumable()), *words, workers=workers)
     resumed.start(consumed, saved, threads=1)
+    assert resumed.stream_state(consumed) == saved  # for a checkpoint that comes at once
     assert rest(resumed) == expected
 
 
