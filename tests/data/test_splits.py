@@ -26,11 +26,17 @@ MIB = 2**20
 ONE_EPOCH = ("TRAIN.DURATION", "1ep")
 
 
+MADE: list[Data] = []
+
+
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
+def put_back() -> Iterator[None]:
+    """The threads; and no workers are left by a test that fails, for the process to wait for."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    while MADE:
+        MADE.pop().close()
 
 
 class Counted(Dataset):
@@ -92,7 +98,8 @@ class Fake:
 
 def data(task: Any, *words: object, workers: int = 0, runtime: Runtime = ALONE) -> Data:
     cfg = config("TRAIN.BATCH_SIZE", 8, "DATALOADER.NUM_WORKERS", workers, *words)
-    return Data(cfg, task, runtime, lambda phase: None)
+    MADE.append(Data(cfg, task, runtime, lambda phase: None))
+    return MADE[-1]
 
 
 def rest(made: Data) -> list[list[int]]:
@@ -142,7 +149,6 @@ def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
         batches = [batch.tolist() for batch in made.evaluation()]
         assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
         assert task.val.calls.tolist() == [turn] * VAL
-    made.close()
 
 
 @pytest.mark.parametrize(
@@ -220,7 +226,6 @@ def test_a_stream_without_a_state_is_warned_of(
     words = ("TRAIN.DURATION", "9step", "EVAL.EVERY", "", "CHECKPOINT.EVERY", "")
     made = data(Fake(train=dataset), *words)
     made.start(consumed, None, threads=1)
-    made.close()
     assert ("has no state_dict" in caplog.text) is warned
 
 
@@ -236,7 +241,6 @@ def test_threads_of_the_rank(
     torch.set_num_threads(2)
     made = data(Fake())
     made.start(0, threads=threads)
-    made.close()
     assert torch.get_num_threads() == expected
 
 
