@@ -41,9 +41,9 @@ class Plan:
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"The data set's {self.length} samples are fewer than one batch of "
-                f"{self.batch_size}, and TRAIN.DROP_LAST leaves such a batch out: set it False, or "
-                "a smaller TRAIN.BATCH_SIZE."
+                f"The data set has {self.length} samples, fewer than one batch of "
+                f"{self.batch_size}, which TRAIN.DROP_LAST leaves out: nothing is left. Set "
+                "TRAIN.DROP_LAST False or a smaller TRAIN.BATCH_SIZE."
             )
 
     @property
