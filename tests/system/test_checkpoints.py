@@ -313,7 +313,7 @@ def test_where_and_how_much_to_log_never_stops_a_resume(run: Path, whole: Path) 
     free = "LOG.EVERY 2step LOG.LEVEL DEBUG LOG.TENSORBOARD False CHECKPOINT.EVERY 5step"
     free += " CHECKPOINT.KEEP_LAST 1 CHECKPOINT.METRIC val/loss CHECKPOINT.MODE min"
     ended = resume(run, *free.split()).ok()
-    assert "changed since the checkpoint: LOG.EVERY '3step' -> '2step'" in ended.output
+    assert "changed since the checkpoint: LOG.EVERY: '3step' -> '2step'" in ended.output
     assert_same_weights(run, whole)
 
 
