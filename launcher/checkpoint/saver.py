@@ -12,10 +12,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from launcher.checkpoint.store import CheckpointStore
 from launcher.errors import RunError
+from launcher.runtime.nest import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,7 @@ class Saver:
             )
         old, self.copies = iter(self.copies), []
 
-        def copy(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
+        def copy(value: torch.Tensor) -> torch.Tensor:
             kept = next(old, None)
             if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
                 kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -64,7 +62,7 @@ class Saver:
             self.copies.append(kept)
             return kept
 
-        snapshot, copied = tree_map(copy, state), None
+        snapshot, copied = map_tensors(state, copy), None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             copied = torch.cuda.Event()
             copied.record()

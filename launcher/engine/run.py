@@ -21,7 +21,6 @@ from launcher.callbacks import Callbacks, Made, Run, shipped
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
-from launcher.checkpoint.weights import load_weights
 from launcher.config import CfgNode
 from launcher.data.splits import Data
 from launcher.engine.evaluate import Evaluation
@@ -30,6 +29,7 @@ from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_changes, choose_checkpoint, find
 from launcher.engine.step import TrainStep
 from launcher.guard.guard import Guard
+from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import in_steps
 from launcher.tasks import make_task

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map
 
 from launcher.config import CfgNode, seconds
 from launcher.errors import RunError, UsageError
 from launcher.runtime.cpu import CpuBudget, cpu_budget
+from launcher.runtime.nest import map_tensors
 from launcher.runtime.topology import Topology
 
 T = TypeVar("T")
@@ -113,35 +113,27 @@ class Runtime:
         """
         if not self.distributed:
             return value
-        tensors: list[torch.Tensor] = []
+        # The nest without its tensors' numbers.
+        nest = map_tensors(value, lambda tensor: tensor.to("meta")) if self.is_main else None
+        nest = self.broadcast(nest)
 
-        def take_out(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            tensors.append(leaf)
-            return _Place(len(tensors) - 1)
+        def send(tensor: torch.Tensor) -> torch.Tensor:
+            # NCCL sends only what lies on a GPU.
+            dist.broadcast(tensor.to(self.device).contiguous(), src=0)
+            return tensor
 
-        skeleton = self.broadcast(tree_map(take_out, value) if self.is_main else None)
-        kinds = self.broadcast([(t.shape, t.dtype) for t in tensors] if self.is_main else None)
-        for place, (shape, dtype) in enumerate(kinds):
-            if self.is_main:
-                # NCCL sends only what lies on a GPU.
-                dist.broadcast(tensors[place].to(self.device).contiguous(), src=0)
-            else:
-                received = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.broadcast(received, src=0)
-                tensors.append(received.cpu())
-        return tree_map(lambda leaf: tensors[leaf] if isinstance(leaf, _Place) else leaf, skeleton)
+        def receive(tensor: torch.Tensor) -> torch.Tensor:
+            received = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            dist.broadcast(received, src=0)
+            return received.cpu()
+
+        return map_tensors(value, send) if self.is_main else map_tensors(nest, receive)
 
     def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Make tensors equal to rank 0's, in place. One collective a tensor."""
         if self.distributed:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
-
-
-class _Place(int):
-    """The place of a tensor that is sent by itself."""
 
 
 def choose_device(topology: Topology, choice: str) -> torch.device:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from launcher.checkpoint.weights import match, read_weights
+from launcher.models.weights import match, read_weights
 from tests.system import jobs
 from tests.system.exact import COMMON, assert_same, assert_same_weights, records
 from tests.system.forked import Forked, launch

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from launcher.checkpoint.store import CheckpointStore
-from launcher.checkpoint.weights import load_weights, match, read_weights
 from launcher.errors import UsageError
+from launcher.models.weights import load_weights, match, read_weights
 
 
 def model() -> nn.Module:
