@@ -74,7 +74,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     steps = in_steps(cfg.TRAIN.DURATION, plan.steps_per_epoch)
     guard.agree(
         {
-            "the data sets' length": ", ".join(f"{k} {n}" for k, n in data.lengths.items()),
+            "the data sets' length": data.lengths,
             "the number of steps": steps,
             "the model's layout": model_layout(state.model),
         }
@@ -214,15 +214,14 @@ def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bo
 
 def write_end(directory: RunDirectory, state: TrainingState, stopped: str | None) -> None:
     """The last word of a run that is complete, or was asked to stop."""
-    progress, reason = state.progress, stopped or ""
-    if stopped is None:
-        if state.finished:
-            reason = f"finished by {state.finished}"
-        directory.write_status("completed", progress.as_dict(), reason)
-        how, event = " ".join(filter(None, ("done", f"({reason})" if reason else ""))), "finish"
+    progress = state.progress
+    if stopped is not None:
+        status, event, reason = "stopped", "stop", stopped
+        how = f"stopped ({reason}), to go on with --resume"
     else:
-        directory.write_status("stopped", progress.as_dict(), reason)
-        how, event = f"stopped ({reason}), to go on with --resume", "stop"
+        reason = f"finished by {state.finished}" if state.finished else ""
+        status, event, how = "completed", "finish", f"done ({reason})" if reason else "done"
+    directory.write_status(status, progress.as_dict(), reason)
     told = {"reason": reason} if reason else {}
     directory.write_history(event, progress.step, epoch=progress.epoch, **told)
     where = (how, progress.step, progress.epoch, directory.path)
@@ -239,6 +238,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     task = make_task(job.task_class, cfg, Recorder(runtime, guard.progress, Writer()))
     data = Data(cfg, task, runtime, guard.enter)
     model = task.build_model().to(runtime.device)
+    guard.agree({"the data sets' length": data.lengths})
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     # Collectives: rank 0 alone need see the checkpoints.
     path = runtime.on_main(lambda: choose_checkpoint(store, job.evaluate))
