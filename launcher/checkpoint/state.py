@@ -101,6 +101,15 @@ class TrainingState:
             "ranks": ranks,
         }
 
+    def settled(self) -> list[torch.Tensor]:
+        """What changes in the optimiser's step alone: its weights and state, and their average."""
+        state = self.optimizer.state
+        return [
+            *(p for group in self.optimizer.param_groups for p in group["params"]),
+            *(v for one in state.values() for v in one.values() if isinstance(v, torch.Tensor)),
+            *([] if self.ema is None else self.ema.parameters()),
+        ]
+
     def manifest(self, world_size: int, metrics: dict[str, float]) -> dict[str, Any]:
         """What manifest.json says beside the files; `metrics` are those of this very step."""
         return {

@@ -192,7 +192,7 @@ class Loop:
         if captured is not None and self.saver is not None:
             if written:
                 manifest = state.manifest(self.runtime.world_size, self.metrics)
-                self.saver.save(captured, manifest, last)
+                self.saver.save(captured, manifest, state.settled(), last)
             elif last:
                 raise RunError("no last checkpoint: the records before it could not be written")
             else:

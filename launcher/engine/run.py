@@ -121,7 +121,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
         saver = Saver(store, saved)
     try:
-        step = TrainStep(cfg, task, state, runtime)
+        before_update = (saver.before_update,) if saver is not None else ()
+        step = TrainStep(cfg, task, state, runtime, *before_update)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
         if stopped is None:

@@ -8,6 +8,7 @@ ranks is undone by their number.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,16 @@ class StepModule(nn.Module):
 class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
-    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        task: Any,
+        state: TrainingState,
+        runtime: Runtime,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`before_update` is called before each update: a checkpoint may still copy the weights."""
+        self.before_update = before_update
         self.state, self.model, self.optimizer = state, state.model, state.optimizer
         self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
         self.clip = cfg.TRAIN.GRAD_CLIP
@@ -167,6 +177,7 @@ class TrainStep:
         norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
+        self.before_update()
         skipped = False
         if self.scaler.is_enabled():
             # The scaler itself reads a flag back from the device to decide, once a step.

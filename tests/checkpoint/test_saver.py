@@ -36,7 +36,7 @@ class Saves:
         return {"model": {"w": self.weight, "b": self.buffer}, "optimizer": nested}
 
     def save(self, step: int) -> None:
-        self.saver.save(self.state(step), manifest(step))
+        self.saver.save(self.state(step), manifest(step), [self.weight])
 
     def hold(self, patch: pytest.MonkeyPatch) -> None:
         """Commits wait for the gate."""
@@ -68,18 +68,33 @@ def check(state: dict[str, Any], weight: float, buffer: float) -> None:
 def test_what_is_committed_is_the_state_of_the_moment_of_save(
     saves: Saves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever changes afterwards: weights that the task moves itself, buffers, the update."""
+    """What only the update changes is copied until before_update(), all else at once: buffers, and
+    weights that a task moves itself."""
     saves.hold(monkeypatch)
     saves.weight.fill_(1)
     saves.buffer.fill_(1)
     saves.save(5)
     saves.buffer.fill_(99)
+    saves.saver.before_update()
     saves.weight.fill_(99)
     saves.gate.set()
     assert saves.saver.wait() is None
     check(saves.store.load(5), 1, 1)
     assert saves.store.load(5)["optimizer"][0]["step"] == 5
     assert saves.told == [(5, None)]
+
+
+def test_before_update_waits_for_the_copy(saves: Saves, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow one: the thread is still busy with something else."""
+    started = threading.Event()
+    saves.saver.thread.submit(started.wait, 30)
+    saves.save(1)
+    threading.Timer(0.2, started.set).start()
+    saves.saver.before_update()
+    assert started.is_set()
+    saves.weight.fill_(99)
+    saves.saver.wait()
+    check(saves.store.load(1), 0, 0)
 
 
 def test_a_failing_save_is_told_and_the_next_one_works(
@@ -108,6 +123,7 @@ def test_at_most_one_save_is_in_flight(saves: Saves, monkeypatch: pytest.MonkeyP
     saves.hold(monkeypatch)
     saves.save(1)
     assert saves.saver.pending == manifest(1)
+    saves.saver.before_update()
     saves.weight.fill_(2)
     second = threading.Thread(target=saves.save, args=(2,))
     second.start()
@@ -154,6 +170,7 @@ def test_close_waits_for_the_last_save(saves: Saves, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_in_flight_is_nothing_to_wait_for(saves: Saves) -> None:
+    saves.saver.before_update()
     assert saves.saver.wait() is None
 
 
