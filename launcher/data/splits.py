@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from launcher.config import CfgNode, parse_duration
@@ -22,7 +23,7 @@ from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requ
 from launcher.data.sizing import LoaderSize, size_loader
 from launcher.errors import UsageError
 from launcher.runtime.cpu import threads_set_by_user
-from launcher.runtime.memory import memory_budget, own_memory
+from launcher.runtime.memory import memory_budget
 from launcher.runtime.process import Runtime
 
 logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Data:
         sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
         self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
         # Before there are workers, whose memory would count as taken.
-        self._memory = memory_budget(), own_memory()
+        self._memory = memory_budget(), psutil.Process().memory_full_info().uss
         self._nbytes = dict.fromkeys(self.datasets, 0)  # of a batch, once one is known
         self.size = self._size("train")
         self.waited = 0.0

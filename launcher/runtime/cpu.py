@@ -29,15 +29,14 @@ def cpu_budget(
     *,
     affinity: int | None = None,
     host: int | None = None,
-    proc_cgroup: Path = Path("/proc/self/cgroup"),
-    cgroup_root: Path = Path("/sys/fs/cgroup"),
+    root: Path = Path("/"),
 ) -> CpuBudget:
     """Find the budget of one of `local_world_size` ranks; the keywords are for tests."""
     env = os.environ if env is None else env
     host = host or os.cpu_count() or 1
     limits: dict[str, float] = {"all CPUs of the host": host}
-    limits["CPU affinity"] = affinity if affinity is not None else _affinity(host)
-    quota = cgroup_cpu_quota(proc_cgroup, cgroup_root)
+    limits["CPU affinity"] = affinity or len(os.sched_getaffinity(0))
+    quota = cgroup_cpu_quota(root)
     if quota is not None:
         limits["cgroup quota"] = quota
     # What srun gave this one task, or the whole node's share of the job.
@@ -54,41 +53,35 @@ def cpu_budget(
     return CpuBudget(host, usable, max(1, usable // local_world_size), note)
 
 
-def _affinity(host: int) -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return host
-
-
-def cgroup_cpu_quota(proc_cgroup: Path, root: Path) -> float | None:
+def cgroup_cpu_quota(root: Path) -> float | None:
     """The smallest CPU quota on the way from this process's cgroup up to the root, in CPUs.
 
     Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`); None where nothing limits.
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
-    quotas = map(_quota, cgroup_folders(proc_cgroup, root, "cpu"))
+    quotas = map(_quota, cgroup_folders(root, "cpu"))
     return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def cgroup_folders(proc_cgroup: Path, root: Path, controller: str) -> list[Path]:
-    """Folders of this process's cgroup for one controller, innermost first, the root included.
+def cgroup_folders(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's cgroup for one controller, innermost first, the outermost included;
+    `root` is the root of the file system.
 
     In a container `/proc/self/cgroup` may name a path of the host that is not mounted here; the
     walk upwards then still ends at the mounted root, whose files hold the container's limits.
     """
     try:
-        lines = proc_cgroup.read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    folders: list[Path] = []
+    folders, mounted = list[Path](), root / "sys/fs/cgroup"
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":  # v2, or the v2 part of a hybrid host
-            bases = [root, root / "unified"]
+            bases = [mounted, mounted / "unified"]
         elif controller in controllers.split(","):
-            bases = [root / controllers, root / controller]
+            bases = [mounted / controllers, mounted / controller]
         else:
             continue
         relative = Path(path.lstrip("/"))

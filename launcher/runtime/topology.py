@@ -69,16 +69,12 @@ def read_topology(env: Mapping[str, str]) -> Topology:
         return Topology(restarts=_number(env, "SLURM_RESTART_COUNT", 0))
     by = topology.launched_by
     rank, local, world, local_world = NAMES[by].split()
-    if not 0 <= topology.rank < topology.world_size:
+    fits = 0 <= topology.local_rank < topology.local_world_size <= topology.world_size
+    if not (fits and 0 <= topology.rank < topology.world_size):
         raise UsageError(
-            f"{rank}={topology.rank} does not fit {world}={topology.world_size}: ranks count from "
-            f"0 to {world} - 1. Start the run with {by}, which sets both."
-        )
-    if not 0 <= topology.local_rank < topology.local_world_size <= topology.world_size:
-        raise UsageError(
-            f"{local}={topology.local_rank}, {local_world}={topology.local_world_size} and "
-            f"{world}={topology.world_size} contradict each other. Start the run with {by}, which "
-            "sets them all."
+            f"{rank}={topology.rank}, {world}={topology.world_size}, {local}={topology.local_rank} "
+            f"and {local_world}={topology.local_world_size} contradict each other: ranks count "
+            f"from 0. Start the run with {by}, which sets them all."
         )
     if not topology.master_addr:
         raise UsageError(

@@ -16,7 +16,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def memory(available: int = 64 * GIB, shm: int | None = 32 * GIB, swaps: bool = False) -> Any:
-    return MemoryBudget(available, 64 * GIB, shm, swaps, "cgroup memory limit")
+    return MemoryBudget(available, shm, swaps, "cgroup memory limit")
 
 
 PLENTY, NONE = memory(), memory(MIB, MIB, swaps=True)

@@ -339,7 +339,7 @@ def test_the_loader_starts_over_with_as_many_workers_as_the_first_batch_leaves_r
     shm: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker has two batches of 8 MiB in half of /dev/shm. Threads follow from the CPUs alone."""
-    free = MemoryBudget(2**40, 2**40, shm * MIB, False, "free memory")
+    free = MemoryBudget(2**40, shm * MIB, False, "free memory")
     monkeypatch.setattr(splits, "memory_budget", lambda: free)
     runtime = Runtime(Topology(), torch.device("cpu"), CpuBudget(8, 8, 8, "a test"))
     before = set(multiprocessing.active_children())

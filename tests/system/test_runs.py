@@ -141,7 +141,7 @@ def manifest(run: Path) -> None:
 def another_value(run: Path) -> None:
     file = run / "metrics.jsonl"
     text = file.read_text()
-    file.write_text(re.sub(r'("train/loss": )\d', r"\g<1>7", text, count=1))
+    file.write_text(re.sub(r'("train/loss": ?)\d', r"\g<1>7", text, count=1))
 
 
 def cut(run: Path) -> None:
