@@ -1,4 +1,4 @@
-"""What a person at rank 0 sees: a progress bar on a terminal, plain lines anywhere else."""
+"""What a person at rank 0 sees: log lines, among them one a record."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 from launcher.telemetry.media import Media
 from launcher.telemetry.rundir import POSITION
@@ -18,78 +17,34 @@ logger = logging.getLogger(__name__)
 COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
 
 
-class Console(Sink):
-    """A line a record in the log; where stderr is a terminal, a progress bar over the run's steps
-    with the same values below the lines."""
+class LogLines(Sink):
+    """A line a record in the log."""
 
-    name = "the console"
-
-    def __init__(self, total_steps: int, step: int) -> None:
-        """`step` of `total_steps` are done."""
-        self.bar: Any = None
-        if not sys.stderr.isatty():
-            return
-        from rich import console, progress
-        from rich.text import Text
-
-        self.text = Text.from_ansi
-        self.bar = progress.Progress(
-            "step",
-            progress.MofNCompleteColumn(),
-            progress.BarColumn(bar_width=24),
-            "{task.fields[values]}",
-            progress.TimeRemainingColumn(),
-            console=console.Console(stderr=True),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self.task = self.bar.add_task("train", total=total_steps, completed=step, values="")
-        self.bar.start()
+    name = "the log"
 
     def write(self, items: Sequence[Record | Media]) -> None:
-        for record in (item for item in items if isinstance(item, dict)):
-            # The bar shows training records; evaluations deserve a line above it too.
-            beside = self.bar is not None and "train/loss" in record
-            logger.info(summary(record), extra={"file_only": beside})
-            if beside:
-                loss, rate = record["train/loss"], record.get("train/lr", 0.0)
-                speed = record.get("perf/samples_per_s", 0.0)
-                values = f"epoch {record['epoch']}  loss {loss:.4g}  lr {rate:.3g}"
-                values += f"  {speed:.0f} samples/s"
-                self.bar.update(self.task, completed=record["step"], values=values)
-
-    def print(self, line: str) -> None:
-        """Print a log line above the bar."""
-        self.bar.console.print(self.text(line), soft_wrap=True)
-
-    def close(self, completed: bool = False) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        for record in items:
+            if isinstance(record, dict):
+                # A progress bar shows these; evaluations deserve a line above it too.
+                logger.info(summary(record), extra={"training": "train/loss" in record})
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Log lines on stderr, above the progress bar where there is one."""
+    """Log lines on stderr."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pid = os.getpid()
-        self.console: Console | None = None
-
-    def attach(self, console: Console) -> None:
-        self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "file_only", False):
             return
-        if os.getpid() != self.pid:
-            # A loader worker: the stream and its lock may have been in use when it was forked.
-            with contextlib.suppress(OSError):
-                os.write(2, f"{self.format(record)}\n".encode(errors="backslashreplace"))
-        elif self.console is not None and self.console.bar is not None:
-            self.console.print(self.format(record))
-        else:
+        if os.getpid() == self.pid:
             super().emit(record)
+            return
+        # A loader worker: the stream and its lock may have been in use when it was forked.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, in its level's colour where stderr is a terminal that wants colours."""

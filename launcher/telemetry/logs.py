@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.runtime.topology import Topology
-from launcher.telemetry.console import Console, ConsoleHandler
+from launcher.telemetry.console import ConsoleHandler
 
 logger = logging.getLogger("launcher")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -58,10 +58,6 @@ class Logs:
         """Start rank<K>.log in this directory with the lines logged so far."""
         directory.mkdir(parents=True, exist_ok=True)
         self.file.open(directory / self.name)
-
-    def attach(self, console: Console) -> None:
-        """Print above this console's progress bar from now on."""
-        self.console.attach(console)
 
     def __exit__(self, *_: object) -> None:
         for handler in (self.console, self.file):
