@@ -17,11 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-import orjson
-
 from launcher.errors import UsageError
 from launcher.runtime.member import Member
-from launcher.telemetry.sinks import AppendFile
+from launcher.telemetry.sinks import AppendFile, lines
 
 logger = logging.getLogger(__name__)
 # Fields of a record in metrics.jsonl that are no metrics.
@@ -233,11 +231,10 @@ class RunDirectory:
         """Append one record of what happened to history.jsonl; a failure to is told once. False
         then."""
         record = {"event": event, "step": step, "time": time.time(), **details}
-        line = orjson.dumps(record, default=str, option=orjson.OPT_APPEND_NEWLINE)
 
         def write() -> None:
             with contextlib.closing(AppendFile(self.history)) as file:
-                file.append(line)
+                file.append(lines([record], default=str))
 
         with self._writing:  # threads write here too, and a failed line is cut off again
             return self._try(self.history, write)
