@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from launcher.callbacks import Run
 from launcher.runtime.progress import in_steps
-from launcher.telemetry.console import ConsoleHandler
+from launcher.telemetry.logs import ConsoleHandler
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import Record, Sink
 

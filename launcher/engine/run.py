@@ -33,9 +33,8 @@ from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import in_steps
 from launcher.tasks import make_task
-from launcher.telemetry.console import LogLines
 from launcher.telemetry.environment import describe, this_rank
-from launcher.telemetry.logs import Logs
+from launcher.telemetry.logs import LogLines, Logs
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory, replace_json
 from launcher.telemetry.sinks import JsonLines, strict

@@ -1,6 +1,6 @@
 """What a sink is, metrics.jsonl, and a file that grows by whole pieces. Imports no torch.
 
-The other sinks are in telemetry/console.py and callbacks/tensorboard.py.
+The other sinks are in telemetry/logs.py and callbacks/tensorboard.py.
 """
 
 from __future__ import annotations

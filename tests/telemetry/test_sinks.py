@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.telemetry.console import LogLines, summary
+from launcher.telemetry.logs import LogLines, summary
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import JsonLines, strict
 
