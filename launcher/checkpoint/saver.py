@@ -99,5 +99,14 @@ class Saver:
             # next one is due. The checkpoints before it are still there.
             error = caught
         self.pending = None
-        self.done(manifest, time.monotonic() - began, error)
+        name, seconds = f"step_{manifest['step']}", time.monotonic() - began
+        if error is None:
+            logger.info("checkpoint %s (%.2f s)", name, seconds)
+        else:
+            logger.warning(
+                "checkpoint %s could not be saved: %s: %s. Training goes on; the next save is "
+                "tried when it is due.",
+                *(name, type(error).__name__, error),
+            )
+        self.done(manifest, seconds, error)
         return error

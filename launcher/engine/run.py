@@ -112,24 +112,28 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             guard.look_for_stop_file()
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
-            directory.saved(manifest, seconds, error)
+            step = manifest["step"]
+            told: dict[str, Any] = {"seconds": seconds}
+            if error is not None:
+                told = {"failed": f"{type(error).__name__}: {error}"}
+            directory.write_history("checkpoint", step, path=f"step_{step}", **told)
             guard.saved(seconds)
 
         sinks = [JsonLines(directory.metrics), LogLines(), *state.callbacks.sinks()]
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
         saver = Saver(store, saved)
+    completed = False
     try:
         step = TrainStep(cfg, task, state, runtime)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
-        if stopped is None:
-            writer.finish()
+        completed = stopped is None
     finally:
         guard.enter("save")
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
-        writer.close()
+        writer.close(completed)
     if runtime.is_main:
         write_end(directory, state, stopped)
     return stopped is None
