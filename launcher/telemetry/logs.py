@@ -103,21 +103,21 @@ class LogFile(logging.Handler):
     """A log file of at most so many bytes (0: no limit), with older ones beside it as .1, .2, ...
 
     It is opened for each line: a loader worker, which may be forked before the file is there or
-    while a line is written, writes as its rank does, but leaves it to the rank to rotate the file.
+    while a line is written, writes as its rank does (what it said before the file was there with
+    its next line), but leaves it to the rank to rotate the file.
     A line that cannot be written (a full disk) is lost, and nothing else.
     """
 
     def __init__(self, most: int, files_kept: int) -> None:
         super().__init__()
         self.most, self.files_kept, self.pid = most, files_kept, os.getpid()
-        self.early: deque[bytes] = deque(maxlen=EARLY)
+        self.early: deque[tuple[int, bytes]] = deque(maxlen=EARLY)
         self.path = mmap.mmap(-1, 4096)  # shared with workers; as a string of C's
 
     def open(self, path: Path) -> None:
         """Write here from now on; first what came before."""
         self.path[:] = os.fsencode(path.absolute()).ljust(len(self.path), b"\0")
-        while self.early:
-            self._write(self.early.popleft())
+        self._write_early()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -125,10 +125,15 @@ class LogFile(logging.Handler):
         except Exception:  # a log call whose arguments do not fit its text, say
             self.handleError(record)
             return
-        if self.path[0]:
-            self._write(line)
-        else:
-            self.early.append(line)
+        self.early.append((os.getpid(), line))
+        self._write_early()
+
+    def _write_early(self) -> None:
+        with contextlib.suppress(IndexError):  # none is left
+            while self.path[0]:
+                pid, line = self.early.popleft()
+                if pid == os.getpid():  # in a worker: the rank writes its own
+                    self._write(line)
 
     def _write(self, line: bytes) -> None:
         path = Path(os.fsdecode(self.path[:].rstrip(b"\0")))
