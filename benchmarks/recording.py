@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from launcher.callbacks.tensorboard import EventFile
 from launcher.config import defaults
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
@@ -29,7 +30,6 @@ from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.sinks import AppendFile, JsonLines, Record, Sink
-from launcher.telemetry.tensorboard import TensorBoard
 from launcher.telemetry.writer import Writer
 
 RUNTIME = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
@@ -66,7 +66,7 @@ class Training:
 
 
 def sinks(folder: Path) -> list[Sink]:
-    return [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", 1, defaults())]
+    return [JsonLines(folder / "metrics.jsonl"), EventFile(folder / "tensorboard", 1, defaults())]
 
 
 def bare(steps: int, folder: Path) -> np.ndarray:

@@ -123,10 +123,10 @@ def compare(runs: int, records: int, long: int, repeats: int, folder: Path) -> d
     add(f"plot {long} records", "plot", one, "--key", "train/loss", "-o", folder / "x.png")
     add(f"export {records} records as CSV", "export", few / "run-0", "-o", folder / "x.csv")
 
+    from launcher.callbacks.tensorboard import EventFile
     from launcher.config import defaults
-    from launcher.telemetry.tensorboard import TensorBoard
 
-    sink = TensorBoard(folder / "events", 1, defaults())
+    sink = EventFile(folder / "events", 1, defaults())
     sink.write([json.loads(line) for line in lines])
     sink.close(False)
     values = str(len(METRICS) * len(lines))

@@ -23,12 +23,18 @@ Three methods give figures to the record:
     figures(record, ranks) -> dict      on rank 0: more values, from the record and from what
                                         local_figures gave, by rank
     late_figures() -> dict              on rank 0, in the thread that writes: what takes its time
+
+One gives a place where records go:
+
+    sink() -> Sink              on rank 0, once the run directory is open: records and media go to
+                                it, in the thread that writes (see launcher/telemetry/sinks.py)
 """
 
 from __future__ import annotations
 
 import inspect
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +54,7 @@ if TYPE_CHECKING:
     from launcher.data.splits import Data
     from launcher.runtime.process import Runtime
     from launcher.telemetry.recorder import Recorder
+    from launcher.telemetry.sinks import Sink
 
 HOOKS = (
     *("on_start", "before_step", "on_backward", "on_gradients", "on_step"),
@@ -126,21 +133,26 @@ class Callbacks:
     def late_figures(self) -> dict[str, float]:
         return self._merged("late_figures")
 
+    def sinks(self) -> list[Sink]:
+        return [method() for method in self.methods("sink")]
+
     def _merged(self, name: str) -> dict[str, Any]:
         return {key: value for method in self.methods(name) for key, value in method().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            f"{i} {type(c).__name__}": c.state_dict()
-            for i, c in enumerate(self.all)
-            if hasattr(c, "state_dict")
-        }
+        return {name: callback.state_dict() for name, callback in self._with_state()}
 
     def load_state_dict(self, states: Mapping[str, Any]) -> None:
         """Each callback gets what it saved; one that is new to the run starts afresh."""
-        for i, callback in enumerate(self.all):
-            if (saved := states.get(f"{i} {type(callback).__name__}")) is not None:
-                callback.load_state_dict(saved)
+        for name, callback in self._with_state():
+            if name in states:
+                callback.load_state_dict(states[name])
+
+    def _with_state(self) -> list[tuple[str, Any]]:
+        """Those that have a state, each with its name in a checkpoint: those without one, which
+        come and go with the config and the terminal, change no name."""
+        found = [callback for callback in self.all if hasattr(callback, "state_dict")]
+        return [(f"{i} {type(callback).__name__}", callback) for i, callback in enumerate(found)]
 
 
 Made = tuple[type, dict[str, Any]]  # a callback's class, and the arguments given to it
@@ -174,14 +186,18 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         ) from None
 
 
-def shipped(cfg: CfgNode, task: Any, distributed: bool) -> list[type]:
-    """The classes of the launcher's own optional parts that this config asks for."""
+def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
+    """The classes of the launcher's own optional parts that this config asks for, on this rank.
+
+    They are imported here, before any loader worker is forked: one that is forked while another
+    thread imports a module cannot import it.
+    """
     from launcher.callbacks.data_advice import DataAdvice
     from launcher.callbacks.disk_space import DiskSpace
     from launcher.callbacks.system import SystemFigures
 
     classes: list[type] = [DataAdvice, DiskSpace, SystemFigures]
-    if distributed:
+    if runtime.distributed:
         from launcher.callbacks.stragglers import Stragglers
 
         classes.append(Stragglers)
@@ -193,4 +209,12 @@ def shipped(cfg: CfgNode, task: Any, distributed: bool) -> list[type]:
         from launcher.callbacks.histograms import Histograms
 
         classes.append(Histograms)
+    if cfg.LOG.TENSORBOARD and runtime.is_main:
+        from launcher.callbacks.tensorboard import TensorBoard
+
+        classes.append(TensorBoard)
+    if runtime.is_main and sys.stderr.isatty():
+        from launcher.callbacks.progress_bar import ProgressBar
+
+        classes.append(ProgressBar)
     return classes

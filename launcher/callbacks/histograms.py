@@ -38,5 +38,5 @@ class Histograms:
         # One copy to the host; it is waited for where it is written.
         stacked = OnHost(torch.stack(list(self.found.values())))
         media = Media("histogram", list(self.found), stacked, self.run.progress.step)
-        self.run.recorder.show(media)
+        self.run.recorder.writer.show(media)
         self.found = {}

@@ -102,7 +102,16 @@ class Saver:
                 error = caught
             self.copied.set()
             self.pending = None
-            self.done(manifest, time.monotonic() - began, error)
+            seconds = time.monotonic() - began
+            if error is None:
+                logger.info("checkpoint step_%d (%.2f s)", manifest["step"], seconds)
+            else:
+                logger.warning(
+                    "checkpoint step_%d could not be saved: %s: %s. Training goes on; the next "
+                    "save is tried when it is due.",
+                    *(manifest["step"], type(error).__name__, error),
+                )
+            self.done(manifest, seconds, error)
             return error
 
         self.writing = self.thread.submit(write)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
@@ -150,7 +151,7 @@ def is_restart(topology: Topology, directory: RunDirectory) -> bool:
 
 def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:
     """Refuse a directory that cannot be written, is in use or holds a run. Rank 0 alone asks."""
-    directory.check_writable()
+    check_writable(directory.path)
     if not directory.holds_run():
         return
     if not resume and not overwrite:
@@ -161,3 +162,19 @@ def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:
         )
     # An owner that is just leaving, as at a restart, gets time to do so.
     directory.claim(wait_s=10.0 if resume else 0.0)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError where a run directory could not be made or written; touches nothing."""
+    try:
+        # exists() itself fails for a name that is too long, or in a closed folder.
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise UsageError(f"OUTPUT_DIR {path}: {existing} is a file; choose another.")
+        # Trying is the only test that holds for root, read-only mounts and full quotas alike.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UsageError(
+            f"OUTPUT_DIR {path} cannot be written: {error.strerror}. Choose another with "
+            "OUTPUT_DIR DIR."
+        ) from error

@@ -13,7 +13,7 @@ from launcher.engine.step import autocast
 from launcher.errors import RunError
 from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime
-from launcher.telemetry.recorder import Recorder, means, on_host
+from launcher.telemetry.recorder import Note, Recorder, means
 
 
 class Evaluation:
@@ -72,6 +72,11 @@ class Evaluation:
             metrics |= means(on_host(self.recorder.take()))  # what summarize noted
         # A collective: all ranks learn the result, so that all agree on a new best.
         return runtime.broadcast(metrics)
+
+
+def on_host(notes: list[Note]) -> list[tuple[str, float, float]]:
+    """Names, weighted values and weights as plain numbers. Waits for the device."""
+    return [(name, float(value) * float(weight), float(weight)) for name, value, weight in notes]
 
 
 def _metrics(task: Any, batches: list[dict[str, torch.Tensor]], length: int) -> dict[str, float]:

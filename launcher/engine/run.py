@@ -33,12 +33,11 @@ from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import in_steps
 from launcher.tasks import make_task
-from launcher.telemetry.console import Console
 from launcher.telemetry.environment import describe, this_rank
-from launcher.telemetry.logs import Logs
+from launcher.telemetry.logs import LogLines, Logs
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory, replace_json
-from launcher.telemetry.sinks import JsonLines, Sink, strict
+from launcher.telemetry.sinks import JsonLines, strict
 from launcher.telemetry.writer import Writer
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     open_directory(job, state, runtime, resumed)
     logs.open(directory.logs)
     guard.open()
-    console = saver = None
+    saver = None
     if runtime.is_main:
         store.clean(found.damaged if found is not None else ())
         if found is not None and resumed:
@@ -112,29 +111,29 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             guard.look_for_stop_file()
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
-            directory.saved(manifest, seconds, error)
+            step = manifest["step"]
+            told: dict[str, Any] = {"seconds": seconds}
+            if error is not None:
+                told = {"failed": f"{type(error).__name__}: {error}"}
+            directory.write_history("checkpoint", step, path=f"step_{step}", **told)
             guard.saved(seconds)
 
-        console = Console(steps, progress.step)
-        logs.attach(console)
-        sinks = build_sinks(job, console, progress.step)
+        sinks = [JsonLines(directory.metrics), LogLines(), *state.callbacks.sinks()]
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
         saver = Saver(store, saved)
+    completed = False
     try:
         before_update = (saver.before_update,) if saver is not None else ()
         step = TrainStep(cfg, task, state, runtime, *before_update)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
-        if stopped is None:
-            writer.finish()
+        completed = stopped is None
     finally:
         guard.enter("save")
-        if console is not None:
-            console.close()
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
-        writer.close()
+        writer.close(completed)
     if runtime.is_main:
         write_end(directory, state, stopped)
     return stopped is None
@@ -155,7 +154,7 @@ def build_state(
     view = Run(cfg, task, model, optimizer, recorder, data, runtime, job.directory.path)
     callbacks = Callbacks(
         [
-            *(made(view) for made in shipped(cfg, task, runtime.distributed)),
+            *(made(view) for made in shipped(cfg, task, runtime)),
             *(made(view, **arguments) for made, arguments in job.callbacks),
         ]
     )
@@ -168,18 +167,6 @@ def model_layout(model: nn.Module) -> str:
     tensors = model.state_dict()
     text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def build_sinks(job: Job, console: Console, step: int) -> list[Sink]:
-    """Where rank 0's records go, after so many steps."""
-    sinks: list[Sink] = [JsonLines(job.directory.metrics), console]
-    if job.cfg.LOG.TENSORBOARD:
-        # Before any loader worker is forked: one that is forked while another thread imports a
-        # module cannot import it.
-        from launcher.telemetry.tensorboard import TensorBoard
-
-        sinks.append(TensorBoard(job.directory.tensorboard, step + 1, job.cfg))
-    return sinks
 
 
 def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bool) -> None:

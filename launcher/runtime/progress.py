@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from launcher.config import Duration, parse_duration
 
@@ -34,7 +34,7 @@ class Progress:
         return replace(self)
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def in_steps(text: str, steps_per_epoch: int) -> int:

@@ -52,13 +52,13 @@ def versions() -> dict[str, str]:
 
 def _git() -> dict[str, Any] | None:
     """Commit and dirty flag of the working directory's repository; None outside of one."""
+
+    def ask(*words: str) -> str:
+        command = ["git", *words]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        return ended.stdout.strip()
+
     try:
-        commit, status = (
-            subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, timeout=5, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit, "dirty": bool(status)}

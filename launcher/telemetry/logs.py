@@ -1,4 +1,4 @@
-"""Python logging: rank 0 on the console, every rank in a file of its own."""
+"""Python logging: rank 0 on the console, every rank in a file of its own; and a line a record."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import json
 import logging
 import mmap
 import os
+import sys
 import threading
 from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from launcher.runtime.topology import Topology
-from launcher.telemetry.console import Console, ConsoleHandler
+from launcher.telemetry.media import Media
+from launcher.telemetry.rundir import POSITION
+from launcher.telemetry.sinks import Record, Sink
 
 logger = logging.getLogger("launcher")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
 EARLY = 10_000  # lines that wait for the file
 
 
@@ -59,10 +65,6 @@ class Logs:
         directory.mkdir(parents=True, exist_ok=True)
         self.file.open(directory / self.name)
 
-    def attach(self, console: Console) -> None:
-        """Print above this console's progress bar from now on."""
-        self.console.attach(console)
-
     def __exit__(self, *_: object) -> None:
         for handler in (self.console, self.file):
             logging.getLogger().removeHandler(handler)
@@ -71,25 +73,51 @@ class Logs:
         threading.excepthook = self.hook
 
 
+class ConsoleHandler(logging.StreamHandler):
+    """Log lines on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pid = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
+        if os.getpid() == self.pid:
+            super().emit(record)
+            return
+        # A loader worker: the stream and its lock may have been in use when it was forked.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, in its level's colour where stderr is a terminal that wants colours."""
+        line, code = super().format(record), COLOURS.get(record.levelno)
+        # https://no-color.org, and terminals that have none.
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        coloured = code and sys.stderr.isatty() and not plain
+        return f"\x1b[{code}m{line}\x1b[0m" if coloured else line
+
+
 class LogFile(logging.Handler):
     """A log file of at most so many bytes (0: no limit), with older ones beside it as .1, .2, ...
 
     It is opened for each line: a loader worker, which may be forked before the file is there or
-    while a line is written, writes as its rank does, but leaves it to the rank to rotate the file.
+    while a line is written, writes as its rank does (what it said before the file was there with
+    its next line), but leaves it to the rank to rotate the file.
     A line that cannot be written (a full disk) is lost, and nothing else.
     """
 
     def __init__(self, most: int, files_kept: int) -> None:
         super().__init__()
         self.most, self.files_kept, self.pid = most, files_kept, os.getpid()
-        self.early: deque[bytes] = deque(maxlen=EARLY)
+        self.early: deque[tuple[int, bytes]] = deque(maxlen=EARLY)
         self.path = mmap.mmap(-1, 4096)  # shared with workers; as a string of C's
 
     def open(self, path: Path) -> None:
         """Write here from now on; first what came before."""
         self.path[:] = os.fsencode(path.absolute()).ljust(len(self.path), b"\0")
-        while self.early:
-            self._write(self.early.popleft())
+        self._write_early()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -97,10 +125,15 @@ class LogFile(logging.Handler):
         except Exception:  # a log call whose arguments do not fit its text, say
             self.handleError(record)
             return
-        if self.path[0]:
-            self._write(line)
-        else:
-            self.early.append(line)
+        self.early.append((os.getpid(), line))
+        self._write_early()
+
+    def _write_early(self) -> None:
+        with contextlib.suppress(IndexError):  # none is left
+            while self.path[0]:
+                pid, line = self.early.popleft()
+                if pid == os.getpid():  # in a worker: the rank writes its own
+                    self._write(line)
 
     def _write(self, line: bytes) -> None:
         path = Path(os.fsdecode(self.path[:].rstrip(b"\0")))
@@ -137,3 +170,27 @@ def _log_thread(args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread else "?"
         trace = (args.exc_type, args.exc_value, args.exc_traceback)
         logger.critical("uncaught exception in thread %s", name, exc_info=trace)
+
+
+class LogLines(Sink):
+    """A line a record in the log."""
+
+    name = "the log"
+
+    def write(self, items: Sequence[Record | Media]) -> None:
+        for record in items:
+            if isinstance(record, dict):
+                # A progress bar shows these; evaluations deserve a line above it too.
+                logger.info(summary(record), extra={"training": "train/loss" in record})
+
+
+def summary(record: Record) -> str:
+    """One line of a record: `step 20  epoch 1  loss 1.234  ...  eta 0:03:20`, system figures left
+    out."""
+    parts = [f"step {record['step']}", f"epoch {record['epoch']}"]
+    for key, value in record.items():
+        if key not in POSITION and not key.startswith("system/") and key != "perf/eta_s":
+            parts.append(f"{key.removeprefix('train/')} {value:.4g}")
+    if "perf/eta_s" in record:
+        parts.append(f"eta {timedelta(seconds=round(record['perf/eta_s']))}")
+    return "  ".join(parts)

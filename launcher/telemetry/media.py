@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,11 @@ class OnHost:
     """A tensor's way to the host. Who takes it does not wait; `read` does."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        tensor = tensor.detach()
-        self.copied: torch.cuda.Event | None = None
-        if tensor.is_cuda:
-            # Page-locked, so that the copy runs beside the training.
-            self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self.host.copy_(tensor, non_blocking=True)
-            self.copied = torch.cuda.Event()
+        # On CUDA the copy, into page-locked memory, runs beside the training.
+        self.host = tensor.detach().to("cpu", non_blocking=True, copy=True)
+        self.copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self.copied is not None:
             self.copied.record()
-        else:
-            self.host = tensor.to("cpu", copy=True)
 
     def read(self) -> np.ndarray:
         if self.copied is not None:
@@ -47,38 +41,6 @@ class Media:
     @property
     def nbytes(self) -> int:
         return len(self.value) if isinstance(self.value, str) else self.value.host.nbytes
-
-
-def picture(image: Any) -> torch.Tensor:
-    """An image as a tensor of shape (N, C, H, W), uint8 or floating-point; ValueError for what is
-    none."""
-    tensor = torch.as_tensor(image).detach()
-    shape = tuple(tensor.shape)
-    tensor = tensor[(None,) * (4 - len(shape))]
-    if len(shape) not in (2, 3, 4) or tensor.shape[1] not in (1, 3, 4) or 0 in shape:
-        raise ValueError(
-            f"an image has the shape (H, W), (C, H, W) or (N, C, H, W) with 1, 3 or 4 channels, "
-            f"not {shape}"
-        )
-    if tensor.dtype == torch.bool:
-        return tensor.to(torch.uint8) * 255
-    if tensor.dtype == torch.uint8:
-        return tensor
-    if not tensor.is_floating_point():
-        raise ValueError(f"an image is uint8, or floating-point from 0 to 1, not {tensor.dtype}")
-    return tensor.float().nan_to_num(0.0)
-
-
-def drawn(figure: Any) -> torch.Tensor:
-    """A matplotlib figure as an image of shape (3, H, W); its canvas stays."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whose figure it is
-
-    shown_in = figure.canvas
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.from_numpy(np.array(canvas.buffer_rgba()))[..., :3]
-    figure.set_canvas(shown_in)
-    return pixels.permute(2, 0, 1)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ import torch
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.tasks import recorder
-from launcher.telemetry.media import Media, OnHost, drawn, picture, spread
+from launcher.tasks.pictures import drawn, picture
+from launcher.telemetry.media import Media, OnHost, spread
 from launcher.telemetry.writer import Writer
 
 # A scalar of an evaluation: name, value, weight.
@@ -87,7 +88,7 @@ class Recorder(recorder.Recorder):
         self.shown[tag] = self.step
         media = Media(kind, [tag], take(), self.step)
         if self.split == "train":
-            self.show(media)
+            self.writer.show(media)
         else:
             self.held.append(media)
 
@@ -110,7 +111,7 @@ class Recorder(recorder.Recorder):
     def show_held(self) -> None:
         """The evaluation is complete: one that is given up is done once more, and shown then."""
         for media in self.held:
-            self.show(media)
+            self.writer.show(media)
 
     # The loop's.
 
@@ -129,7 +130,7 @@ class Recorder(recorder.Recorder):
         but on rank 0. A collective."""
         # The one place where training waits for the device to read values.
         parts = self.runtime.gather((self.state(), local))
-        self.clear()
+        self._sums.clear()
         if parts is None:
             return None
         found = means(
@@ -144,10 +145,6 @@ class Recorder(recorder.Recorder):
         """Write one record at the present progress. On rank 0; elsewhere it does nothing."""
         self.writer.write({**self.progress.as_dict(), "time": time.time(), **values})
 
-    def show(self, media: Media) -> None:
-        """Hand on a picture, histograms or a text."""
-        self.writer.show(media)
-
     def state(self) -> dict[str, list[float]]:
         """The sums of this rank since the last record. Waits for the device."""
         return {"\n".join(keys): sums.tolist() for keys, sums in self._sums.items()}
@@ -159,10 +156,6 @@ class Recorder(recorder.Recorder):
             keys = tuple(joined.split("\n"))
             self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
 
-    def clear(self) -> None:
-        """Begin the sums anew."""
-        self._sums.clear()
-
 
 def means(sums: Iterable[tuple[str, float, float]]) -> dict[str, float]:
     """Each name's mean from its weighted sums and their weights, added up in the order given."""
@@ -171,8 +164,3 @@ def means(sums: Iterable[tuple[str, float, float]]) -> dict[str, float]:
         total, weights = totals.get(name, (0.0, 0.0))
         totals[name] = (total + value, weights + weight)
     return {name: total / weight for name, (total, weight) in totals.items() if weight > 0}
-
-
-def on_host(notes: list[Note]) -> list[tuple[str, float, float]]:
-    """Names, weighted values and weights as plain numbers. Waits for the device."""
-    return [(name, float(value) * float(weight), float(weight)) for name, value, weight in notes]

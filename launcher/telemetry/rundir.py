@@ -8,7 +8,6 @@ import fcntl
 import json
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,11 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-import orjson
-
 from launcher.errors import UsageError
 from launcher.runtime.member import Member
-from launcher.telemetry.sinks import AppendFile
+from launcher.telemetry.sinks import AppendFile, lines
 
 logger = logging.getLogger(__name__)
 # Fields of a record in metrics.jsonl that are no metrics.
@@ -69,21 +66,6 @@ class RunDirectory:
     def begun_by(self, job_id: str) -> bool:
         """Whether the run here was begun, or gone on with, by this same job."""
         return job_id != "" and _read_json(self.environment).get("job") == job_id
-
-    def check_writable(self) -> None:
-        """Raise UsageError where the directory could not be made or written; touches nothing."""
-        try:
-            # exists() itself fails for a name that is too long, or in a closed folder.
-            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-            if not existing.is_dir():
-                raise UsageError(f"OUTPUT_DIR {self.path}: {existing} is a file; choose another.")
-            # Trying is the only test that holds for root, read-only mounts and full quotas alike.
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            raise UsageError(
-                f"OUTPUT_DIR {self.path} cannot be written: {error.strerror}. Choose another with "
-                "OUTPUT_DIR DIR."
-            ) from error
 
     # Whose it is.
 
@@ -233,26 +215,13 @@ class RunDirectory:
         """Append one record of what happened to history.jsonl; a failure to is told once. False
         then."""
         record = {"event": event, "step": step, "time": time.time(), **details}
-        line = orjson.dumps(record, default=str, option=orjson.OPT_APPEND_NEWLINE)
 
         def write() -> None:
             with contextlib.closing(AppendFile(self.history)) as file:
-                file.append(line)
+                file.append(lines([record], default=str))
 
         with self._writing:  # threads write here too, and a failed line is cut off again
             return self._try(self.history, write)
-
-    def saved(self, manifest: Mapping[str, Any], seconds: float, error: Exception | None) -> None:
-        """Tell of a checkpoint that was committed, or could not be."""
-        name = f"step_{manifest['step']}"
-        if error is None:
-            logger.info("checkpoint %s (%.2f s)", name, seconds)
-            details: dict[str, Any] = {"seconds": seconds}
-        else:
-            details = {"failed": f"{type(error).__name__}: {error}"}
-            told = "checkpoint %s could not be saved: %s. Training goes on; the next save is tried"
-            logger.warning(f"{told} when it is due.", name, details["failed"])
-        self.write_history("checkpoint", manifest["step"], path=name, **details)
 
     def _try(self, path: Path, write: Callable[[], None]) -> bool:
         try:

@@ -1,19 +1,21 @@
 """What a sink is, metrics.jsonl, and a file that grows by whole pieces. Imports no torch.
 
-The other sinks are in telemetry/console.py and telemetry/tensorboard.py.
+The other sinks are in telemetry/logs.py and callbacks/tensorboard.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import math
 import os
-from collections.abc import Mapping, Sequence
-from io import FileIO
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jsonlines
 import orjson
 
 if TYPE_CHECKING:
@@ -46,14 +48,18 @@ class JsonLines(Sink):
         self.name, self.file = str(path), AppendFile(path)
 
     def write(self, items: Sequence[Record | Media]) -> None:
-        records = (item for item in items if isinstance(item, dict))
-        option = orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY
-        self.file.append(
-            b"".join(orjson.dumps(strict(record), option=option) for record in records)
-        )
+        self.file.append(lines(strict(item) for item in items if isinstance(item, dict)))
 
     def close(self, completed: bool) -> None:
         self.file.close()
+
+
+def lines(values: Iterable[Mapping[str, Any]], default: Any = None) -> bytes:
+    """Objects as JSON lines; `default` makes something of what JSON has no form for."""
+    dumps = partial(orjson.dumps, default=default, option=orjson.OPT_SERIALIZE_NUMPY)
+    piece = io.BytesIO()
+    jsonlines.Writer(piece, dumps=dumps).write_all(values)
+    return piece.getvalue()
 
 
 def strict(record: Mapping[str, Any]) -> Record:
@@ -67,7 +73,7 @@ class AppendFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: FileIO | None = None
+        self.file: io.FileIO | None = None
         self.length = 0  # of whole pieces in the file
 
     def append(self, piece: bytes) -> None:
@@ -77,7 +83,7 @@ class AppendFile:
         if self.file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: what failed must not be written later by itself, after a part of it.
-            self.file = FileIO(self.path, "ab")
+            self.file = io.FileIO(self.path, "ab")
             self.length = self.file.seek(0, os.SEEK_END)
         try:
             self._cut()  # what could not be cut off when it failed
@@ -88,7 +94,7 @@ class AppendFile:
             raise
         self.length += len(piece)
 
-    def _write(self, file: FileIO, piece: bytes) -> None:
+    def _write(self, file: io.FileIO, piece: bytes) -> None:
         rest = memoryview(piece)
         while rest:
             written = file.write(rest)

@@ -33,8 +33,7 @@ class _Reader:
     sink: Sink
     at: int = 0  # the first item of the buffer that it has not got
     again: float = 0.0  # when it is tried, after a failure
-    failed: bool = False
-    recovered: bool = False
+    told: str = ""  # "failed", then "recovered"
 
 
 class Writer:
@@ -49,7 +48,7 @@ class Writer:
         """`limit` is in bytes; `flush_s` and `close_s` are how long a checkpoint and the end of a
         run wait for a sink that is stuck."""
         self.limit, self.flush_s, self.close_s = limit, flush_s, close_s
-        self.is_open = self.finished = False
+        self.is_open = self._completed = False
         self.left_out = self.lost = 0  # media, records
         self._buffer: list[Record | Media] = []  # the thread's
         self._untold: list[dict[str, Any]] = []  # likewise, for the history
@@ -88,10 +87,6 @@ class Writer:
             if self.left_out == 1:
                 logger.warning("pictures, histograms and texts are left out: too much waits")
 
-    def finish(self) -> None:
-        """Say that the run is complete."""
-        self.finished = True
-
     def flush(self) -> bool:
         """Whether all that was recorded is in the files that must have it. The thread is idle then
         until something is recorded, so the files' lengths stay."""
@@ -102,12 +97,12 @@ class Writer:
             answered = self._changed.wait_for(lambda: self._asked == self._answered, self.flush_s)
             return answered and self._flushed and not self.lost
 
-    def close(self) -> None:
-        """Write what waits, and end the thread."""
+    def close(self, completed: bool = False) -> None:
+        """Write what waits, and end the thread; `completed`: so is the run."""
         if not self.is_open:
             return
         with self._changed:
-            self.is_open = False
+            self.is_open, self._completed = False, completed
             self._changed.notify_all()
         self._thread.join(self.close_s)
         if self._thread.is_alive():
@@ -142,7 +137,7 @@ class Writer:
         self._pass()  # what came while the last one was under way
         for reader in self._readers:
             try:
-                reader.sink.close(self.finished)
+                reader.sink.close(self._completed)
             except Exception as error:
                 logger.warning("%s was not ended: %s", reader.sink.name, error)
 
@@ -185,34 +180,28 @@ class Writer:
 
     def _write(self, reader: _Reader, items: list[Record | Media]) -> bool:
         """Whether a sink is through with these items; False where they come again."""
+        first = items[0]
+        told = {
+            "step": first.step if isinstance(first, Media) else first["step"],
+            "sink": reader.sink.name,
+        }
         try:
             reader.sink.write(items)
         except Exception as error:
-            self._fail(reader, error, items[0])
+            if not reader.told:
+                reader.told, reason = "failed", f"{type(error).__name__}: {error}"
+                message = "%s cannot be written: %s. Training goes on; it is tried again"
+                logger.warning(message, reader.sink.name, reason)
+                self._untold.append({**told, "failed": reason})
             if isinstance(error, OSError):
                 return False
             self.lost += reader.sink.essential  # a bug, which would come again with them
-            return True
-        if reader.failed and not reader.recovered:
-            reader.recovered = True
-            logger.info("%s is written again", reader.sink.name)
-            self._tell(reader, items[0], recovered=True)
+        else:
+            if reader.told == "failed":
+                reader.told = "recovered"
+                logger.info("%s is written again", reader.sink.name)
+                self._untold.append({**told, "recovered": True})
         return True
-
-    def _fail(self, reader: _Reader, error: Exception, item: Record | Media) -> None:
-        if not reader.failed:
-            reader.failed, reader.recovered = True, not isinstance(error, OSError)
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning(
-                "%s cannot be written: %s. Training goes on; it %s",
-                *(reader.sink.name, reason),
-                "goes on with the next" if reader.recovered else "is tried again",
-            )
-            self._tell(reader, item, failed=reason)
-
-    def _tell(self, reader: _Reader, item: Record | Media, **what: Any) -> None:
-        step = item.step if isinstance(item, Media) else item["step"]
-        self._untold.append({"step": step, "sink": reader.sink.name, **what})
 
 
 def _size(item: Record | Media) -> int:

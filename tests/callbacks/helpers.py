@@ -31,7 +31,7 @@ def view(
     """`show` takes what is shown; `log` are keys of LOG."""
     cfg = defaults()
     cfg.LOG.update(log)
-    recorder: Any = SimpleNamespace(progress=Progress(), show=show)
+    recorder: Any = SimpleNamespace(progress=Progress(), writer=SimpleNamespace(show=show))
     data: Any = SimpleNamespace(train_plan=plan, size=SimpleNamespace(reason="the reason"))
     runtime = Runtime(topology or Topology(), device, CpuBudget(1, 1, 1, ""))
     optimizer: Any = None

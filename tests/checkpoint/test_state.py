@@ -65,14 +65,14 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
 
     resumed = Trainer(Regression(), *WORDS)
     resumed.one(0)  # something to be overwritten
-    resumed.state.recorder.clear()
+    resumed.state.recorder.gather()
     resumed.state.restore(saved, ALONE)
     assert resumed.state.progress == whole.state.progress
     assert resumed.state.scaler.get_scale() == 128.0
     assert resumed.state.recorder.state() == whole.state.recorder.state()
     expected = draws()
     resumed.state.restore(captured(whole.state), ALONE)
-    resumed.state.recorder.clear()
+    resumed.state.recorder.gather()
     resumed.state.restore(saved, ALONE)
     assert draws() == expected
     for trainer in (whole, resumed):

@@ -253,11 +253,12 @@ def test_workers_lines_are_the_ranks(
 
 def test_a_worker_that_was_forked_before_the_file_was_opened(logs: Opener, tmp_path: Path) -> None:
     made = logs(open=False)
+    logger.info("of the rank")
     (read, write), (back, told) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         signal.alarm(20)
-        logger.info("nobody knows where to")
+        logger.info("not yet")
         os.write(told, b"x")
         os.read(read, 1)
         logger.info("of the worker")
@@ -266,7 +267,8 @@ def test_a_worker_that_was_forked_before_the_file_was_opened(logs: Opener, tmp_p
     made.open(tmp_path / "logs")
     os.write(write, b"x")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert "of the worker" in file_of(tmp_path)
+    lines = [line.rpartition(": ")[2] for line in file_of(tmp_path).splitlines()]
+    assert lines == ["of the rank", "not yet", "of the worker"]
     for descriptor in (read, write, back, told):
         os.close(descriptor)
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.engine.evaluate import on_host
 from launcher.tasks import Task, make_task
 from launcher.tasks import recorder as for_tasks
 from launcher.telemetry.media import OnHost
-from launcher.telemetry.recorder import Recorder, means, on_host
+from launcher.telemetry.recorder import Recorder, means
 from tests.telemetry.helpers import recording
 
 law = settings(deadline=None, max_examples=50)

@@ -54,44 +54,6 @@ def test_set_aside_twice_within_a_second_loses_nothing(run: RunDirectory) -> Non
     assert all(aside.parent == run.path.parent for aside in asides)
 
 
-def snapshot(folder: Path) -> list[str]:
-    return sorted(str(p) for p in folder.rglob("*"))
-
-
-@pytest.mark.parametrize("name", ["new", "new/er/still", "there"])
-def test_a_writable_place_is_not_touched(tmp_path: Path, name: str) -> None:
-    (tmp_path / "there").mkdir()
-    before = snapshot(tmp_path)
-    RunDirectory(tmp_path / name).check_writable()
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "name", ["file", "file/run", "file/run/deeper", "/proc/run", "/proc/sys/a/b", "n" * 300]
-)
-def test_an_impossible_place_is_told(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="OUTPUT_DIR") as caught:
-        RunDirectory(tmp_path / name).check_writable()
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    assert (tmp_path / "file").is_file()
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root alone changes its user")
-@pytest.mark.parametrize("mode", [0o755, 0o700], ids=["not writable", "not readable"])
-def test_a_place_of_another_user_is_told(tmp_path: Path, mode: int) -> None:
-    # pytest's own folders are closed to other users, so this one lies elsewhere.
-    place = Path("/tmp") / f"launcher-test-{os.getpid()}-{mode}"
-    place.mkdir(mode=mode)
-    try:
-        os.seteuid(65534)
-        with pytest.raises(UsageError, match="OUTPUT_DIR"):
-            RunDirectory(place / "run").check_writable()
-    finally:
-        os.seteuid(0)
-        place.rmdir()
-
-
 def test_a_claim_tells_why_it_cannot(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match=r"OUTPUT_DIR .* cannot be made"):
@@ -279,21 +241,6 @@ def test_an_evaluation_is_a_file_of_its_own(run: RunDirectory) -> None:
     (path,) = run.evaluations.iterdir()
     assert path.suffix == ".json"
     assert json.loads(path.read_text()) == {"step": 3, "metrics": {"val/loss": 0.5}}
-
-
-@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
-def test_a_save_is_told_in_the_history_and_the_log(
-    run: RunDirectory, error: OSError | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "launcher")
-    run.saved({"step": 40}, 0.25, error)
-    (told,) = map(json.loads, run.history.read_text().splitlines())
-    assert (told["event"], told["step"], told["path"]) == ("checkpoint", 40, "step_40")
-    if error is None:
-        assert told["seconds"] == 0.25 and "failed" not in told
-    else:
-        assert "No space left" in told["failed"]
-        assert "could not be saved" in caplog.text and "No space left" in caplog.text
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.telemetry.console import Console, summary
+from launcher.telemetry.logs import LogLines, summary
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import JsonLines, strict
 
@@ -74,7 +74,5 @@ def test_summary_leaves_system_figures_out() -> None:
 
 def test_console_line_a_record(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "launcher")
-    sink = Console(10, 0)
-    sink.write([RECORDS[0], Media("text", ["note"], "x", 1)])
-    sink.close()
+    LogLines().write([RECORDS[0], Media("text", ["note"], "x", 1)])
     assert caplog.messages == [summary(RECORDS[0])]

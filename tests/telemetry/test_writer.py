@@ -95,8 +95,7 @@ def test_everything_reaches_every_sink_in_order() -> None:
     assert writer.flush()
     expected = [x for step in range(1, 100, 2) for x in (step, f"after {step}")]
     assert one.got == two.got == expected
-    writer.finish()
-    writer.close()
+    writer.close(completed=True)
     assert one.got == [*expected, "completed"]
 
 
@@ -272,6 +271,5 @@ def test_a_writer_that_is_not_opened_takes_nothing() -> None:
     writer = Writer()
     writer.write(record(1))
     writer.show(text("x"))
-    writer.finish()
     assert writer.flush() is True and not writer.lost
     writer.close()

@@ -25,6 +25,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
+from launcher.callbacks import Run
 from launcher.config import CfgNode, defaults, flatten
 from launcher.telemetry.media import BUCKETS, Media
 from launcher.telemetry.rundir import POSITION
@@ -32,13 +33,23 @@ from launcher.telemetry.sinks import AppendFile, Record, Sink
 
 # Keys that no step depends on: they are no hyperparameters.
 NOT_HPARAMS = ("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "DIST.", "DATALOADER.")
-# Now, not by the first picture in the writing thread: a loader worker that is forked while another
-# thread imports a module cannot import it.
+# Now, not by the first picture in the writing thread: see `shipped` in launcher/callbacks.
 PIL.Image.preinit()
 
 
-class TensorBoard(Sink):
-    """One event file an attempt.
+class TensorBoard:
+    """tensorboard/: what is recorded, as event files, by LOG.TENSORBOARD."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def sink(self) -> Sink:
+        run = self.run
+        return EventFile(run.directory / "tensorboard", run.progress.step + 1, run.cfg)
+
+
+class EventFile(Sink):
+    """One event file an attempt, made with its first write.
 
     `purge_step` is the first step to come, also in a run's first attempt: a viewer that is running
     drops what it has of it and after when an attempt that resumes starts its own file.

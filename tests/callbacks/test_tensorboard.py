@@ -16,10 +16,10 @@ from tensorboard.compat.proto import event_pb2
 from tensorboard.plugins.hparams import metadata as hparams
 from tensorboard.util.tensor_util import make_ndarray
 
+from launcher.callbacks.tensorboard import EventFile
 from launcher.config import load_config
 from launcher.telemetry.media import Media, OnHost, spread
 from launcher.telemetry.sinks import AppendFile, Record
-from launcher.telemetry.tensorboard import TensorBoard
 
 CFG = load_config(None, ["OPTIM.LR", "0.5"], require_task=False).cfg
 
@@ -41,7 +41,7 @@ def write(
     folder: Path, *items: Record | Media, purge_step: int = 1, completed: bool = False
 ) -> Any:
     """What the event files hold after a sink with these items."""
-    sink = TensorBoard(folder, purge_step, CFG)
+    sink = EventFile(folder, purge_step, CFG)
     for item in items:
         sink.write([item])
     sink.close(completed)
@@ -137,7 +137,7 @@ def test_after_a_full_disk_every_number_is_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It goes on in the same file, whole: torch's writer would stay silent."""
-    sink, whole = TensorBoard(tmp_path, 1, CFG), AppendFile._write
+    sink, whole = EventFile(tmp_path, 1, CFG), AppendFile._write
     full = False
 
     def limited(self: AppendFile, file: Any, piece: bytes) -> None:
@@ -166,5 +166,5 @@ def test_after_a_full_disk_every_number_is_there_once(
 
 
 def test_nothing_is_made_without_a_record(tmp_path: Path) -> None:
-    TensorBoard(tmp_path / "tensorboard", 1, CFG).close(False)
+    EventFile(tmp_path / "tensorboard", 1, CFG).close(False)
     assert list(tmp_path.iterdir()) == []
