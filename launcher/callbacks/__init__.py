@@ -11,6 +11,7 @@ needs no base class. A method that is not there costs nothing. All are called on
     on_record(record)           after a record; the record on rank 0, None elsewhere
     on_evaluation(metrics)      after an evaluation, with its metrics
     on_checkpoint()             after a checkpoint was begun
+    on_saved(seconds)           one is written; on rank 0, in the thread that did it
     on_end()                    the run is complete
     state_dict(), load_state_dict(state)    plain values and tensors of rank 0, saved with the run
 
@@ -114,12 +115,12 @@ class Callbacks:
                         f"{', '.join(REQUESTS)}, or None"
                     )
                 self.asked.setdefault(request, name)
-                self.reasons.setdefault(request, name)
 
     def take(self) -> frozenset[str]:
         """What is asked for; it travels with the step to come."""
-        taken, self.asked = frozenset(self.asked), {}
-        return taken
+        taken, self.asked = self.asked, {}
+        self.reasons |= taken
+        return frozenset(taken)
 
     def figures(self, record: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> dict:
         found: dict[str, float] = {}
@@ -201,6 +202,10 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
         from launcher.callbacks.stragglers import Stragglers
 
         classes.append(Stragglers)
+    if runtime.topology.launched_by == "torchrun":
+        from launcher.callbacks.shutdown_advice import ShutdownAdvice
+
+        classes.append(ShutdownAdvice)
     if cfg.LOG.COUNT_FLOPS or hasattr(task, "flops"):
         from launcher.callbacks.throughput import Throughput
 

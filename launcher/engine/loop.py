@@ -71,7 +71,7 @@ class Loop:
             self.timing.steps += 1
             self.timing.samples += batch.count
             if "finish" in seen:
-                self.state.finished = self._who_asked("finish")
+                self.state.finished = self._why(self.callbacks.reasons.get("finish"))
             finished = self.state.is_finished()
             stopping, late = "stop" in seen, late | seen
             if skipped and not finished and not stopping:
@@ -121,20 +121,16 @@ class Loop:
             asked |= {name for name in self.timed if self.periods[name].elapsed()}
         return asked
 
-    def _who_asked(self, request: str) -> str:
-        """The callback that did; known to rank 0, "another rank" elsewhere."""
-        # A collective, in a run's last step: any rank's callback may have been the one.
-        names = self.runtime.gather(self.callbacks.reasons.get(request))
-        return next((name for name in names or [] if name), "another rank")
-
-    def _why_stopped(self) -> str:
-        """Why; known to rank 0."""
-        # A collective, the last one: any rank may have been the one that was asked to.
-        reasons = self.runtime.gather(self.guard.stop or self.callbacks.reasons.get("stop"))
-        for rank, reason in enumerate(reasons or []):
+    def _why(self, ours: str | None) -> str:
+        """The reason of the first rank that has one; known to rank 0."""
+        # A collective, in a run's last step: any rank may have been the one that asked.
+        for rank, reason in enumerate(self.runtime.gather(ours) or []):
             if reason is not None:
                 return reason if rank == 0 else f"{reason} (rank {rank})"
-        return "asked to"
+        return "another rank"
+
+    def _why_stopped(self) -> str:
+        return self._why(self.guard.stop or self.callbacks.reasons.get("stop"))
 
     def record(self) -> None:
         """Write the means since the last record. A collective."""

@@ -21,16 +21,8 @@ DATA = "DATASET_LENGTH"
 # Keys that say where and how much to log, save and evaluate, or how to load: the steps of a run do
 # not depend on them.
 FREE = (
-    "OUTPUT_DIR",
-    "LOG.",
-    "CHECKPOINT.",
-    "EVAL.",
-    "TRAIN.MAX_TIME",
-    "DIST.",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.PREFETCH_FACTOR",
-    "DATALOADER.PIN_MEMORY",
-    "MODEL.WEIGHTS",
+    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
+    *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
 
 

@@ -117,6 +117,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
                 told = {"failed": f"{type(error).__name__}: {error}"}
             directory.write_history("checkpoint", step, path=f"step_{step}", **told)
             guard.saved(seconds)
+            if error is None:
+                state.callbacks.call("on_saved", seconds)
 
         sinks = [JsonLines(directory.metrics), LogLines(), *state.callbacks.sinks()]
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)

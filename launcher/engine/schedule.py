@@ -49,12 +49,11 @@ class Schedule:
             return (step + 1) / (warmup + 1)
         return self.factor(min((step - warmup) / max(self.total_steps - warmup, 1), 1.0))
 
-    def apply(self, optimizer: Optimizer, step: int) -> float:
-        """Set every parameter group's rate from the one it was made with; the first is returned."""
+    def apply(self, optimizer: Optimizer, step: int) -> None:
+        """Set every parameter group's rate from the one it was made with."""
         factor = self(step)
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        return optimizer.param_groups[0]["lr"]
 
 
 def build_schedule(cfg: CfgNode, plan: Plan) -> Schedule:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
@@ -107,7 +107,7 @@ class TrainStep:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg)
         if runtime.distributed:
-            self.module = DistributedDataParallel(
+            self.module = DDP(
                 self.module,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=cfg.DIST.FIND_UNUSED_PARAMETERS,
@@ -136,9 +136,9 @@ class TrainStep:
         weighted = False
         for i, samples in enumerate(batch.sizes or [0]):
             micro_batch = next(batch.batches) if samples else None
-            last = i >= len(batch.sizes) - 1
             # Gradients cross the ranks once a step: with the last micro-batch.
-            with contextlib.nullcontext() if last else self._no_sync():
+            held, module = i < len(batch.sizes) - 1, self.module
+            with module.no_sync() if held and isinstance(module, DDP) else contextlib.nullcontext():
                 out = self.module(micro_batch, samples, batch.count, requests)
                 loss = self.scaler.scale(out.loss) + out.term
                 self.callbacks.call("on_backward", loss)
@@ -151,11 +151,6 @@ class TrainStep:
         seen = self.agreement.seen()
         self.module.zero_grad()
         return skipped, seen
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.module, DistributedDataParallel):
-            return self.module.no_sync()
-        return contextlib.nullcontext()
 
     def _normalise(self, count: int, weighted: bool, idle: bool) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""

@@ -56,11 +56,9 @@ def describe(error: BaseException, cfg: CfgNode, world_size: int) -> str:
     share = -(-train.BATCH_SIZE // world_size)
     micro = min(share, train.MICRO_BATCH_SIZE or share)
     return (
-        f"{text}\n{micro} samples were put through the model at once (TRAIN.BATCH_SIZE "
-        f"{train.BATCH_SIZE} over {world_size} ranks, TRAIN.MICRO_BATCH_SIZE "
-        f"{train.MICRO_BATCH_SIZE}). TRAIN.MICRO_BATCH_SIZE {max(1, micro // 2)} needs about "
-        f"half the memory, and trains the same; EVAL.BATCH_SIZE is that of evaluations "
-        f"({cfg.EVAL.BATCH_SIZE})."
+        f"{text}\n{micro} samples were put through the model at once. TRAIN.MICRO_BATCH_SIZE "
+        f"{max(1, micro // 2)} needs about half the memory, and trains the same; evaluations take "
+        f"EVAL.BATCH_SIZE {cfg.EVAL.BATCH_SIZE} at once."
     )
 
 

@@ -136,11 +136,9 @@ class Guard:
     def open(self) -> None:
         """The directory is this attempt's from now on."""
         assert self._runtime is not None
-        by, device = self.topology.launched_by, self._runtime.device.type
-        granted_s = stop.shutdown_timeout(os.environ) if by == "torchrun" else None
         self._timer_file = self.directory.log(self.rank).open("a")
         self._samples = self.progress.samples
-        self._margin = stop.StopMargin(self.progress, device, granted_s, self.clock)
+        self._margin = stop.StopMargin(self.progress, self._runtime.device.type, self.clock)
 
     def enter(self, phase: str) -> None:
         """Say what comes next: "start", "data", "step", "evaluate", "summarize", "save" or "end";
@@ -167,7 +165,7 @@ class Guard:
     def saved(self, seconds: float) -> None:
         """Take note of how long a save took: a stop must begin so much earlier."""
         if self._margin is not None:
-            self._margin.saved(seconds)
+            self._margin.longest_save_s = max(self._margin.longest_save_s, seconds)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         told = False

@@ -49,8 +49,5 @@ def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
 
 
 def _code(files: Iterable[str | Path | None]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        if file is not None:
-            digest.update(Path(file).read_bytes())
-    return digest.hexdigest()[:12]
+    whole = b"".join(Path(file).read_bytes() for file in files if file is not None)
+    return hashlib.sha256(whole).hexdigest()[:12]

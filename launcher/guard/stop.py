@@ -4,14 +4,11 @@ torch: a signal may come while that is being imported."""
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import re
 import select
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import psutil
@@ -19,7 +16,6 @@ import psutil
 from launcher.config import CfgNode, seconds
 from launcher.runtime.progress import Progress
 
-logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Within this time they are one request: torchrun forwards what a scheduler sends to everyone.
 SAME_REQUEST_S = 5.0
@@ -78,9 +74,8 @@ class StopMargin:
     """How long a stop takes, in seconds: the ranks agree a step later, on CUDA some more, and the
     last checkpoint has to be written."""
 
-    def __init__(self, progress: Progress, device: str, granted_s: float | None, clock: Any):
-        """`granted_s` is how long after the request a rank is killed, None where it is not."""
-        self.progress, self.granted_s, self.clock = progress, granted_s, clock
+    def __init__(self, progress: Progress, device: str, clock: Any) -> None:
+        self.progress, self.clock = progress, clock
         self.began, self.first = clock.monotonic(), progress.step
         self.steps = 2 + (LAG if device == "cuda" else 0)
         self.longest_save_s = 0.0
@@ -89,18 +84,6 @@ class StopMargin:
         steps = max(1, self.progress.step - self.first)
         per_step = (self.clock.monotonic() - self.began) / steps
         return self.longest_save_s + self.steps * per_step
-
-    def saved(self, seconds: float) -> None:
-        """Take note of how long a save took; warn, once, where a stop cannot be in time."""
-        self.longest_save_s = max(self.longest_save_s, seconds)
-        if self.granted_s is not None and (needed := self()) > self.granted_s:
-            logger.warning(
-                "A stop takes about %.0f s (a save took %.1f s), but torchrun kills its ranks %g s "
-                "after it was told to stop, and the steps since the last checkpoint would be lost. "
-                "Start it with --shutdown-timeout=%.0f or more (TORCH_ELASTIC_SHUTDOWN_TIMEOUT).",
-                *(needed, seconds, self.granted_s, 2 * needed),
-            )
-            self.granted_s = None
 
 
 def deadlines(cfg: CfgNode, now: float) -> dict[str, float]:
@@ -114,19 +97,6 @@ def deadlines(cfg: CfgNode, now: float) -> dict[str, float]:
     if end.isdigit():
         found["Slurm's time limit"] = now + int(end) - time.time() - SLURM_SPARE_S
     return found
-
-
-def shutdown_timeout(env: Mapping[str, str]) -> float:
-    """Seconds that torchrun gives its ranks between SIGTERM and SIGKILL.
-
-    https://docs.pytorch.org/docs/stable/elastic/run.html; a torch without the setting gives 30.
-    """
-    command = ""
-    with contextlib.suppress(psutil.Error):
-        command = " ".join(psutil.Process(os.getppid()).cmdline())
-    found = re.search(r"--shutdown[-_]timeout[= ](\d+)", command)
-    text = found[1] if found else env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
-    return float(text) if text.isdigit() else 30.0
 
 
 def say(line: str) -> None:

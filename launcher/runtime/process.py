@@ -76,12 +76,8 @@ class Runtime:
         return values
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value in rank order, on every rank. A collective."""
-        if not self.distributed:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        """Every rank's value in rank order, on every rank. Two collectives."""
+        return self.broadcast(self.gather(value))
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's value, on every rank. A collective."""
@@ -92,18 +88,8 @@ class Runtime:
         return values[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What the function returns on rank 0, on every rank; its UsageError likewise. A
-        collective."""
-        found: Any = None
-        if self.is_main:
-            try:
-                found = function(), None
-            except UsageError as error:
-                found = None, error
-        value, problem = self.broadcast(found)
-        if problem is not None:
-            raise problem
-        return value
+        """What the function returns on rank 0, on every rank. A collective."""
+        return self.broadcast(function() if self.is_main else None)
 
     def broadcast_state(self, value: Any = None) -> Any:
         """Rank 0's nest of values and tensors, on every rank; tensors on the CPU.

@@ -20,7 +20,6 @@ class Topology:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    node_rank: int = 0
     launched_by: str = "python"
     master_addr: str = ""
     master_port: int = 0
@@ -111,7 +110,6 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         local_rank=_number(env, "LOCAL_RANK"),
         world_size=world_size,
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", world_size),
-        node_rank=_number(env, "GROUP_RANK", 0),
         launched_by="torchrun",
         master_addr=env.get("MASTER_ADDR", ""),
         master_port=port,
@@ -123,7 +121,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
 
 def _from_slurm(env: Mapping[str, str]) -> Topology:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS")
-    node_rank = _number(env, "SLURM_NODEID", 0)
+    node = _number(env, "SLURM_NODEID", 0)
     tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
     job_id = env.get("SLURM_JOB_ID", "")
     # Every rank must find rank 0's node by itself. srun tells the address it was launched from,
@@ -135,8 +133,7 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=world_size,
-        local_world_size=tasks[node_rank] if node_rank < len(tasks) else world_size,
-        node_rank=node_rank,
+        local_world_size=tasks[node] if node < len(tasks) else world_size,
         launched_by="srun",
         master_addr=address,
         master_port=port,

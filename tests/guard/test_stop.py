@@ -1,8 +1,7 @@
-"""Requests to stop; when a stop must begin, and whether it fits what torchrun grants."""
+"""Requests to stop, and when a stop must begin."""
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
@@ -27,33 +26,11 @@ class Clock:
 
 def test_the_margin_is_the_longest_save_and_two_steps() -> None:
     progress, clock = Progress(), Clock()
-    margin = StopMargin(progress, "cpu", None, clock)
-    on_cuda = StopMargin(progress, "cuda", None, clock)
-    margin.saved(50.0)
-    margin.saved(20.0)
+    margin, on_cuda = StopMargin(progress, "cpu", clock), StopMargin(progress, "cuda", clock)
+    margin.longest_save_s = 50.0
     clock.now, progress.step = 100.0, 10
     assert margin() == 50 + 2 * 10
     assert on_cuda() == 10 * 10  # the ranks' agreement is read later
-
-
-def test_a_save_that_does_not_fit_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    margin = StopMargin(Progress(), "cpu", 30.0, Clock())
-    margin.saved(20.0)
-    assert not caplog.records
-    margin.saved(40.0)
-    margin.saved(41.0)
-    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert "torchrun kills its ranks 30 s after" in record.getMessage()
-    assert "--shutdown-timeout=80" in record.getMessage()
-
-
-def test_srun_and_a_lone_process_have_no_such_limit(
-    caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    for number, members in enumerate([[HERE], [HERE, HERE]]):
-        ranks = Ranks(tmp_path / str(number), members)
-        ranks.guards[0].saved(1000.0)
-    assert not caplog.records
 
 
 def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,21 +102,3 @@ def test_a_signal_that_nobody_waits_for_yet_ends_the_process_as_resumable() -> N
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert ended.returncode == 75 and "SIGTERM: stopped before the first step" in ended.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "env", "seconds"),
-    [
-        ([], {}, 30),
-        ([], {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, 90),
-        (["--shutdown-timeout=120"], {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, 120),
-        (["--shutdown_timeout", "45"], {}, 45),
-    ],
-)
-def test_what_torchrun_grants(arguments: list[str], env: dict[str, str], seconds: int) -> None:
-    """Read from its command line, which a rank sees as its parent's."""
-    child = f"from launcher.guard.stop import shutdown_timeout; print(shutdown_timeout({env}))"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    command = [sys.executable, "-c", code, *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert float(found.stdout) == seconds

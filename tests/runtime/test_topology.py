@@ -36,7 +36,7 @@ def refusal(env: dict[str, str]) -> str:
 
 def test_torchrun_variables() -> None:
     assert read_topology(TORCHRUN) == Topology(
-        5, 1, 8, 4, 1, "torchrun", master_addr="node0", master_port=29500, job_id="job7"
+        5, 1, 8, 4, "torchrun", master_addr="node0", master_port=29500, job_id="job7"
     )
 
 
@@ -57,7 +57,7 @@ def test_ranks_without_an_address_are_refused() -> None:
 def test_srun_step_variables() -> None:
     topology = read_topology(SRUN)
     assert (topology.rank, topology.local_rank, topology.world_size) == (4, 0, 7)
-    assert (topology.local_world_size, topology.node_rank) == (2, 2)
+    assert topology.local_world_size == 2
     assert (topology.launched_by, topology.job_id) == ("srun", "1234567")
     assert topology.master_addr == "gpu07"
     assert topology.distributed and not topology.is_main
@@ -97,7 +97,7 @@ def test_torchrun_variable_missing_or_no_number(name: str, value: str | None) ->
     assert name in message
 
 
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "MASTER_PORT"])
 def test_optional_torchrun_variable_no_number(name: str) -> None:
     assert f"{name}='x'" in refusal({**TORCHRUN, name: "x"})
 

@@ -27,7 +27,8 @@ def test_a_run_that_a_callback_finishes_is_complete_and_exact(
     jobs.train(*args, "OUTPUT_DIR", run, ranks=ranks).ok()
     status = jobs.status(run)
     assert (status["state"], status["step"]) == ("completed", 9)
-    assert status["reason"] == "finished by Asks"
+    by = "Asks (rank 1)" if ranks else "Asks"
+    assert status["reason"] == f"finished by {by}"
     assert jobs.checkpoint_steps(run)[-1] == 9 and 9 in jobs.values(run, "val/loss")
     # 3, 6 and 9 are records, 4, 8 and 9 checkpoints (and those of new bests), 5 and 9 evaluations.
     notes = [(tmp_path / f"rank{rank}").read_text().split("\n") for rank in range(ranks or 1)]
@@ -42,6 +43,7 @@ def test_a_run_that_a_callback_finishes_is_complete_and_exact(
         *args, "--resume-from", run / "checkpoints/step_8", "OUTPUT_DIR", again, ranks=ranks
     ).ok()
     assert records(again) == [record for record in records(run) if record["step"] > 8]
+    assert jobs.status(again)["reason"] == status["reason"]
     ours, theirs = jobs.state(again), jobs.state(run)
     assert ours["progress"] == theirs["progress"]
     assert all((ours["model"][name] == theirs["model"][name]).all() for name in theirs["model"])
