@@ -83,8 +83,9 @@ def test_what_is_committed_is_the_state_of_the_moment_of_save(
 
 
 def test_a_failing_save_is_told_and_the_next_one_works(
-    saves: Saves, monkeypatch: pytest.MonkeyPatch
+    saves: Saves, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "launcher")
     full = OSError(28, "No space left on device")
 
     def fail(*_: Any) -> Path:
@@ -101,6 +102,9 @@ def test_a_failing_save_is_told_and_the_next_one_works(
     saves.save(3)
     assert saves.saver.wait() is None
     assert saves.told == [(1, None), (2, full), (3, None)]
+    one, two, three = caplog.messages
+    assert one.startswith("checkpoint step_1 (") and three.startswith("checkpoint step_3 (")
+    assert "step_2 could not be saved: OSError: [Errno 28] No space left" in two
     assert saves.store.steps() == [1, 3]
 
 
