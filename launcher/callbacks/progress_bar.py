@@ -73,10 +73,10 @@ class Bar(Sink):
                 self.bar.update(self.task, completed=record["step"], values=values)
 
     def close(self, completed: bool) -> None:
+        self.bar.stop()
         for handler, stream in self.below:
             handler.removeFilter(_is_no_training)
             handler.setStream(stream)
-        self.bar.stop()
 
 
 def _is_no_training(line: logging.LogRecord) -> bool:

@@ -111,11 +111,11 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             guard.look_for_stop_file()
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
-            step = manifest["step"]
-            told: dict[str, Any] = {"seconds": seconds}
+            how: dict[str, Any] = {"seconds": seconds}
             if error is not None:
-                told = {"failed": f"{type(error).__name__}: {error}"}
-            directory.write_history("checkpoint", step, path=f"step_{step}", **told)
+                how = {"failed": f"{type(error).__name__}: {error}"}
+            step = manifest["step"]
+            directory.write_history("checkpoint", step, path=f"step_{step}", **how)
             guard.saved(seconds)
             if error is None:
                 state.callbacks.call("on_saved", seconds)

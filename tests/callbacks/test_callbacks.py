@@ -1,5 +1,6 @@
 """The protocol: requests are kept until they are sent, and state is each callback's own."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,9 +73,15 @@ def test_each_callback_gets_its_own_state_and_a_new_one_none() -> None:
     first, second = Patient(), Patient()
     first.steps, second.steps = 1, 2
     saved = Callbacks([first, Measuring("a"), second]).state_dict()
-    again = [Patient(), Measuring("a"), Patient(), Patient()]
+    # What has no state comes and goes, with the config or the terminal.
+    again = [Measuring("b"), Patient(), Patient(), Patient()]
     Callbacks(again).load_state_dict(saved)
     assert [c.steps for c in again if isinstance(c, Patient)] == [1, 2, 0]
+
+
+def test_a_callback_may_take_the_records_where_it_wants() -> None:
+    callbacks = Callbacks([Measuring("a"), SimpleNamespace(sink=lambda: "a sink")])
+    assert callbacks.sinks() == ["a sink"]
 
 
 def test_an_entry_of_the_config() -> None:

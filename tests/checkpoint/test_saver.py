@@ -98,8 +98,9 @@ def test_before_update_waits_for_the_copy(saves: Saves, monkeypatch: pytest.Monk
 
 
 def test_a_failing_save_is_told_and_the_next_one_works(
-    saves: Saves, monkeypatch: pytest.MonkeyPatch
+    saves: Saves, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "launcher")
     full = OSError(28, "No space left on device")
 
     def fail(*_: Any) -> Path:
@@ -116,6 +117,9 @@ def test_a_failing_save_is_told_and_the_next_one_works(
     saves.save(3)
     assert saves.saver.wait() is None
     assert saves.told == [(1, None), (2, full), (3, None)]
+    one, two, three = caplog.messages
+    assert one.startswith("checkpoint step_1 (") and three.startswith("checkpoint step_3 (")
+    assert "step_2 could not be saved: OSError: [Errno 28] No space left" in two
     assert saves.store.steps() == [1, 3]
 
 

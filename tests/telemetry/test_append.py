@@ -65,14 +65,6 @@ def test_a_part_that_could_not_be_cut_off_is_cut_off_later(tmp_path: Path) -> No
     assert file.path.read_bytes() == b"startpiece"
 
 
-def test_what_was_there_stays(tmp_path: Path) -> None:
-    for piece in (b"one", b"two"):
-        file = AppendFile(tmp_path / "file")
-        file.append(piece)
-        file.close()
-    assert (tmp_path / "file").read_bytes() == b"onetwo"
-
-
 def test_nothing_is_made_for_nothing(tmp_path: Path) -> None:
     file = AppendFile(tmp_path / "folder" / "file")
     file.append(b"")
