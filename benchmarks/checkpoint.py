@@ -98,6 +98,11 @@ class Training:
     def state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
 
+    def settled(self) -> list[torch.Tensor]:
+        """What the optimiser's step alone changes."""
+        averages = (one.values() for one in self.optimizer.state.values())
+        return [*self.model.parameters(), *(tensor for values in averages for tensor in values)]
+
     def size(self) -> int:
         tensors = [*self.model.state_dict().values()]
         for values in self.optimizer.state.values():
@@ -110,9 +115,7 @@ def ours(
 ) -> Callable[[], dict[str, float]]:
     """A save beside the training, with steps of `batch` samples until it is done."""
     errors: list[Exception | None] = []
-    saver = Saver(
-        CheckpointStore(folder), torch.device("cpu"), lambda _m, _s, error: errors.append(error)
-    )
+    saver = Saver(CheckpointStore(folder), lambda _m, _s, error: errors.append(error))
     count = 0
 
     def save() -> dict[str, float]:
@@ -120,7 +123,7 @@ def ours(
         count += 1
         manifest = {"step": count, "epoch": 0, "samples": 0, "world_size": 1, "metrics": {}}
         began = time.perf_counter()
-        saver.save(training.state(), manifest, list(training.model.buffers()))
+        saver.save(training.state(), manifest, training.settled())
         blocked = start = time.perf_counter() - began
         times = []
         while saver.writing is not None and not saver.writing.done():
