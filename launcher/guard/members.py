@@ -33,7 +33,7 @@ def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:
 def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
     """The process of every rank; raises UsageError where ranks have found different things. A
     collective."""
-    everywhere = runtime.all_gather((Member.here(), dict(found)))
+    everywhere = runtime.broadcast(runtime.gather((Member.here(), dict(found))))
     ours, lines = everywhere[0][1], []
     for rank, (member, theirs) in enumerate(everywhere):
         keys = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]

@@ -60,7 +60,7 @@ class Runtime:
 
     def collectives(self) -> int:
         """How many collectives this rank has begun: the rank that all others wait for has begun
-        fewest. Read by the watch's thread; costs 0.2 microseconds."""
+        fewest. Read by the guard's thread; costs 0.2 microseconds."""
         try:
             group = dist.distributed_c10d._get_default_group()
             return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
@@ -74,10 +74,6 @@ class Runtime:
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
         return values
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value in rank order, on every rank. Two collectives."""
-        return self.broadcast(self.gather(value))
 
     def broadcast(self, value: Any = None) -> Any:
         """Rank 0's value, on every rank. A collective."""
@@ -132,9 +128,8 @@ def choose_device(topology: Topology, choice: str) -> torch.device:
         return torch.device("cpu")
     if topology.local_world_size > gpus:
         raise UsageError(
-            f"{topology.local_world_size} ranks on this node but {gpus} CUDA device"
-            f"{'s' * (gpus != 1)}: start with --nproc-per-node={max(gpus, 1)}, or set "
-            "DIST.DEVICE cpu."
+            f"{topology.local_world_size} ranks on this node but {gpus} CUDA devices: start with "
+            f"--nproc-per-node={max(gpus, 1)}, or set DIST.DEVICE cpu."
         )
     torch.cuda.set_device(topology.local_rank)
     return torch.device("cuda", topology.local_rank)

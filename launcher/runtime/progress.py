@@ -73,6 +73,6 @@ class Every:
         """Whether a period in epochs or steps ended between two moments."""
         if self.duration is None or self.timed:
             return False
-        if self.duration.unit == "ep":
-            return after.epoch // self.duration.amount > before.epoch // self.duration.amount
-        return after.step // self.duration.amount > before.step // self.duration.amount
+        name = "epoch" if self.duration.unit == "ep" else "step"
+        first, last = (getattr(at, name) // self.duration.amount for at in (before, after))
+        return last > first

@@ -68,5 +68,5 @@ def test_one_gpu_a_local_rank_bound_at_once(monkeypatch: pytest.MonkeyPatch, cho
 
 
 def test_collectives_of_one_process_give_back_what_they_get() -> None:
-    assert ALONE.gather("x") == ["x"] and ALONE.all_gather("x") == ["x"]
+    assert ALONE.gather("x") == ["x"]
     assert ALONE.broadcast("x") == "x"
