@@ -128,7 +128,7 @@ def choose_device(topology: Topology, choice: str) -> torch.device:
         return torch.device("cpu")
     if topology.local_world_size > gpus:
         raise UsageError(
-            f"{topology.local_world_size} ranks on this node but {gpus} CUDA devices: start with "
+            f"{topology.local_world_size} ranks on this node, CUDA devices: {gpus}. Start with "
             f"--nproc-per-node={max(gpus, 1)}, or set DIST.DEVICE cpu."
         )
     torch.cuda.set_device(topology.local_rank)

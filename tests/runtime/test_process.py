@@ -34,9 +34,9 @@ def test_each_generator_depends_on_seed_and_rank() -> None:
 @pytest.mark.parametrize(
     ("choice", "ranks", "gpus", "told"),
     [
-        ("auto", 4, 2, ["4 ranks", "2 CUDA devices", "--nproc-per-node=2", "DIST.DEVICE cpu"]),
-        ("cuda", 2, 1, ["2 ranks", "1 CUDA device:", "--nproc-per-node=1"]),
-        ("cuda", 1, 0, ["0 CUDA devices", "DIST.DEVICE cpu"]),
+        ("auto", 4, 2, ["4 ranks", "CUDA devices: 2", "--nproc-per-node=2", "DIST.DEVICE cpu"]),
+        ("cuda", 2, 1, ["2 ranks", "CUDA devices: 1", "--nproc-per-node=1"]),
+        ("cuda", 1, 0, ["CUDA devices: 0", "DIST.DEVICE cpu"]),
     ],
 )
 def test_more_ranks_than_devices(
