@@ -10,10 +10,10 @@ needs no base class. A method that is not there costs nothing. All are called on
     on_step()                   after an update, before anything is saved; not after a skipped one
     on_record(record)           after a record; the record on rank 0, None elsewhere
     on_evaluation(metrics)      after an evaluation, with its metrics
-    on_checkpoint()             after a checkpoint was begun
+    on_checkpoint()             before a checkpoint is taken
     on_saved(seconds)           one is written; on rank 0, in the thread that did it
     on_end()                    the run is complete
-    state_dict(), load_state_dict(state)    plain values and tensors of rank 0, saved with the run
+    state_dict(), load_state_dict(state)    plain values and tensors, one a rank, saved with the run
 
 A hook may return a request: "stop" (now, to be resumed), "finish" (the run is complete here),
 "evaluate" or "checkpoint"; after the next step all ranks do it together.
@@ -57,10 +57,6 @@ if TYPE_CHECKING:
     from launcher.telemetry.recorder import Recorder
     from launcher.telemetry.sinks import Sink
 
-HOOKS = (
-    *("on_start", "before_step", "on_backward", "on_gradients", "on_step"),
-    *("on_record", "on_evaluation", "on_checkpoint", "on_end"),
-)
 REQUESTS = ("stop", "finish", "evaluate", "checkpoint")
 
 

@@ -26,7 +26,7 @@ class DataAdvice:
         data, whole = record["perf/data_s"], record["perf/step_s"]
         if data < WAITS * whole or whole * steps < LEAST_S:
             return
-        self.told, size = True, self.run.data.size
+        self.told = True
         logger.warning(
             "training waits for data %.0f %% of its time (perf/data_s %.4f of perf/step_s %.4f; "
             "%s). `launcher tune-loader` finds better settings.",
@@ -34,6 +34,6 @@ class DataAdvice:
                 100 * data / whole,
                 data,
                 whole,
-                size.reason if size else "",
+                self.run.data.size.reason,
             ),
         )

@@ -1,17 +1,16 @@
-"""Saving beside the training: the state of one step boundary is copied, then written in a thread.
+"""Saving beside the training: the state of one step boundary is copied at once, then written in a
+thread.
 
-What only the optimiser's step changes is copied beside the next forward and backward pass, and the
-next update waits for it (the idea of CheckFreq, Mohan et al., FAST 2021). All else is copied at
-once: a task may move it at any moment. The copies stay for the next save: memory touched for the
-first time costs more than the copy.
+To copy it beside the next step would block the training for less, but a task may move any weight at
+any moment, and nothing could tell that the copy is torn. The copies stay for the next save: memory
+touched for the first time costs more than the copy.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -38,17 +37,9 @@ class Saver:
         self.writing: Future[Exception | None] | None = None
         self.copies: list[torch.Tensor] = []  # in the order in which the state's tensors stand
         self.pending: dict[str, Any] | None = None
-        self.copied = threading.Event()
-        self.copied.set()
 
-    def save(
-        self,
-        state: dict[str, Any],
-        manifest: dict[str, Any],
-        settled: Iterable[torch.Tensor] = (),
-        last: bool = False,
-    ) -> None:
-        """Start to save. `settled` are the tensors that nothing changes before `before_update`.
+    def save(self, state: dict[str, Any], manifest: dict[str, Any], last: bool = False) -> None:
+        """Copy the state, and start to write it.
 
         Waits for the save before this one: its copy is still being written. A save that is skipped
         instead could be that of a new best. The `last` one of an attempt is waited for and, since
@@ -63,36 +54,27 @@ class Saver:
                 waited,
             )
         old, self.copies = iter(self.copies), []
-        waits = {tensor.data_ptr() for tensor in settled if not tensor.is_cuda}
-        later: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def copy(value: torch.Tensor) -> torch.Tensor:
             kept = next(old, None)
-            if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-                kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            if kept is None or _layout(kept) != _layout(value):
+                kept = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            # On CUDA the copy is one more piece of work on this stream: the host goes on, and
+            # nothing that comes after it can change what is copied.
+            kept.copy_(value, non_blocking=True)
             self.copies.append(kept)
-            if value.data_ptr() in waits:
-                later.append((kept, value.detach()))
-            else:
-                # On CUDA the copy is one more piece of work on this stream: the host goes on, and
-                # nothing that comes after it can change what is copied.
-                kept.copy_(value.detach(), non_blocking=True)
             return kept
 
-        snapshot, copied = map_tensors(state, copy), None
+        with torch.no_grad():
+            snapshot, copied = map_tensors(state, copy), None
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             copied = torch.cuda.Event()
             copied.record()
         self.pending = manifest
-        self.copied.clear()
 
         def write() -> Exception | None:
             error: Exception | None = None
             try:
-                while later:
-                    kept, value = later.pop()
-                    kept.copy_(value)
-                self.copied.set()
                 if copied is not None:
                     copied.synchronize()  # in this thread: the training does not wait
                 self.store.commit(snapshot, manifest)
@@ -100,7 +82,6 @@ class Saver:
                 # A save that fails must not end a run of days: it is told, and tried again when the
                 # next one is due. The checkpoints before it are still there.
                 error = caught
-            self.copied.set()
             self.pending = None
             seconds = time.monotonic() - began
             if error is None:
@@ -111,7 +92,10 @@ class Saver:
                     "save is tried when it is due.",
                     *(manifest["step"], type(error).__name__, error),
                 )
-            self.done(manifest, seconds, error)
+            try:
+                self.done(manifest, seconds, error)
+            except Exception:
+                logger.exception("after checkpoint step_%d", manifest["step"])
             return error
 
         self.writing = self.thread.submit(write)
@@ -120,13 +104,14 @@ class Saver:
             if (error := self.wait()) is not None:
                 raise RunError(f"the last checkpoint could not be saved: {error}") from error
 
-    def before_update(self) -> None:
-        """Wait until what the update will change is copied."""
-        self.copied.wait()
-
     def wait(self) -> Exception | None:
         """Wait until nothing is in flight; what the last save failed with, if it did."""
         return self.writing.result() if self.writing is not None else None
 
     def close(self) -> None:
         self.thread.shutdown()
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """In memory, too: an optimiser's fused kernel walks its state as its weights lie."""
+    return tensor.shape, tensor.dtype, tensor.stride()

@@ -31,16 +31,17 @@ class TrainingState:
     config          the resolved config, as YAML
     progress        {"step", "epoch", "samples"}
     model, optimizer, scaler, ema    their state_dicts; ema None without an average
-    callbacks       the state_dict of each callback that has one
     due             what was due at this step, and is left to the next attempt
+    recorded, evaluated    the last step that was: once is enough
     finished        which callback has completed the run here, or ""
     agreed          what ranks ask for and have not seen yet, by steps on their way (CUDA)
     dataset_length  of the training data
     stream          where the stream of an iterable data set was, or None
     files           bytes of the files that grow with the records, by name
     ranks           a dict for each rank: "random" (its generators), "recorder" (sums since the last
-                    record), "threads" (that it computes with: sums depend on it), "asked" (by
-                    callbacks, for the next step)
+                    record), "threads" (that it computes with: sums depend on it), "callbacks"
+                    (the state_dict of each that has one), "asked" (by them, for the next step; a
+                    stop is for this attempt alone)
 
     All but `ranks` is the same on every rank.
     """
@@ -55,6 +56,8 @@ class TrainingState:
     callbacks: Callbacks
     directory: RunDirectory
     due: list[str] = field(default_factory=list)
+    recorded: int = -1
+    evaluated: int = -1
     finished: str = ""
     agreed: list[list[str]] = field(default_factory=list)
     threads: int = 0  # those of the attempt before, or 0
@@ -79,7 +82,8 @@ class TrainingState:
                 "random": random_state(),
                 "recorder": self.recorder.state(),
                 "threads": torch.get_num_threads(),
-                "asked": dict(self.callbacks.asked),
+                "callbacks": self.callbacks.state_dict(),
+                "asked": {k: v for k, v in self.callbacks.asked.items() if k != "stop"},
             }
         )
         if ranks is None:
@@ -91,8 +95,9 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "callbacks": self.callbacks.state_dict(),
             "due": list(self.due),
+            "recorded": self.recorded,
+            "evaluated": self.evaluated,
             "finished": self.finished,
             "agreed": self.agreed,
             "dataset_length": self.data.length,
@@ -100,15 +105,6 @@ class TrainingState:
             "files": self.directory.positions(),
             "ranks": ranks,
         }
-
-    def settled(self) -> list[torch.Tensor]:
-        """What changes in the optimiser's step alone: its weights and state, and their average."""
-        state = self.optimizer.state
-        return [
-            *(p for group in self.optimizer.param_groups for p in group["params"]),
-            *(v for one in state.values() for v in one.values() if isinstance(v, torch.Tensor)),
-            *([] if self.ema is None else self.ema.parameters()),
-        ]
 
     def manifest(self, world_size: int, metrics: dict[str, float]) -> dict[str, Any]:
         """What manifest.json says beside the files; `metrics` are those of this very step."""
@@ -132,11 +128,13 @@ class TrainingState:
         self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
+        elif self.ema is not None:  # an average that is new to the run begins here
+            self.ema.module.load_state_dict(saved["model"])
         self.progress.__dict__.update(saved["progress"])
-        self.callbacks.load_state_dict(saved["callbacks"])
-        self.due, self.finished = list(saved["due"]), saved["finished"]
-        self.agreed = saved["agreed"]
+        for name in ("due", "recorded", "evaluated", "finished", "agreed"):
+            setattr(self, name, saved[name])
         ranks = saved["ranks"]
+        self.callbacks.load_state_dict(ranks[min(runtime.rank, len(ranks) - 1)]["callbacks"])
         if runtime.rank < len(ranks):
             set_random_state(ranks[runtime.rank]["random"])
             self.threads = ranks[runtime.rank]["threads"]

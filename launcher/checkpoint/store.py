@@ -153,7 +153,6 @@ class CheckpointStore:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync(self.directory)
         self._link("last", target.name)
         self._retain()
         return target
@@ -165,6 +164,7 @@ class CheckpointStore:
         if target.exists():
             target.rename(replaced)
         temporary.rename(target)
+        _sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def newest(self) -> Found | None:

@@ -6,6 +6,7 @@ What a sample draws follows from (SEED, epoch, sample): not from workers, ranks 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -166,7 +167,7 @@ class StreamFetcher(Dataset):
         if not self.state_every or start % self.state_every:
             return batch
         state = {"epoch": self.epoch, "passes": self.passes, "position": self.position}
-        return Stated(batch, {**state, "dataset": self.dataset.state_dict()})
+        return Stated(batch, {**state, "dataset": copy.deepcopy(self.dataset.state_dict())})
 
     def _begin(self, epoch: int, passes: int = 0, position: int = 0, dataset: Any = None) -> None:
         """Start an epoch, or a pass of an endless one; `dataset` is its state, if it has one."""

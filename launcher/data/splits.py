@@ -114,8 +114,7 @@ class Data:
         self._first, self._last = plan.batches_in(samples), ENDLESS
         if duration is not None and duration.unit == "ep":
             self._last = int(duration.amount) * plan.steps_per_epoch
-        if not threads_set_by_user(os.environ):
-            torch.set_num_threads(threads or self.size.threads)
+        self.set_threads(threads)
         self._stream_states.append(stream)
         if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
             logger.warning(
@@ -128,6 +127,12 @@ class Data:
         self.size = self._size("train")
         logger.info(self.size.reason)
         self._training = on_device(self._unwrapped(answers), self.runtime.device)
+
+    def set_threads(self, threads: int = 0) -> None:
+        """Compute with as many threads as before, or as the CPU budget grants; a user's
+        OMP_NUM_THREADS wins."""
+        if not threads_set_by_user(os.environ):
+            torch.set_num_threads(threads or self.size.threads)
 
     def batches(self) -> Iterator[GlobalBatch]:
         """The global batches from where `start` began to the end of TRAIN.DURATION, if that is in

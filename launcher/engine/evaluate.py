@@ -12,7 +12,7 @@ from launcher.data.splits import Data
 from launcher.engine.step import autocast
 from launcher.errors import RunError
 from launcher.guard.guard import Guard
-from launcher.runtime.process import Runtime
+from launcher.runtime.process import Runtime, seed_everything
 from launcher.telemetry.recorder import Note, Recorder, means
 
 
@@ -26,17 +26,18 @@ class Evaluation:
 
     def __init__(self, cfg: CfgNode, task: Any, runtime: Runtime, guard: Guard, data: Data) -> None:
         self.task, self.runtime, self.guard, self.data = task, runtime, guard, data
-        self.autocast = autocast(cfg, runtime.device)
+        self.autocast, self.seed = autocast(cfg, runtime.device), cfg.SEED
         self.recorder: Recorder = task.recorder
 
     def __call__(self, model: nn.Module) -> dict[str, float] | None:
         """The metrics as `val/<name>`, on every rank. None where a rank was asked to stop
         meanwhile: a long evaluation must not outlast the time that a scheduler grants."""
-        was_training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         with torch.no_grad(), self.recorder.evaluating():
             metrics = self._evaluate(model)
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
         if metrics is None:
             return None
         self.recorder.show_held()
@@ -48,10 +49,12 @@ class Evaluation:
         # them by each rank's own batch. One collective a buffer, once an evaluation.
         runtime.broadcast_tensors(list(model.buffers()))
         outputs, abandoned = [], False
-        for batch in self.data.evaluation():
+        for i, batch in enumerate(self.data.evaluation()):
             self.guard.enter("evaluate")
             if abandoned := self.guard.stop is not None:
                 break
+            # By the batch, so that what it draws is the same on any rank and at any time.
+            seed_everything(self.seed, i * runtime.world_size + runtime.rank)
             with self.autocast:
                 output = _checked(task, task.eval_step(model, batch))
             outputs.append((output, self.recorder.take()))

@@ -44,8 +44,9 @@ class Loop:
         self.timed = [name for name, period in self.periods.items() if period.timed]
         now = time.monotonic()
         self.timing = Timing(now, self.progress.step, now)
-        self.metrics: dict[str, float] = {}  # of an evaluation at this very step
-        self.recorded = self.evaluated = -1  # at which step
+        # Of an evaluation at this very step.
+        self.metrics: dict[str, float] = {}
+        self.best = False
 
     def train(self) -> str | None:
         """One global batch after the other, and after each what is due, in this order: the record,
@@ -60,12 +61,12 @@ class Loop:
         finished = self.state.is_finished()
         if self.state.due and not self._make_up(finished):
             return self._why_stopped()
-        late: frozenset[str] = frozenset()  # due at a step that the scaler skipped
+        due: set[str] = set()  # also at a step that the scaler skipped
         batches = self.data.batches()
         while not finished:
             self.guard.enter("step")
             batch = next(batches)
-            before, self.metrics = progress.copy(), {}
+            before = progress.copy()
             skipped, seen = self.step(batch, self._requests())
             progress.advance(batch.count, plan.samples_per_epoch, skipped)
             self.timing.steps += 1
@@ -73,41 +74,41 @@ class Loop:
             if "finish" in seen:
                 self.state.finished = self._why(self.callbacks.reasons.get("finish"))
             finished = self.state.is_finished()
-            stopping, late = "stop" in seen, late | seen
+            stopping = "stop" in seen
+            due |= seen | {name for name, p in self.periods.items() if p.due(before, progress)}
             if skipped and not finished and not stopping:
-                continue  # no new step: nothing is due that was not due before
+                continue  # no new step; what is due with an epoch's end waits for the next one
             if not skipped:
+                self.metrics, self.best = {}, False
                 self.callbacks.call("on_step")
-
-            due = late | {name for name, p in self.periods.items() if p.due(before, progress)}
-            late = frozenset()
             # A step stands once, also where the last batches were skipped by the scaler.
-            if ("record" in due or finished) and self.recorded < progress.step:
+            if ("record" in due or finished) and self.state.recorded < progress.step:
                 self.record()
             began = time.monotonic()
-            best: bool | None = False
-            evaluate_last = finished and cfg.EVAL.EVERY
-            if ("evaluate" in due or evaluate_last) and self.evaluated < progress.step:
+            put_off, evaluate_last = False, finished and cfg.EVAL.EVERY
+            if ("evaluate" in due or evaluate_last) and self.state.evaluated < progress.step:
                 # When asked to stop, the evaluation is left to the attempt that goes on.
-                best = None if stopping else self.evaluate()
-            if best is None or (stopping and not finished):
-                self.state.due = sorted({"evaluate"} | due & {"checkpoint"}) if best is None else []
+                put_off = stopping or not self.evaluate()
+            if put_off or (stopping and not finished):
+                left = ["checkpoint", "evaluate"] if "checkpoint" in due else ["evaluate"]
+                self.state.due = left if put_off else []
                 self.save(last=True)
                 return self._why_stopped()
-            if "checkpoint" in due or best or finished:
+            if "checkpoint" in due or self.best or finished:
                 self.save(last=finished)
+            due = set()
             self.timing.away += time.monotonic() - began
+        self.guard.enter("save")  # a rank may take long alone: to export the model, say
         self.callbacks.call("on_end")
         return None
 
     def _make_up(self, finished: bool) -> bool:
         """Do what was due at the checkpoint's step when the attempt before this one was stopped;
         False where this one is asked to stop meanwhile."""
-        best, due = self.evaluate(), self.state.due
-        if best is None:
+        if not self.evaluate():
             return False
-        self.state.due = []
-        if best or finished or "checkpoint" in due:
+        due, self.state.due = self.state.due, []
+        if self.best or finished or "checkpoint" in due:
             self.save(last=finished)
         return True
 
@@ -115,7 +116,7 @@ class Loop:
         """What this rank has to say, and all see after the step: that it was asked to stop, what
         callbacks ask for; on rank 0, what is due by its clock."""
         asked = self.callbacks.take() if self.callbacks.asked else frozenset()
-        if self.guard.stop is not None or "stop" in asked:
+        if self.guard.stop is not None:
             asked |= STOP
         if self.timed and self.runtime.is_main:
             asked |= {name for name in self.timed if self.periods[name].elapsed()}
@@ -134,14 +135,15 @@ class Loop:
 
     def record(self) -> None:
         """Write the means since the last record. A collective."""
-        state, self.recorded = self.state, self.progress.step
+        state, step = self.state, self.progress.step
+        state.recorded = step
         # The collective, and the one place where training waits for the device to read values.
         parts = state.recorder.gather(self.callbacks.local_figures())
         record = None
         if parts is not None:
             means, ranks = parts
             now, total = time.monotonic(), self.step.schedule.total_steps
-            timing = self.timing.figures(now, self.data.waited, self.recorded, total)
+            timing = self.timing.figures(now, self.data.waited, step, total)
             record = {**means, **rates(state.optimizer), **timing}
             if state.scaler.is_enabled():
                 batches = self.data.train_plan.batches_in(self.progress.samples)
@@ -151,9 +153,9 @@ class Loop:
         self.callbacks.call("on_record", record)
         self.timing.restart(time.monotonic(), self.data.waited)
 
-    def evaluate(self) -> bool | None:
-        """Evaluate, with the averaged weights where there are, and say whether it is a new best;
-        None where it was given up because a rank was asked to stop. A collective."""
+    def evaluate(self) -> bool:
+        """Evaluate, with the averaged weights where there are; False where it was given up because
+        a rank was asked to stop. A collective."""
         cfg, state = self.cfg, self.state
         # What an evaluation draws leaves the training's random state as it was: it may be left
         # out, done once more or given up, and the steps after it stay the same.
@@ -162,8 +164,8 @@ class Loop:
         set_random_state(before)
         self.guard.enter("step")
         if metrics is None:
-            return None
-        self.evaluated, self.metrics = self.progress.step, metrics
+            return False
+        state.evaluated, self.metrics = self.progress.step, metrics
         state.recorder.write(metrics)
         if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in metrics:
             raise RunError(
@@ -171,14 +173,13 @@ class Loop:
                 f"{', '.join(metrics)}. Set it to one of these, or CHECKPOINT.KEEP_BEST 0."
             )
         self.callbacks.call("on_evaluation", metrics)
-        best = None
-        if self.saver is not None:
-            best = self.saver.store.is_best(metrics, self.saver.pending)
-        # A collective: rank 0 alone sees the checkpoints.
-        return self.runtime.broadcast(best)
+        best = self.saver is not None and self.saver.store.is_best(metrics, self.saver.pending)
+        self.best = self.runtime.broadcast(best)  # a collective: rank 0 alone sees the checkpoints
+        return True
 
     def save(self, last: bool = False) -> None:
         """Start to save this step boundary; the last save is waited for. A collective."""
+        self.callbacks.call("on_checkpoint")
         self.guard.enter("save")
         state = self.state
         state.agreed = self.step.agreement.on_their_way()
@@ -188,10 +189,9 @@ class Loop:
         if captured is not None and self.saver is not None:
             if written:
                 manifest = state.manifest(self.runtime.world_size, self.metrics)
-                self.saver.save(captured, manifest, state.settled(), last)
+                self.saver.save(captured, manifest, last)
             elif last:
                 raise RunError("no last checkpoint: the records before it could not be written")
             else:
                 logger.warning("no checkpoint: the records before it could not be written")
-        self.callbacks.call("on_checkpoint")
         self.guard.enter("step")

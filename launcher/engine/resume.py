@@ -69,9 +69,9 @@ def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
 
 def check_changes(
     saved: Mapping[str, Any], cfg: CfgNode, length: int, allow: frozenset[str]
-) -> None:
+) -> dict[str, str]:
     """Print how this config, and the `length` of the training data, differ from those of a saved
-    state; refuse what would break exactness.
+    state, and return that by key; refuse what would break exactness.
 
     Raises UsageError unless every such key is in `allow`.
     """
@@ -90,3 +90,4 @@ def check_changes(
             f"This config differs from the checkpoint's, so the run cannot go on exactly:\n{told}\n"
             f"To go on all the same: --allow {','.join(refused)}"
         )
+    return changed

@@ -28,6 +28,7 @@ from launcher.engine.loop import Loop
 from launcher.engine.optim import build_optimizer
 from launcher.engine.resume import check_changes, choose_checkpoint, find
 from launcher.engine.step import TrainStep
+from launcher.errors import UsageError
 from launcher.guard.guard import Guard
 from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
@@ -81,11 +82,19 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
     if found is not None:
-        check_changes(found.state, cfg, data.length, job.allow)
+        changed = check_changes(found.state, cfg, data.length, job.allow)
         state.restore(found.state, runtime)
-        if "TRAIN.DURATION" in job.allow:
+        if "TRAIN.DURATION" in changed:
             state.finished = ""  # whoever asks for another duration wants it to go on
+        # Where batches are of another size now, the next one begins at its own boundary.
+        moved = plan.samples_in(plan.batches_in(progress.samples)) - progress.samples
+        progress.advance(moved, plan.samples_per_epoch, skipped=True)
         if state.is_finished() and not state.due:
+            if found.step is None:
+                raise UsageError(
+                    f"--resume-from {job.resume_from} is complete, at step {progress.step}: there "
+                    "is nothing to train. Raise TRAIN.DURATION, with --allow TRAIN.DURATION."
+                )
             logger.info("this run is complete: step %d. Nothing to do.", progress.step)
             # Killed after its last checkpoint, it could not say so itself.
             if runtime.is_main and directory.read_status().get("state") != "completed":
@@ -125,8 +134,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         saver = Saver(store, saved)
     completed = False
     try:
-        before_update = (saver.before_update,) if saver is not None else ()
-        step = TrainStep(cfg, task, state, runtime, *before_update)
+        step = TrainStep(cfg, task, state, runtime)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
         completed = stopped is None
@@ -167,7 +175,11 @@ def build_state(
 def model_layout(model: nn.Module) -> str:
     """A digest of the names, shapes and types of a model's parameters and buffers."""
     tensors = model.state_dict()
-    text = "\n".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+    kinds = (
+        (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__
+        for t in tensors.values()
+    )
+    text = "\n".join(f"{name} {kind}" for name, kind in zip(tensors, kinds, strict=True))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -229,6 +241,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     data = Data(cfg, task, runtime, guard.enter)
     model = task.build_model().to(runtime.device)
     guard.agree({"the data sets' length": data.lengths})
+    data.set_threads()
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     # Collectives: rank 0 alone need see the checkpoints.
     path = runtime.on_main(lambda: choose_checkpoint(store, job.evaluate))

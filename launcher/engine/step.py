@@ -8,7 +8,7 @@ ranks is undone by their number.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -72,9 +72,9 @@ class StepModule(nn.Module):
         device = self.carrier.device
         scalars = {}
         for key, value in values.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, numbers.Real):  # numpy's too
                 # A fill on the device; a copy to it would wait.
-                value = torch.full((), value, dtype=torch.float32, device=device)
+                value = torch.full((), float(value), dtype=torch.float64, device=device)
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
                 raise RunError(f"{name} must return scalars; {key!r} is {shape}")
@@ -89,22 +89,15 @@ class StepModule(nn.Module):
 class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        task: Any,
-        state: TrainingState,
-        runtime: Runtime,
-        before_update: Callable[[], None] = lambda: None,
-    ) -> None:
-        """`before_update` is called before each update: a checkpoint may still copy the weights."""
-        self.before_update = before_update
+    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
         self.state, self.model, self.optimizer = state, state.model, state.optimizer
         self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
         self.clip = cfg.TRAIN.GRAD_CLIP
         self.schedule = build_schedule(cfg, state.data.train_plan)
         self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.model.training:  # as a pretrained one comes; a module in it keeps its mode
+            self.model.train()
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg)
         if runtime.distributed:
             self.module = DDP(
@@ -132,7 +125,6 @@ class TrainStep:
         """
         self.schedule.apply(self.optimizer, self.state.progress.step)
         self.callbacks.call("before_step", sum(batch.sizes))
-        self.module.train()
         weighted = False
         for i, samples in enumerate(batch.sizes or [0]):
             micro_batch = next(batch.batches) if samples else None
@@ -172,7 +164,6 @@ class TrainStep:
         norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
-        self.before_update()
         skipped = False
         if self.scaler.is_enabled():
             # The scaler itself reads a flag back from the device to decide, once a step.

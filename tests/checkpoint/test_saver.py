@@ -36,7 +36,7 @@ class Saves:
         return {"model": {"w": self.weight, "b": self.buffer}, "optimizer": nested}
 
     def save(self, step: int) -> None:
-        self.saver.save(self.state(step), manifest(step), [self.weight])
+        self.saver.save(self.state(step), manifest(step))
 
     def hold(self, patch: pytest.MonkeyPatch) -> None:
         """Commits wait for the gate."""
@@ -68,14 +68,12 @@ def check(state: dict[str, Any], weight: float, buffer: float) -> None:
 def test_what_is_committed_is_the_state_of_the_moment_of_save(
     saves: Saves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What only the update changes is copied until before_update(), all else at once: buffers, and
-    weights that a task moves itself."""
+    """Whatever changes afterwards: weights that the task moves itself, buffers, the update."""
     saves.hold(monkeypatch)
     saves.weight.fill_(1)
     saves.buffer.fill_(1)
     saves.save(5)
     saves.buffer.fill_(99)
-    saves.saver.before_update()
     saves.weight.fill_(99)
     saves.gate.set()
     assert saves.saver.wait() is None
@@ -84,17 +82,28 @@ def test_what_is_committed_is_the_state_of_the_moment_of_save(
     assert saves.told == [(5, None)]
 
 
-def test_before_update_waits_for_the_copy(saves: Saves, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow one: the thread is still busy with something else."""
-    started = threading.Event()
-    saves.saver.thread.submit(started.wait, 30)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_a_tensor_keeps_its_layout(saves: Saves, layout: str) -> None:
+    """A fused optimiser walks its state as its weights lie: a contiguous copy would be another."""
+    value = torch.randn(2, 3, 4, 5)
+    value = value.to(memory_format=torch.channels_last) if layout == "channels_last" else value.mT
+    for step in (1, 2):
+        saves.saver.save({"model": {"w": value}}, manifest(step))
+        saves.saver.wait()
+        loaded = saves.store.load(step)["model"]["w"]
+        assert torch.equal(loaded, value) and loaded.stride() == value.stride()
+
+
+def test_an_error_after_a_save_ends_no_training(
+    saves: Saves, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("a callback's")
+
+    monkeypatch.setattr(saves.saver, "done", fails)
     saves.save(1)
-    threading.Timer(0.2, started.set).start()
-    saves.saver.before_update()
-    assert started.is_set()
-    saves.weight.fill_(99)
-    saves.saver.wait()
-    check(saves.store.load(1), 0, 0)
+    assert saves.saver.wait() is None and "a callback's" in caplog.text
+    saves.save(2)
 
 
 def test_a_failing_save_is_told_and_the_next_one_works(
@@ -127,7 +136,6 @@ def test_at_most_one_save_is_in_flight(saves: Saves, monkeypatch: pytest.MonkeyP
     saves.hold(monkeypatch)
     saves.save(1)
     assert saves.saver.pending == manifest(1)
-    saves.saver.before_update()
     saves.weight.fill_(2)
     second = threading.Thread(target=saves.save, args=(2,))
     second.start()
@@ -174,7 +182,6 @@ def test_close_waits_for_the_last_save(saves: Saves, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_in_flight_is_nothing_to_wait_for(saves: Saves) -> None:
-    saves.saver.before_update()
     assert saves.saver.wait() is None
 
 

@@ -98,7 +98,13 @@ def saved_by_two_ranks() -> dict[str, Any]:
     other = random_state()
     saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
     saved["ranks"].append(
-        {"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5, "asked": {}}
+        {
+            "random": other,
+            "recorder": {"loss": [10.0, 2.0]},
+            "threads": 5,
+            "asked": {},
+            "callbacks": {},
+        }
     )
     return saved
 

@@ -3,12 +3,14 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from launcher.data.plan import Plan
 from launcher.errors import RunError
-from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, rows, take
+from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, evaluation, rows, take
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 
@@ -191,8 +193,34 @@ def test_requests_come_back_once() -> None:
     assert seen == [frozenset(), asked[1], asked[2], frozenset()]
 
 
-def test_the_model_is_in_training_mode_after_an_evaluation() -> None:
-    trainer = Trainer(Regression())
-    trainer.state.model.eval()
+def test_a_module_that_the_task_put_into_eval_mode_stays_there() -> None:
+    """A frozen batch-norm, say; a whole model in eval mode, as a pretrained one comes, trains."""
+
+    class Frozen(Regression):
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            model[1].eval()
+            return model
+
+    class Pretrained(Regression):
+        def build_model(self) -> nn.Module:
+            return super().build_model().eval()
+
+    for task, modes in ((Frozen(), [True, False, True]), (Pretrained(), [True, True, True])):
+        trainer = Trainer(task)
+        for _ in range(2):
+            trainer.run(1)
+            assert [module.training for module in trainer.state.model] == modes
+            evaluation(task, [take(trainer.data, range(23))], Plan(23, 23))(trainer.state.model)
+            assert [module.training for module in trainer.state.model] == modes
+
+
+@pytest.mark.parametrize("value", [3, np.float32(0.1), np.int64(2**53), 1 / 3])
+def test_numbers_of_python_and_numpy_are_recorded_exactly(value: Any) -> None:
+    class Counts(Regression):
+        def train_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+            return {**super().train_step(model, batch), "value": value}
+
+    trainer = Trainer(Counts(), batch_size=1)
     trainer.run(1)
-    assert trainer.state.model.training
+    assert trainer.recorded()["train/value"] == float(value)
