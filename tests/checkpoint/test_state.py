@@ -97,15 +97,8 @@ def saved_by_two_ranks() -> dict[str, Any]:
     torch.manual_seed(0)
     other = random_state()
     saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
-    saved["ranks"].append(
-        {
-            "random": other,
-            "recorder": {"loss": [10.0, 2.0]},
-            "threads": 5,
-            "asked": {},
-            "callbacks": {},
-        }
-    )
+    mine = {"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5}
+    saved["ranks"].append({**saved["ranks"][0], **mine})
     return saved
 
 
