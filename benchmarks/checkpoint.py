@@ -5,9 +5,9 @@
 Ours beside a plain torch.save (and fsync), and torch.distributed.checkpoint.async_save, of one
 state, in one process and one run, on the CPU. Every method saves to the same disk, after warm-up
 saves that are not counted, and each save is waited for before the next begins, with training steps
-in between. The blocked time of ours is what `Saver.save` takes; what the steps beside a save in flight lose by sharing the machine
-with it is told apart: `steps beside it`, their time over that of the same steps without a save, and
-`lost`, how much later the training is in all when the save is done.
+in between. The blocked time of ours is what `Saver.save` takes; what the steps beside a save in
+flight lose by sharing the machine with it is told apart: `steps beside it`, their time over that of
+the same steps without a save, and `lost`, how much later the training is in all when it is done.
 """
 
 from __future__ import annotations

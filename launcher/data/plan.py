@@ -61,11 +61,6 @@ class Plan:
         epochs, inside = divmod(samples, self.samples_per_epoch)
         return epochs * self.steps_per_epoch + -(-inside // self.batch_size)
 
-    def samples_in(self, batches: int) -> int:
-        """Samples that so many global batches, over all epochs, consume."""
-        epochs, k = divmod(batches, self.steps_per_epoch)
-        return epochs * self.samples_per_epoch + k * self.batch_size
-
     def batch(self, k: int) -> tuple[int, int]:
         """[start, stop) positions of global batch `k` of an epoch."""
         return k * self.batch_size, min((k + 1) * self.batch_size, self.samples_per_epoch)

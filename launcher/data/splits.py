@@ -36,8 +36,6 @@ STATE_EVERY = 32
 class GlobalBatch:
     """What one optimiser step trains on, and this rank's part of it."""
 
-    epoch: int
-    number: int  # in its epoch
     count: int  # samples over all ranks
     sizes: list[int]  # samples of this rank's micro-batches; empty for a rank without samples
     batches: Iterator[Any]  # these micro-batches on the device, fetched as they are taken
@@ -52,7 +50,7 @@ class Data:
     waited for batches.
 
     Raises UsageError for a data set that cannot be trained on. Whether `lengths` are the same on
-    all ranks is for the caller to ask: ranks that disagree would wait for each other later.
+    all ranks is for the caller to ask.
     """
 
     def __init__(
@@ -105,8 +103,7 @@ class Data:
     def start(self, samples: int, stream: dict[str, Any] | None = None, threads: int = 0) -> None:
         """Start this rank's loader after `samples` consumed ones, and fetch its first micro-batch.
 
-        `stream` is what `stream_state` gave for a checkpoint; `threads` what this rank computed
-        with before, or 0. A user's OMP_NUM_THREADS wins.
+        `stream` is what `stream_state` gave for a checkpoint; `threads` as for `set_threads`.
         """
         plan, duration = self.train_plan, parse_duration(self.cfg.TRAIN.DURATION)
         # Steps that the gradient scaler skips are taken again from later data, so a run counted in
@@ -129,8 +126,7 @@ class Data:
         self._training = on_device(self._unwrapped(answers), self.runtime.device)
 
     def set_threads(self, threads: int = 0) -> None:
-        """Compute with as many threads as before, or as the CPU budget grants; a user's
-        OMP_NUM_THREADS wins."""
+        """As many as before, or as the CPU budget grants; a user's OMP_NUM_THREADS wins."""
         if not threads_set_by_user(os.environ):
             torch.set_num_threads(threads or self.size.threads)
 
@@ -139,10 +135,10 @@ class Data:
         epochs. This rank's part of each is to be taken whole before the next."""
         plan = self.train_plan
         for step in range(self._first, self._last):
-            epoch, k = divmod(step, plan.steps_per_epoch)
+            k = step % plan.steps_per_epoch
             start, stop = plan.batch(k)
             sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
-            yield GlobalBatch(epoch, k, stop - start, sizes, self._take(len(sizes)))
+            yield GlobalBatch(stop - start, sizes, self._take(len(sizes)))
 
     def _take(self, count: int) -> Iterator[Any]:
         for _ in range(count):

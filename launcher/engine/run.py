@@ -87,8 +87,9 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         if "TRAIN.DURATION" in changed:
             state.finished = ""  # whoever asks for another duration wants it to go on
         # Where batches are of another size now, the next one begins at its own boundary.
-        moved = plan.samples_in(plan.batches_in(progress.samples)) - progress.samples
-        progress.advance(moved, plan.samples_per_epoch, skipped=True)
+        epoch, k = divmod(plan.batches_in(progress.samples), plan.steps_per_epoch)
+        begin = epoch * plan.samples_per_epoch + plan.batch(k)[0]
+        progress.advance(begin - progress.samples, plan.samples_per_epoch, skipped=True)
         if state.is_finished() and not state.due:
             if found.step is None:
                 raise UsageError(

@@ -120,9 +120,7 @@ class Trainer:
         cuts = self.plan.micro_batches(k, self.rank)
         start, stop = self.plan.batch(k)
         batches = (take(self.data, rows(epoch, *cut)) for cut in cuts)
-        return self.step(
-            GlobalBatch(epoch, k, stop - start, [b - a for a, b in cuts], batches), asked
-        )
+        return self.step(GlobalBatch(stop - start, [b - a for a, b in cuts], batches), asked)
 
     def recorded(self) -> dict[str, float]:
         """The means since the last call."""
