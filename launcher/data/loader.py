@@ -1,7 +1,6 @@
 """A DataLoader that is handed requests and answers with batches, and their way to the device.
 
-One iterator serves a whole attempt. Epochs are part of the requests, so workers live on across
-them, the next epoch's first batch is fetched before this one ends, and nobody calls `set_epoch`.
+One iterator serves a whole attempt: epochs are part of the requests, so workers live on across them.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def load(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         timeout=timeout_s if workers else 0,
-        # Its base seed must not be drawn from the global generator: a resumed run would draw it
-        # at another moment than the uninterrupted one.
+        # Not from the global generator: a resumed run would draw its base seed at another moment.
         generator=torch.Generator().manual_seed(0),
     )
     killed_before, handler = oom_kills(), signal.getsignal(signal.SIGCHLD)
