@@ -1,6 +1,6 @@
 """A DataLoader that is handed requests and answers with batches, and their way to the device.
 
-One iterator serves a whole attempt: epochs are part of the requests, so workers live on across them.
+One iterator serves an attempt: epochs are part of the requests, so workers live on across them.
 """
 
 from __future__ import annotations
