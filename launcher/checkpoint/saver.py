@@ -57,7 +57,9 @@ class Saver:
 
         def copy(value: torch.Tensor) -> torch.Tensor:
             kept = next(old, None)
-            if kept is None or _layout(kept) != _layout(value):
+            # The layout too: an optimiser's fused kernel walks its state as its weights lie.
+            same = kept is not None and (kept.shape, kept.stride()) == (value.shape, value.stride())
+            if kept is None or not same or kept.dtype != value.dtype:
                 kept = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             # On CUDA the copy is one more piece of work on this stream: the host goes on, and
             # nothing that comes after it can change what is copied.
@@ -110,8 +112,3 @@ class Saver:
 
     def close(self) -> None:
         self.thread.shutdown()
-
-
-def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """In memory, too: an optimiser's fused kernel walks its state as its weights lie."""
-    return tensor.shape, tensor.dtype, tensor.stride()

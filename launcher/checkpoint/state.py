@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,8 @@ from launcher.telemetry.environment import versions
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -116,16 +120,20 @@ class TrainingState:
             "versions": versions(),
         }
 
-    def restore(self, saved: dict[str, Any], runtime: Runtime) -> None:
+    def restore(
+        self, saved: dict[str, Any], runtime: Runtime, changed: Collection[str] = ()
+    ) -> None:
         """Load what `capture` gave into the live objects of this rank; `config`, `dataset_length`,
         `stream` and `files` are for those who go on from it (engine/resume.py).
 
         On another number of ranks the sums of the interrupted logging period go to rank 0, and
-        ranks without a random state of their own keep the one they were seeded with.
+        ranks without a random state of their own keep the one they were seeded with. Keys of OPTIM.
+        and TRAIN.PRECISION that are among the `changed` ones take effect.
         """
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
+        self._restore_optimizer(saved["optimizer"], changed)
+        if self.scaler.is_enabled() and saved["scaler"]:  # fp16, now and then
+            self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:
             self.ema.load_state_dict(saved["ema"])
         elif self.ema is not None:  # an average that is new to the run begins here
@@ -145,6 +153,17 @@ class TrainingState:
         for rank in ours:
             self.recorder.add_state(rank["recorder"])
             self.callbacks.asked.update(rank["asked"])
+
+    def _restore_optimizer(self, saved: dict[str, Any], changed: Collection[str]) -> None:
+        if "OPTIM.NAME" in changed:
+            logger.warning("OPTIM.NAME is another: the optimiser's state begins afresh")
+            return
+        given = [{**group, "params": None} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved)
+        if any(key.startswith("OPTIM.") for key in changed):
+            for group, new in zip(self.optimizer.param_groups, given, strict=True):
+                group.pop("initial_lr", None)  # the schedule's: of the rate before
+                group.update({**new, "params": group["params"]})
 
 
 def random_state() -> dict[str, Any]:

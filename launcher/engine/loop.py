@@ -17,7 +17,6 @@ from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
 
 logger = logging.getLogger(__name__)
-STOP = frozenset({"stop"})
 
 
 class Loop:
@@ -35,11 +34,10 @@ class Loop:
         self.cfg, self.runtime, self.guard, self.state = state.cfg, runtime, guard, state
         self.step, self.evaluation, self.saver = step, evaluation, saver
         self.data, self.callbacks, self.progress = state.data, state.callbacks, state.progress
-        cfg = self.cfg
         self.periods = {
-            "record": Every(cfg.LOG.EVERY),
-            "evaluate": Every(cfg.EVAL.EVERY),
-            "checkpoint": Every(cfg.CHECKPOINT.EVERY),
+            "record": Every(state.cfg.LOG.EVERY),
+            "evaluate": Every(state.cfg.EVAL.EVERY),
+            "checkpoint": Every(state.cfg.CHECKPOINT.EVERY),
         }
         self.timed = [name for name, period in self.periods.items() if period.timed]
         now = time.monotonic()
@@ -117,7 +115,7 @@ class Loop:
         callbacks ask for; on rank 0, what is due by its clock."""
         asked = self.callbacks.take() if self.callbacks.asked else frozenset()
         if self.guard.stop is not None:
-            asked |= STOP
+            asked |= {"stop"}
         if self.timed and self.runtime.is_main:
             asked |= {name for name in self.timed if self.periods[name].elapsed()}
         return asked

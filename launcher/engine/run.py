@@ -83,7 +83,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     found = find(store, job.resume, job.resume_from, runtime)
     if found is not None:
         changed = check_changes(found.state, cfg, data.length, job.allow)
-        state.restore(found.state, runtime)
+        state.restore(found.state, runtime, changed)
         if "TRAIN.DURATION" in changed:
             state.finished = ""  # whoever asks for another duration wants it to go on
         # Where batches are of another size now, the next one begins at its own boundary.

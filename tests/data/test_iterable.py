@@ -266,3 +266,25 @@ def test_the_processs_own_generators_are_not_moved(seed: int | None) -> None:
     made[span(0, 0, 9)]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_a_state_that_a_stream_goes_on_changing_is_taken_as_it_was() -> None:
+    """A shuffle buffer, say, that `state_dict` gives as it lies there."""
+
+    class Buffered(Resumable):
+        def __init__(self) -> None:
+            super().__init__()
+            self.buffer: list[int] = []
+
+        def __iter__(self) -> Iterator[Any]:
+            for sample in super().__iter__():
+                self.buffer.append(sample[1])
+                yield sample
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"buffer": self.buffer}
+
+    made = fetcher(Buffered(), state_every=4)
+    first = made[span(0, 0, 4)]
+    made[span(0, 4, 8)]
+    assert first.state["dataset"] == {"buffer": [0, 1, 2, 3]}

@@ -40,7 +40,12 @@ class Shifted(Regression):
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         values = super().eval_step(model, batch)
         assert isinstance(model.shift, torch.Tensor)
-        return {**values, "loss": values["loss"] + model.shift}
+        # What it draws is the same at any number of ranks, too.
+        return {
+            **values,
+            "loss": values["loss"] + model.shift,
+            "draw": torch.rand(len(values["loss"])),
+        }
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ramp = torch.arange(len(outputs["x"]))

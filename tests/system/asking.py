@@ -1,6 +1,7 @@
 """A callback that asks for something, and writes down when it is called."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ RANK = int(os.environ.get("RANK", "0"))
 class Asks:
     """Asks on one rank, after so many steps of the run; `notes` is a folder for a file a rank."""
 
-    def __init__(self, run: Any, request: str, after: int, rank: int = 0, notes: str = "") -> None:
+    def __init__(
+        self, run: Any, request: str, after: int, rank: int = 0, notes: str = "", end_s: float = 0
+    ) -> None:
+        """`end_s` is how long that rank takes for its end."""
+        self.end_s = end_s if run.runtime.rank == rank else 0
         self.request, self.after, self.rank, self.steps = request, after, rank, 0
         self.notes = Path(notes, f"rank{run.runtime.rank}") if notes else None
 
@@ -38,6 +43,7 @@ class Asks:
         self._note("checkpoint")
 
     def on_end(self) -> None:
+        time.sleep(self.end_s)
         self._note("end")
 
     def state_dict(self) -> dict[str, int]:

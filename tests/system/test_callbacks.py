@@ -48,8 +48,13 @@ def test_a_run_that_a_callback_finishes_is_complete_and_exact(
     assert ours["progress"] == theirs["progress"]
     assert all((ours["model"][name] == theirs["model"][name]).all() for name in theirs["model"])
 
-    said = jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=ranks).ok()
+    said = jobs.train(*args, "--resume", "--allow", "TRAIN.DURATION", "OUTPUT_DIR", run).ok()
     assert "this run is complete: step 9" in said.err
+    done = jobs.train(
+        *args, "--resume-from", run / "checkpoints/step_9", "OUTPUT_DIR", tmp_path / "no"
+    )
+    assert done.code == 2 and "is complete, at step 9" in done.err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_callback_that_stops_a_run_can_be_resumed(tmp_path: Path) -> None:
@@ -71,6 +76,16 @@ def test_extra_evaluations_and_checkpoints_change_nothing_else(tmp_path: Path) -
     assert set(jobs.values(run, "val/loss")) - set(jobs.values(whole, "val/loss")) == {7}
     extra = [record for record in records(run) if record["step"] != 7 or "val/loss" not in record]
     assert extra == records(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_may_take_long_for_its_end_alone(rank: int, tmp_path: Path) -> None:
+    """As one that exports the model does; the others are done, and no failure."""
+    args = asking("request=finish", "after=3", f"rank={rank}", "end_s=8")
+    jobs.train(*args, "OUTPUT_DIR", tmp_path / "run", ranks=2).ok()
+    assert jobs.status(tmp_path / "run")["state"] == "completed"
+    assert not (tmp_path / "run/failure.json").exists()
 
 
 @pytest.mark.parametrize(
