@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonlines
-import orjson
 
 if TYPE_CHECKING:
     from launcher.telemetry.media import Media
@@ -54,9 +54,9 @@ class JsonLines(Sink):
         self.file.close()
 
 
-def lines(values: Iterable[Mapping[str, Any]], default: Any = None) -> bytes:
+def lines(values: Iterable[Mapping[str, Any]], default: Any = float) -> bytes:
     """Objects as JSON lines; `default` makes something of what JSON has no form for."""
-    dumps = partial(orjson.dumps, default=default, option=orjson.OPT_SERIALIZE_NUMPY)
+    dumps = partial(json.dumps, allow_nan=False, ensure_ascii=False, default=default)
     piece = io.BytesIO()
     jsonlines.Writer(piece, dumps=dumps).write_all(values)
     return piece.getvalue()
