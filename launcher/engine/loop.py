@@ -142,7 +142,7 @@ class Loop:
             means, ranks = parts
             now, total = time.monotonic(), self.step.schedule.total_steps
             timing = self.timing.figures(now, self.data.waited, step, total)
-            record = {**means, **rates(state.optimizer), **timing}
+            record = {**self.progress.as_dict(), **means, **rates(state.optimizer), **timing}
             if state.scaler.is_enabled():
                 batches = self.data.train_plan.batches_in(self.progress.samples)
                 record["train/skipped_steps"] = batches - self.progress.step

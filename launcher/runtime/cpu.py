@@ -25,19 +25,17 @@ class CpuBudget:
 
 def cpu_budget(
     local_world_size: int,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] = os.environ,
     *,
     affinity: int | None = None,
     host: int | None = None,
     root: Path = Path("/"),
 ) -> CpuBudget:
     """Find the budget of one of `local_world_size` ranks; the keywords are for tests."""
-    env = os.environ if env is None else env
     host = host or os.cpu_count() or 1
     limits: dict[str, float] = {"all CPUs of the host": host}
     limits["CPU affinity"] = affinity or len(os.sched_getaffinity(0))
-    quota = cgroup_cpu_quota(root)
-    if quota is not None:
+    if (quota := cgroup_cpu_quota(root)) is not None:
         limits["cgroup quota"] = quota
     # What srun gave this one task, or the whole node's share of the job.
     if env.get("SLURM_CPUS_PER_TASK", "").isdigit() and "SLURM_STEP_NUM_TASKS" in env:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from launcher.runtime.cpu import CpuBudget, cpu_budget
 from launcher.runtime.nest import map_tensors
 from launcher.runtime.topology import Topology
 
-T = TypeVar("T")
 # The guard ends what hangs, and tells which rank it was; the backend's own timeout, which kills
 # every rank without telling, must never come before it.
 BEYOND_GUARD_S = 600.0
@@ -83,7 +82,7 @@ class Runtime:
         dist.broadcast_object_list(values)
         return values[0]
 
-    def on_main(self, function: Callable[[], T]) -> T:
+    def on_main(self, function: Callable[[], Any]) -> Any:
         """What the function returns on rank 0, on every rank. A collective."""
         return self.broadcast(function() if self.is_main else None)
 
@@ -143,11 +142,10 @@ def start(topology: Topology, cfg: CfgNode) -> Runtime:
     if topology.launched_by == "torchrun":
         _end_with_parent()
     device = choose_device(topology, cfg.DIST.DEVICE)
-    budget = cpu_budget(topology.local_world_size)
     _set_precision(cfg)
     seed_everything(cfg.SEED, topology.rank)
     store = _join_group(topology, cfg, device) if topology.distributed else None
-    return Runtime(topology, device, budget, store)
+    return Runtime(topology, device, cpu_budget(topology.local_world_size), store)
 
 
 def end() -> None:

@@ -51,22 +51,17 @@ class Every:
     def __init__(self, text: str) -> None:
         self.duration = parse_duration(text)
         self.started = time.monotonic()
-
-    @property
-    def timed(self) -> bool:
-        return self.duration is not None and self.duration.unit == "s"
+        self.timed = self.duration is not None and self.duration.unit == "s"
 
     def elapsed(self) -> bool:
         """Whether a period in seconds is over by this process's clock; then it starts again.
 
         Clocks differ, so rank 0 asks this and tells the others (see engine/agreement.py).
         """
-        if not self.timed:
+        now = time.monotonic()
+        if self.duration is None or not self.timed or now - self.started < self.duration.amount:
             return False
-        assert self.duration is not None
-        if time.monotonic() - self.started < self.duration.amount:
-            return False
-        self.started = time.monotonic()
+        self.started = now
         return True
 
     def due(self, before: Progress, after: Progress) -> bool:

@@ -66,14 +66,13 @@ def read_topology(env: Mapping[str, str]) -> Topology:
         topology = _from_slurm(env)
     else:
         return Topology(restarts=_number(env, "SLURM_RESTART_COUNT", 0))
-    by = topology.launched_by
-    rank, local, world, local_world = NAMES[by].split()
+    rank, local, world, local_world = NAMES[topology.launched_by].split()
     fits = 0 <= topology.local_rank < topology.local_world_size <= topology.world_size
     if not (fits and 0 <= topology.rank < topology.world_size):
         raise UsageError(
             f"{rank}={topology.rank}, {world}={topology.world_size}, {local}={topology.local_rank} "
             f"and {local_world}={topology.local_world_size} contradict each other: ranks count "
-            f"from 0. Start the run with {by}, which sets them all."
+            f"from 0. Start the run with {topology.launched_by}, which sets them all."
         )
     if not topology.master_addr:
         raise UsageError(
@@ -84,10 +83,8 @@ def read_topology(env: Mapping[str, str]) -> Topology:
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = env.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text:
+    text = env.get(name) or default
+    if text is None:
         raise UsageError(
             f"{name} is not set though other variables of a distributed run are (RANK, WORLD_SIZE, "
             "LOCAL_RANK). Start the run with torchrun, or unset them to run one process."
@@ -123,7 +120,6 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS")
     node = _number(env, "SLURM_NODEID", 0)
     tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
-    job_id = env.get("SLURM_JOB_ID", "")
     # Every rank must find rank 0's node by itself. srun tells the address it was launched from,
     # which need not be in the job; the first name of the node list is rank 0's node.
     address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
@@ -137,7 +133,7 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
         launched_by="srun",
         master_addr=address,
         master_port=port,
-        job_id=job_id,
+        job_id=env.get("SLURM_JOB_ID", ""),
         restarts=_number(env, "SLURM_RESTART_COUNT", 0),
     )
 
