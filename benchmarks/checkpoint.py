@@ -5,10 +5,9 @@
 Ours beside a plain torch.save (and fsync), and torch.distributed.checkpoint.async_save, of one
 state, in one process and one run, on the CPU. Every method saves to the same disk, after warm-up
 saves that are not counted, and each save is waited for before the next begins, with training steps
-in between. The blocked time of ours is what `Saver.save` takes and what `Saver.before_update` waits
-for, up to the end of the save; what the steps beside a save in flight lose by sharing the machine
-with it is told apart: `steps beside it`, their time over that of the same steps without a save, and
-`lost`, how much later the training is in all when the save is done.
+in between. The blocked time of ours is what `Saver.save` takes; what the steps beside a save in
+flight lose by sharing the machine with it is told apart: `steps beside it`, their time over that of
+the same steps without a save, and `lost`, how much later the training is in all when it is done.
 """
 
 from __future__ import annotations
@@ -75,25 +74,14 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-6, fused=True)
         self.width = width
 
-    def step(self, batch: int, before_update: Callable[[], None] = lambda: None) -> float:
-        """One training step; returns how long `before_update` took.
-
-        A batch of 0 is the limit of a short step: the update comes at once, and costs nothing.
-        """
+    def step(self, batch: int) -> None:
+        """One training step; a batch of 0 is the limit of a short one, which costs nothing."""
         if batch == 0:
-            began = time.perf_counter()
-            before_update()
-            waited = time.perf_counter() - began
             time.sleep(0.001)
-            return waited
-        loss = self.model(torch.randn(batch, self.width)).square().mean()
-        loss.backward()
-        began = time.perf_counter()
-        before_update()
-        waited = time.perf_counter() - began
+            return
+        self.model(torch.randn(batch, self.width)).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return waited
 
     def state(self) -> dict[str, Any]:
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -110,9 +98,7 @@ def ours(
 ) -> Callable[[], dict[str, float]]:
     """A save beside the training, with steps of `batch` samples until it is done."""
     errors: list[Exception | None] = []
-    saver = Saver(
-        CheckpointStore(folder), torch.device("cpu"), lambda _m, _s, error: errors.append(error)
-    )
+    saver = Saver(CheckpointStore(folder), lambda _m, _s, error: errors.append(error))
     count = 0
 
     def save() -> dict[str, float]:
@@ -120,12 +106,12 @@ def ours(
         count += 1
         manifest = {"step": count, "epoch": 0, "samples": 0, "world_size": 1, "metrics": {}}
         began = time.perf_counter()
-        saver.save(training.state(), manifest, list(training.model.buffers()))
+        saver.save(training.state(), manifest)
         blocked = start = time.perf_counter() - began
         times = []
         while saver.writing is not None and not saver.writing.done():
             step_began = time.perf_counter()
-            blocked += training.step(batch, saver.before_update)
+            training.step(batch)
             times.append(time.perf_counter() - step_began)
         total = time.perf_counter() - began
         # The first step's wait is counted as blocked already; the last one outlives the save.

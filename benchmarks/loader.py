@@ -32,11 +32,11 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-from launcher.data.fetch import Fetcher, Request
-from launcher.data.files import ListFile
-from launcher.data.loader import load, train_requests
+from launcher.data.fetch import Fetcher
+from launcher.data.loader import load
 from launcher.data.order import Shuffle
-from launcher.data.plan import Plan
+from launcher.data.plan import Plan, Request, train_requests
+from launcher.datasets import ListFile
 
 BATCH = 64
 # A list of Python integers takes 40 bytes a sample, the tensor that it is made from 8 more.

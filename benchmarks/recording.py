@@ -22,22 +22,23 @@ import torch
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from launcher.callbacks.tensorboard import EventFile
+from launcher.config import defaults
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
+from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
-from launcher.telemetry import append
-from launcher.telemetry.background import Background
-from launcher.telemetry.recorder import Record, Recorder, Sink
-from launcher.telemetry.sinks import JsonLines
-from launcher.telemetry.tensorboard import TensorBoard
+from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.sinks import AppendFile, JsonLines, Record, Sink
+from launcher.telemetry.writer import Writer
 
 RUNTIME = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 EXTRA = {f"perf/figure_{i}": float(i) for i in range(10)}
 SLOW_S = 0.05
-_write = append.AppendFile._write
+_write = AppendFile._write
 
 
-def slow_write(self: append.AppendFile, file: Any, data: bytes) -> None:
+def slow_write(self: AppendFile, file: Any, data: bytes) -> None:
     time.sleep(SLOW_S)
     _write(self, file, data)
 
@@ -65,7 +66,7 @@ class Training:
 
 
 def sinks(folder: Path) -> list[Sink]:
-    return [JsonLines(folder / "metrics.jsonl"), TensorBoard(folder / "tensorboard", 1)]
+    return [JsonLines(folder / "metrics.jsonl"), EventFile(folder / "tensorboard", 1, defaults())]
 
 
 def bare(steps: int, folder: Path) -> np.ndarray:
@@ -77,51 +78,62 @@ def bare(steps: int, folder: Path) -> np.ndarray:
 
 
 def added(steps: int, folder: Path) -> np.ndarray:
-    training, recorder = Training(), Recorder(RUNTIME)
+    training, recorder = Training(), Recorder(RUNTIME, Progress(), Writer())
     began = now()
     for _ in range(steps):
         recorder.add(training.step(), 64)
     return (now() - began) / steps
 
 
-class Inline(Sink):
+class Inline(Writer):
     """The same sinks without a thread: each record is in the files before the next step."""
 
     def __init__(self, sinks: list[Sink]) -> None:
+        super().__init__()
         self.sinks = sinks
 
     def write(self, record: Record) -> None:
         for sink in self.sinks:
-            sink.write(record)
-            sink.flush()
+            sink.write([record])
 
     def close(self) -> None:
         for sink in self.sinks:
-            sink.close()
+            sink.close(False)
 
 
-def fails(self: append.AppendFile, file: Any, data: bytes) -> None:
+def threaded(sinks: list[Sink]) -> Writer:
+    writer = Writer()
+    writer.open(sinks, lambda *_, **__: True)
+    return writer
+
+
+def record(recorder: Recorder) -> None:
+    gathered = recorder.gather()
+    assert gathered is not None
+    recorder.write({**gathered[0], **EXTRA})
+
+
+def fails(self: AppendFile, file: Any, data: bytes) -> None:
     raise OSError(28, "No space left on device")
 
 
 def recorded(
-    every: int, threaded: bool = True, write: Any = None
+    every: int, make: Callable[[list[Sink]], Writer] = threaded, write: Any = None
 ) -> Callable[[int, Path], np.ndarray]:
     """A record every so many steps, into metrics.jsonl and TensorBoard; the files' own `write`."""
 
     def measure(steps: int, folder: Path) -> np.ndarray:
-        training, made = Training(), sinks(folder)
-        sink = Background(made, lambda *_, **__: True) if threaded else Inline(made)
-        recorder = Recorder(RUNTIME, sink)
-        append.AppendFile._write = write or _write  # type: ignore[method-assign]
+        training, writer = Training(), make(sinks(folder))
+        recorder = Recorder(RUNTIME, Progress(), writer)
+        AppendFile._write = write or _write  # type: ignore[method-assign]
         began = now()
         for step in range(1, steps + 1):
             recorder.add(training.step(), 64)
             if step % every == 0:
-                recorder.record({"step": step, "epoch": 0, "samples": 0}, EXTRA)
+                record(recorder)
         seconds = (now() - began) / steps
-        append.AppendFile._write = _write  # type: ignore[method-assign]
-        sink.close()
+        AppendFile._write = _write  # type: ignore[method-assign]
+        writer.close()
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         assert len(lines) == steps // every, f"{len(lines)} records of {steps // every}"
         return seconds
@@ -150,7 +162,7 @@ CASES: dict[str, Callable[[int, Path], np.ndarray]] = {
     "and a record each step": recorded(1),
     "and its files take 50 ms a write": recorded(1, write=slow_write),
     "and its files fail": recorded(1, write=fails),
-    INLINE: recorded(1, threaded=False, write=slow_write),
+    INLINE: recorded(1, Inline, write=slow_write),
     "torch's SummaryWriter each step": summary_writer,
 }
 
@@ -158,24 +170,20 @@ CASES: dict[str, Callable[[int, Path], np.ndarray]] = {
 def calls(number: int = 50, repeats: int = 200) -> dict[str, float]:
     """Microseconds of one call in the training's thread: so short that the quickest of many was
     disturbed by nothing. The thread is handed what it cannot write."""
-    append.AppendFile._write = fails  # type: ignore[method-assign]
+    AppendFile._write = fails  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        sink = Background(sinks(Path(folder)), lambda *_, **__: True)
-        recorder, values = Recorder(RUNTIME, sink), Training().step()
-        position = {"step": 1, "epoch": 0, "samples": 0}
+        writer = threaded(sinks(Path(folder)))
+        recorder, values = Recorder(RUNTIME, Progress(), writer), Training().step()
         functions = {
             "add": lambda: recorder.add(values, 64),
-            "add and record": lambda: (
-                recorder.add(values, 64),
-                recorder.record(position, EXTRA),
-            ),
+            "add and record": lambda: (recorder.add(values, 64), record(recorder)),
         }
         found = {
             name: 1e6 * min(timeit.repeat(function, number=number, repeat=repeats)) / number
             for name, function in functions.items()
         }
-        append.AppendFile._write = _write  # type: ignore[method-assign]
-        sink.close()
+        AppendFile._write = _write  # type: ignore[method-assign]
+        writer.close()
     return found
 
 

@@ -37,10 +37,10 @@ MIB = 2**20
 ACCUMULATE = """
 import sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0, "tensors": 0})
+events = EventAccumulator(sys.argv[1], size_guidance={"scalars": 0})
 events.Reload()
 tags = events.Tags()
-found = sum(len(events.Tensors(tag)) for tag in tags["tensors"])
+found = sum(len(events.Scalars(tag)) for tag in tags["scalars"])
 sys.exit(f"{found} values" if found != int(sys.argv[2]) else 0)
 """
 
@@ -123,13 +123,12 @@ def compare(runs: int, records: int, long: int, repeats: int, folder: Path) -> d
     add(f"plot {long} records", "plot", one, "--key", "train/loss", "-o", folder / "x.png")
     add(f"export {records} records as CSV", "export", few / "run-0", "-o", folder / "x.csv")
 
-    from launcher.telemetry.tensorboard import TensorBoard
+    from launcher.callbacks.tensorboard import EventFile
+    from launcher.config import defaults
 
-    sink = TensorBoard(folder / "events", purge_step=1)
-    for line in lines:
-        sink.write(json.loads(line))
-        sink.flush()
-    sink.close()
+    sink = EventFile(folder / "events", 1, defaults())
+    sink.write([json.loads(line) for line in lines])
+    sink.close(False)
     values = str(len(METRICS) * len(lines))
     reader = [sys.executable, "-c", ACCUMULATE, str(folder / "events"), values]
     name = f"EventAccumulator, 1 run of {records} records"

@@ -14,3 +14,11 @@ class RunError(UsageError):
     """The same, where it can only show up while running; exits 1."""
 
     exit_code = 1
+
+
+class Ended(Exception):
+    """The run has failed, and people have been told why: the command exits with this code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"exit code {exit_code}")
+        self.exit_code = exit_code

@@ -1,9 +1,9 @@
-"""Saving beside the training: the state of one step boundary is copied, then written in a thread.
+"""Saving beside the training: the state of one step boundary is copied at once, then written in a
+thread.
 
-Weights, optimiser state and averages change only in the optimiser's step, so their copy runs beside
-the next forward and backward pass and the next update waits for it (the idea of CheckFreq, Mohan et
-al., FAST 2021). Buffers that the forward pass changes are copied at once. The copies stay for the
-next save: memory touched for the first time costs more than the copy.
+To copy it beside the next step would block the training for less, but a task may move any weight at
+any moment, and nothing could tell that the copy is torn. The copies stay for the next save: memory
+touched for the first time costs more than the copy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.store import CheckpointStore
+from launcher.errors import RunError
+from launcher.runtime.nest import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -27,28 +29,21 @@ class Saver:
     def __init__(
         self,
         store: CheckpointStore,
-        device: torch.device,
         done: Callable[[dict[str, Any], float, Exception | None], None],
     ) -> None:
         """`done(manifest, seconds, error)` is called in the writing thread after each save."""
-        self.store, self.device, self.done = store, device, done
-        # Two threads: the copy of a save never waits behind the writing of another.
-        self.copier = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-copy")
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-write")
-        self.copying: Future[None] | None = None
+        self.store, self.done = store, done
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[Exception | None] | None = None
-        self.copied: torch.cuda.Event | None = None
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.copies: list[torch.Tensor] = []  # in the order in which the state's tensors stand
         self.pending: dict[str, Any] | None = None
 
-    def save(
-        self, state: dict[str, Any], manifest: dict[str, Any], changing: list[torch.Tensor]
-    ) -> None:
-        """Start to save. `changing` are the tensors that the forward pass changes.
+    def save(self, state: dict[str, Any], manifest: dict[str, Any], last: bool = False) -> None:
+        """Copy the state, and start to write it.
 
-        Waits for the save before this one: its copy of the state is still being written. A save
-        that is skipped instead could be that of a new best.
+        Waits for the save before this one: its copy is still being written. A save that is skipped
+        instead could be that of a new best. The `last` one of an attempt is waited for and, since
+        nothing comes after it that could be tried instead, tried once more: then RunError.
         """
         began = time.monotonic()
         self.wait()
@@ -58,90 +53,62 @@ class Saver:
                 "CHECKPOINT.EVERY is shorter than a save takes",
                 waited,
             )
-        at_once = {tensor.data_ptr() for tensor in changing}
-        later: list[tuple[torch.Tensor, torch.Tensor]] = []
-        used: set[str] = set()
+        old, self.copies = iter(self.copies), []
 
-        def copy(value: Any, path: str) -> Any:
-            if isinstance(value, dict):
-                return {key: copy(item, f"{path}/{key}") for key, item in value.items()}
-            if isinstance(value, (list, tuple)):
-                return type(value)([copy(item, f"{path}/{i}") for i, item in enumerate(value)])
-            if not isinstance(value, torch.Tensor):
-                return value
-            used.add(path)
-            buffer = self.buffers.get(path)
-            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-                self.buffers[path] = buffer
-            if value.data_ptr() in at_once:
-                buffer.copy_(value)  # waits for the device, for buffers alone
-            else:
-                later.append((buffer, value))
-            return buffer
+        def copy(value: torch.Tensor) -> torch.Tensor:
+            kept = next(old, None)
+            # The layout too: an optimiser's fused kernel walks its state as its weights lie.
+            same = kept is not None and (kept.shape, kept.stride()) == (value.shape, value.stride())
+            if kept is None or not same or kept.dtype != value.dtype:
+                kept = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            # On CUDA the copy is one more piece of work on this stream: the host goes on, and
+            # nothing that comes after it can change what is copied.
+            kept.copy_(value, non_blocking=True)
+            self.copies.append(kept)
+            return kept
 
-        snapshot = copy(state, "")
-        for path in set(self.buffers) - used:
-            del self.buffers[path]
+        with torch.no_grad():
+            snapshot, copied = map_tensors(state, copy), None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            copied = torch.cuda.Event()
+            copied.record()
         self.pending = manifest
-        if self.side is not None:
-            # The copies start when the device has finished this step, on a stream of their own.
-            self.side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.side):
-                for buffer, value in later:
-                    buffer.copy_(value, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record(self.side)
-        else:
-            self.copying = self.copier.submit(_copy_all, later)
-        self.writing = self.writer.submit(
-            self._write, snapshot, manifest, self.copying, self.copied, began
-        )
 
-    def before_update(self) -> None:
-        """Call before anything saved is changed: waits until it is copied."""
-        if self.copying is not None:
-            self.copying.result()
-            self.copying = None
-        if self.copied is not None:
-            # The device waits for the copy, the host does not.
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
-            self.copied = None
+        def write() -> Exception | None:
+            error: Exception | None = None
+            try:
+                if copied is not None:
+                    copied.synchronize()  # in this thread: the training does not wait
+                self.store.commit(snapshot, manifest)
+            except Exception as caught:
+                # A save that fails must not end a run of days: it is told, and tried again when the
+                # next one is due. The checkpoints before it are still there.
+                error = caught
+            self.pending = None
+            seconds = time.monotonic() - began
+            if error is None:
+                logger.info("checkpoint step_%d (%.2f s)", manifest["step"], seconds)
+            else:
+                logger.warning(
+                    "checkpoint step_%d could not be saved: %s: %s. Training goes on; the next "
+                    "save is tried when it is due.",
+                    *(manifest["step"], type(error).__name__, error),
+                )
+            try:
+                self.done(manifest, seconds, error)
+            except Exception:
+                logger.exception("after checkpoint step_%d", manifest["step"])
+            return error
+
+        self.writing = self.thread.submit(write)
+        if last and self.wait() is not None:
+            self.writing = self.thread.submit(write)
+            if (error := self.wait()) is not None:
+                raise RunError(f"the last checkpoint could not be saved: {error}") from error
 
     def wait(self) -> Exception | None:
         """Wait until nothing is in flight; what the last save failed with, if it did."""
-        self.before_update()
         return self.writing.result() if self.writing is not None else None
 
     def close(self) -> None:
-        self.wait()
-        self.copier.shutdown()
-        self.writer.shutdown()
-
-    def _write(
-        self,
-        snapshot: dict[str, Any],
-        manifest: dict[str, Any],
-        copying: Future[None] | None,
-        copied: torch.cuda.Event | None,
-        began: float,
-    ) -> Exception | None:
-        error: Exception | None = None
-        try:
-            if copying is not None:
-                copying.result()
-            if copied is not None:
-                copied.synchronize()  # in this thread: the training does not wait
-            self.store.commit(snapshot, manifest)
-        except Exception as caught:
-            # A save that fails must not end a run of days: it is told, and tried again when the
-            # next one is due. The checkpoints before it are still there.
-            error = caught
-        self.pending = None
-        self.done(manifest, time.monotonic() - began, error)
-        return error
-
-
-def _copy_all(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for buffer, value in pairs:
-        buffer.copy_(value)
+        self.thread.shutdown()

@@ -6,6 +6,7 @@ checkpoints/step_<N>/manifest.json    what it is, and the size and SHA-256 of it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -13,10 +14,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from launcher.config import CfgNode, parse_duration
 from launcher.errors import RunError
@@ -66,16 +67,12 @@ class Retention:
         if every is not None:
             # The first checkpoint at or after each multiple of the period.
             unit = "epoch" if every.unit == "ep" else "step"
-            seen = 0
-            for m in ordered:
-                if m[unit] // every.amount > seen:
-                    seen = m[unit] // every.amount
-                    kept.add(m["step"])
+            first = {m[unit] // every.amount: m["step"] for m in reversed(ordered)}
+            kept |= {step for period, step in first.items() if period > 0}
         return kept
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A valid checkpoint's state, its step (None for one of another run), and the damaged ones
     passed over, with what is wrong."""
 
@@ -99,10 +96,8 @@ def load_file(path: Path) -> dict[str, Any]:
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: {error.strerror}") from error
     except Exception as error:
-        raise DamagedCheckpoint(f"{path}: {error}") from error
+        raise DamagedCheckpoint(f"{path}: {getattr(error, 'strerror', '') or error}") from error
 
 
 class CheckpointStore:
@@ -146,54 +141,43 @@ class CheckpointStore:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            with (temporary / STATE).open("wb") as file:
-                hashing = _HashingFile(file)
-                try:
-                    torch.save(state, cast(BinaryIO, hashing))
-                except RuntimeError as error:
-                    # torch tells of its own writer's surprise, not of the full disk behind it.
-                    raise hashing.error or error from error
-                file.flush()
-                os.fsync(file.fileno())
-            files = {STATE: hashing.fingerprint()}
+            files = {STATE: _write(temporary / STATE, lambda file: torch.save(state, file))}
             whole = {**manifest, "files": files}
-            with (temporary / MANIFEST).open("w", encoding="utf-8") as text:
-                json.dump({**whole, "digest": _digest(whole)}, text, indent=2)
-                text.flush()
-                os.fsync(text.fileno())
-            _sync_directory(temporary)
-            # What is on the disk is read back before anything older may go.
+            text = json.dumps({**whole, "digest": _digest(whole)}, indent=2)
+            _write(temporary / MANIFEST, lambda file: file.write(text.encode()))
+            _sync(temporary)
+            # Before anything older may go: a disk or mount that lost some of it is found out here,
+            # as far as the system's cache does not hide it.
             self._compare(temporary, files)
             self._put(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_directory(self.directory)
         self._link("last", target.name)
         self._retain()
         return target
 
     def _put(self, temporary: Path, target: Path) -> None:
-        """Rename, where the step was saved before in place of the old one, which goes last."""
+        """Rename, where the step was saved before in place of the old one, which goes last;
+        `newest` puts it back where this is cut short."""
         replaced = self.directory / f"{REPLACED}{target.name}"
         if target.exists():
             target.rename(replaced)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
+        temporary.rename(target)
+        _sync(self.directory)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def newest(self) -> Found | None:
-        """The newest checkpoint that is valid; None where there are none at all.
+        """The newest checkpoint that is valid; None where there are none at all. For the run's live
+        owner only.
 
         Raises RunError when there are checkpoints but none is valid: starting afresh over their
         remains would lose the run.
         """
-        steps = self.steps()
-        damaged: dict[int, str] = {}
+        for path in self.directory.glob(f"{REPLACED}*"):
+            if not (target := path.with_name(path.name.removeprefix(REPLACED))).exists():
+                path.rename(target)  # a crash came between the two renames
+        steps, damaged = self.steps(), dict[int, str]()
         for step in reversed(steps):
             try:
                 return Found(step, self.load(step), damaged)
@@ -212,9 +196,6 @@ class CheckpointStore:
         `damaged_step_<N>`, so that they count for nothing; for the run's live owner only."""
         if not self.directory.is_dir():
             return
-        for path in self.directory.glob(f"{REPLACED}*"):
-            if not (target := path.with_name(path.name.removeprefix(REPLACED))).exists():
-                path.rename(target)  # the crash came between the two renames
         for path in self.directory.glob(".tmp_*"):
             shutil.rmtree(path, ignore_errors=True)
         for step in damaged:
@@ -259,10 +240,9 @@ class CheckpointStore:
         """Readable manifests, oldest first."""
         manifests = []
         for step in self.steps():
-            try:
+            # A damaged one is neither kept nor dropped by the rules: a person should look at it.
+            with contextlib.suppress(DamagedCheckpoint):
                 manifests.append(self.manifest(step))
-            except DamagedCheckpoint:
-                continue  # neither kept nor dropped by the rules: a person should look at it
         return manifests
 
     def _retain(self) -> None:
@@ -273,7 +253,10 @@ class CheckpointStore:
         kept = self.retention.keep(manifests)
         for manifest in manifests:
             if manifest["step"] not in kept:
-                shutil.rmtree(self.path(manifest["step"]), ignore_errors=True)
+                # Renamed first: one that a kill leaves half deleted counts for none.
+                dropped = self.directory / f".tmp_dropped_{manifest['step']}"
+                self.path(manifest["step"]).rename(dropped)
+                shutil.rmtree(dropped, ignore_errors=True)
 
     def _link(self, name: str, target: str) -> None:
         """Point a relative link for people at a checkpoint, atomically; the code never reads it."""
@@ -292,41 +275,51 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class _HashingFile:
-    """A file to write that keeps the size and SHA-256 of what it was given."""
+class _Hashing:
+    """Takes bytes, and passes them on to a file where there is one; their size and SHA-256."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | None = None) -> None:
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
+        self.size += len(data)
         try:
-            written = self.file.write(data)
+            return self.file.write(data) if self.file is not None else len(data)
         except OSError as error:
             self.error = error
             raise
-        self.size += written
-        return written
 
     def flush(self) -> None:
-        self.file.flush()
+        """torch.save asks for it; closing the file does it."""
 
     def fingerprint(self) -> dict[str, Any]:
         return {"size": self.size, "sha256": self.digest.hexdigest()}
 
 
+def _write(path: Path, fill: Callable[[Any], Any]) -> dict[str, Any]:
+    """Have a file filled, and sync it; the fingerprint of what it was given."""
+    with path.open("wb") as file:
+        hashing = _Hashing(file)
+        try:
+            fill(hashing)
+        except RuntimeError as error:
+            # torch tells of its own writer's surprise, not of the full disk behind it.
+            raise hashing.error or error from error
+    _sync(path)
+    return hashing.fingerprint()
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    size = 0
+    hashing = _Hashing()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"size": size, "sha256": digest.hexdigest()}
+            hashing.write(block)
+    return hashing.fingerprint()
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from launcher.errors import UsageError
+from launcher.errors import Ended, UsageError
 
 COMMANDS = {
     "train": "train a task from a config, alone or under torchrun or srun",
@@ -74,11 +74,9 @@ def call(command: Callable[[list[str]], int], argv: list[str]) -> int:
             time.sleep(GRACE_S)
         prefix = "launcher" if rank == "0" else f"launcher: rank {rank}"
         print(f"{prefix}: {error}", file=sys.stderr, flush=True)
-        if error.exit_code == UsageError.exit_code:
-            from launcher.runtime.restarts import end_job
-
-            end_job("another try would end the same way")
         return error.exit_code
+    except Ended as ended:
+        return ended.exit_code
     except BrokenPipeError:  # `launcher config keys | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

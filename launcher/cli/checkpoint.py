@@ -129,7 +129,7 @@ def _verify(path: Path, as_json: bool) -> int:
 def _export(path: Path, output: Path, ema: bool) -> int:
     import torch
 
-    from launcher.checkpoint.weights import read_weights
+    from launcher.models.weights import read_weights
 
     weights, step = read_weights(path, ema)
     temporary = output.with_name(f".{output.name}.tmp")

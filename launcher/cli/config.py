@@ -139,7 +139,9 @@ def _values(key: Key) -> str:
             f'{units}, or `""`' if key.never else units
         )
     kind = {bool: "true or false", int: "whole number", float: "number", str: "text"}
-    if isinstance(key.default, list):
+    if key.element is not None:
+        name = "list of texts"
+    elif isinstance(key.default, list):
         name = f"list of {key.length} numbers"
     else:
         name = kind[type(key.default)]

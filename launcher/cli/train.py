@@ -6,12 +6,15 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
 from launcher.errors import RunError, UsageError
-from launcher.runtime.topology import read_topology
+from launcher.guard.stop import STOPPED, Signals
+from launcher.runtime.progress import Progress
+from launcher.runtime.topology import Topology, read_topology
 from launcher.tasks import resolve_task
 from launcher.telemetry.rundir import RunDirectory
 
@@ -71,17 +74,25 @@ def parser() -> argparse.ArgumentParser:
 
 def train(argv: list[str]) -> int:
     """Run the command; the exit code is 0 done, 2 bad usage or config, 75 stopped early on purpose
-    (under torchrun 0), 1 anything else."""
+    (under torchrun 0), 1 anything else. Raises Ended for a failure that has been told of."""
+    # First of all: torch is imported with the task, and a signal may come meanwhile.
+    with Signals() as signals:
+        return _train(argv, signals)
+
+
+def _train(argv: list[str], signals: Signals) -> int:
     options, overrides = split_overrides(parser(), argv)
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
     topology = read_topology(os.environ)
     config = load_config(options.config_file, overrides, resolve_task)
+    cfg, task_class = config.cfg, config.task
     if options.check:
-        print(config.cfg.dump(), end="")
+        print(cfg.dump(), end="")
         return 0
-    directory = RunDirectory(config.cfg.OUTPUT_DIR)
-    restarted = topology.restarts > 0 or directory.left_unfinished_by(topology.job_id)
+    assert task_class is not None  # load_config demands one
+    directory = RunDirectory(cfg.OUTPUT_DIR)
+    restarted = is_restart(topology, directory)
     resume = options.resume or restarted
     if topology.is_main and not options.eval_only:
         try:
@@ -91,53 +102,56 @@ def train(argv: list[str]) -> int:
             raise (RunError(str(error)) if restarted else error) from None
 
     # From here on torch is needed, which takes seconds to import.
-    from launcher.engine.failure import watching
-    from launcher.engine.run import Start, evaluate_only, run
-    from launcher.runtime.process import start
-    from launcher.runtime.watch import STOPPED
+    from launcher.callbacks import resolve
+    from launcher.engine.run import Job, evaluate_only, run
+    from launcher.guard.guard import Guard
     from launcher.telemetry.logs import Logs
 
-    how = Start(
-        sys.argv,
-        resume,
-        options.resume_from,
-        frozenset(key for text in options.allow for key in text.split(",")),
+    search = [Path(options.config_file).parent] if options.config_file else []
+    job = Job(
+        cfg,
+        task_class,
+        directory,
+        argv=sys.argv,
+        resume=resume,
+        resume_from=options.resume_from,
+        allow=frozenset(key for text in options.allow for key in text.split(",")),
+        callbacks=resolve(cfg.CALLBACKS, [*search, Path.cwd()]),
+        evaluate=options.checkpoint,
     )
-    task = config.task
-    assert task is not None  # load_config demands one
-    log = config.cfg.LOG
-    own = [task.__module__.split(".")[0]]
-    logs = Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT)
-
-    try:
-        with start(topology, config.cfg) as runtime, logs.beside(runtime.board):
-            if not options.eval_only:
-                if restarted and topology.is_main:
-                    logger.info("a restart: going on with the run in %s", directory.path)
-                logger.info("%s on %s", topology, runtime.device)
-            with watching(config.cfg, task, runtime, directory) as failures:
-                if options.eval_only:
-                    which = options.checkpoint
-                    done = evaluate_only(config.cfg, task, runtime, directory, which)
-                else:
-                    done = run(config.cfg, task, runtime, logs, directory, how, failures)
-    except UsageError as error:
-        if getattr(error, "told", False):
-            return error.exit_code
-        raise
-    except BaseException as error:
-        if not getattr(error, "told", False):
-            logger.critical("the run failed", exc_info=True)
-        return 1
-    finally:
-        logs.close()
+    log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
+    with (
+        Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT) as logs,
+        Guard(cfg, topology, directory, Progress(), signals) as guard,
+    ):
+        runtime = guard.join(task_class)
+        if options.eval_only:
+            done = evaluate_only(job, runtime, guard)
+        else:
+            if restarted and topology.is_main:
+                logger.info("a restart: going on with the run in %s", directory.path)
+            logger.info("%s on %s", topology, runtime.device)
+            done = run(job, runtime, guard, logs)
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
 
 
+def is_restart(topology: Topology, directory: RunDirectory) -> bool:
+    """Whether this goes on with what the same job has begun.
+
+    torchrun tries again after any failure. Where the run here is another job's, the first try was
+    refused, or was to set it aside: so is this one.
+    """
+    if topology.job_id == "":  # nobody knows whose run it is
+        return topology.restarts + topology.retries > 0
+    unfinished = directory.read_status().get("state") != "completed"
+    ours = directory.begun_by(topology.job_id)
+    return topology.restarts > 0 or (ours and (unfinished or topology.retries > 0))
+
+
 def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:
     """Refuse a directory that cannot be written, is in use or holds a run. Rank 0 alone asks."""
-    directory.check_writable()
+    check_writable(directory.path)
     if not directory.holds_run():
         return
     if not resume and not overwrite:
@@ -148,3 +162,19 @@ def refuse(directory: RunDirectory, resume: bool, overwrite: bool) -> None:
         )
     # An owner that is just leaving, as at a restart, gets time to do so.
     directory.claim(wait_s=10.0 if resume else 0.0)
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError where a run directory could not be made or written; touches nothing."""
+    try:
+        # exists() itself fails for a name that is too long, or in a closed folder.
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise UsageError(f"OUTPUT_DIR {path}: {existing} is a file; choose another.")
+        # Trying is the only test that holds for root, read-only mounts and full quotas alike.
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UsageError(
+            f"OUTPUT_DIR {path} cannot be written: {error.strerror}. Choose another with "
+            "OUTPUT_DIR DIR."
+        ) from error

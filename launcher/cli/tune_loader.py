@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,9 +94,6 @@ def main(argv: list[str]) -> int:
         check_output(output, options.force)  # before the time is spent
 
     # From here on torch is needed, which takes seconds to import.
-    from torch.utils.data import IterableDataset
-
-    from launcher.data.fetch import is_tensors
     from launcher.data.splits import Data
     from launcher.runtime.cpu import cpu_budget
     from launcher.runtime.process import Runtime, choose_device
@@ -105,10 +102,15 @@ def main(argv: list[str]) -> int:
     # One rank alone, whatever started this process; the CPUs are those of a rank of many.
     device = choose_device(Topology(), config.cfg.DIST.DEVICE)
     cpu = cpu_budget(options.ranks or _gpus(device))
-    data = Data(config.cfg, config.task(config.cfg), Runtime(Topology(), device, cpu))
-    dataset = data.datasets["train"]
+    runtime, task = Runtime(Topology(), device, cpu), config.task(config.cfg)
+
+    def make() -> Data:
+        return Data(config.cfg, task, runtime, lambda phase: None)
+
+    data = make()
+    name, kind = type(data.datasets["train"]).__name__, data.kinds["train"]
     report: dict[str, Any] = {
-        "dataset": type(dataset).__name__,
+        "dataset": name,
         "batch_size": data.train_plan.batch_size,
         "cpus": {"per_rank": cpu.per_rank, "usable": cpu.usable, "reason": cpu.reason},
         "settings": [],
@@ -116,23 +118,23 @@ def main(argv: list[str]) -> int:
         "overrides": {},
         "notes": [],
     }
-    if isinstance(dataset, IterableDataset):
+    if kind == "iterable":
         note = (
-            f"{type(dataset).__name__} is an iterable data set. Nothing is measured: each worker "
+            f"{name} is an iterable data set. Nothing is measured: each worker "
             "would read the whole stream, so more than one only repeats the work; how long one "
             "read takes is the data set's own matter. DATALOADER.NUM_WORKERS -1 takes one worker."
         )
         if output is not None:
             raise UsageError(f"{note} Nothing to write to {output}.")
         report["notes"].append(note)
-    elif is_tensors(dataset, data.collate):
+    elif kind == "tensors":
         report["notes"].append(
             "The data set is made of tensors: a batch is one index operation, faster than handing "
             "it over from a worker. 0 workers is right; nothing is measured."
         )
         report["overrides"] = {"DATALOADER.NUM_WORKERS": 0}
     else:
-        tuner = Tuner(config.cfg, data, time.monotonic() + options.seconds)
+        tuner = Tuner(config.cfg, data, make, time.monotonic() + options.seconds)
         with _progress(options.seconds) as show:
             measured = tuner.run(cpu.per_rank, device.type == "cuda", show)
         if not measured:
@@ -201,8 +203,10 @@ def keys_of(best: Setting, cuda: bool) -> dict[str, Any]:
 class Tuner:
     """Loads training batches, setting by setting, until a deadline (of time.monotonic)."""
 
-    def __init__(self, cfg: CfgNode, data: Any, deadline: float) -> None:
-        self.cfg, self.data, self.deadline = cfg, data, deadline
+    def __init__(self, cfg: CfgNode, data: Any, make: Callable[[], Any], deadline: float) -> None:
+        """`make` makes data like `data`, for loading without workers: those that are forked later
+        must not find the files that a data set opens on first use."""
+        self.cfg, self.data, self.make, self.deadline = cfg, data, make, deadline
         self.notes: list[str] = []
         self.step = self.samples = 0
         # Bytes: of a batch, and of one worker, as far as they have been seen.
@@ -281,7 +285,7 @@ class Tuner:
         """
         import psutil
 
-        from launcher.data.transfer import nbytes
+        from launcher.data.loader import nbytes
 
         this = psutil.Process()
         others, sizes = set(this.children()), list[int]()
@@ -314,20 +318,20 @@ class Tuner:
     @contextmanager
     def _batches(self, setting: Setting, sizes: list[int]) -> Iterator[Iterator[Any]]:
         """This rank's batches on its device, as in training; `sizes` gets what was asked for."""
-        from launcher.data.loader import load, train_requests
-        from launcher.data.transfer import on_device
+        from launcher.data.loader import load, on_device
+        from launcher.data.plan import ENDLESS, train_requests
 
         def noted() -> Iterator[Any]:
             # Each setting goes on where the last one ended, so that none profits from files that
             # another has just read. Seeking is free.
             plan, order = self.data.train_plan, self.data.order
-            for request in train_requests(plan, order, 0, self.step, 1 << 62):
-                sizes.append(len(request.indices))
+            for request in train_requests(plan, order, 0, self.step, ENDLESS):
+                sizes.append(len(request.samples))
                 yield request
 
         timeout = parse_duration(self.cfg.DIST.TRAIN_TIMEOUT)
         assert timeout is not None  # the config check demands one
-        fetcher = self.data._fetcher("train")
+        fetcher = (self.data if setting.workers else self.make()).fetcher("train")
         answers = load(
             fetcher,
             noted(),
@@ -339,7 +343,7 @@ class Tuner:
         try:
             yield on_device(answers, self.data.runtime.device)
         finally:
-            answers.close()  # type: ignore[attr-defined]  # a generator: this ends the workers
+            answers.close()  # this ends the workers
             self.step += len(sizes)
             self.samples += sum(sizes)
 

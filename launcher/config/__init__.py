@@ -5,7 +5,7 @@ from yacs.config import CfgNode
 from launcher.config.keys import KEYS, Key, defaults, flatten
 from launcher.config.load import Config, load_config
 from launcher.config.problem import ConfigError, Problem
-from launcher.config.units import Duration, parse_duration
+from launcher.config.units import Duration, parse_duration, seconds
 
 __all__ = [
     "KEYS",
@@ -19,4 +19,5 @@ __all__ = [
     "flatten",
     "load_config",
     "parse_duration",
+    "seconds",
 ]

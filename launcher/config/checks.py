@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from yacs.config import CfgNode
 
-from launcher.config.keys import Key
+from launcher.config.keys import KEYS, Key, flatten
 from launcher.config.problem import Mistake, nearest, quote
 from launcher.config.units import parse_duration
 
@@ -31,6 +31,18 @@ def bounds(key: Key) -> str:
         "below": key.below,
     }
     return ", ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
+
+
+def in_epochs(cfg: CfgNode) -> list[str]:
+    """The keys whose durations or periods are given in epochs."""
+
+    def counts(value: object) -> bool:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        durations = [parse_duration(str(item)) for item in items]
+        return any(duration is not None and duration.unit == "ep" for duration in durations)
+
+    values = flatten(cfg)
+    return [key.name for key in KEYS if key.unit and counts(values[key.name])]
 
 
 def _check_item(key: Key, value: object) -> None:

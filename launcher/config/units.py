@@ -53,3 +53,10 @@ def parse_duration(text: str) -> Duration | None:
     if not 0 < amount <= _LONGEST:
         raise ValueError(f"{text[:60]!r} is out of range; write for example {EXAMPLES}")
     return Duration(amount, unit)
+
+
+def seconds(text: str) -> float:
+    """A duration in seconds, of a key that is never "" and takes no other unit."""
+    duration = parse_duration(text)
+    assert duration is not None and duration.unit == "s"  # the config check demands it
+    return duration.amount

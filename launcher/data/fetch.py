@@ -1,72 +1,64 @@
-"""From a request to a collated batch. This is what runs in the loader workers."""
+"""From a request to a collated batch. This is what runs in the loader workers.
+
+What a sample draws follows from (SEED, epoch, sample): not from workers, ranks or restarts.
+"""
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, TensorDataset, default_collate, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from launcher.data.order import keys, mix
+from launcher.data.plan import Request
 from launcher.errors import RunError, UsageError
 
 logger = logging.getLogger(__name__)
 Collate = Callable[[list[Any]], Any]
 
 
-class Request(NamedTuple):
-    """Samples of an epoch, by index, as one batch."""
-
-    epoch: int
-    indices: list[int]
-
-
-class Seeds:
-    """Seeds for torch, numpy and random from (SEED, epoch, sample), so that what a sample draws
-    does not depend on workers, ranks or restarts."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def of(self, epoch: int, samples: list[int]) -> list[int]:
-        """One 64-bit seed a sample."""
-        key = keys(self.seed, epoch, 1, use=1)
-        return mix(np.asarray(samples, np.uint64) + key).tolist()
-
-    @staticmethod
-    def set(seed: int) -> None:
-        """Seed the CPU generators: 7 microseconds. `torch.manual_seed` takes 84, for it asks every
-        device as well."""
-        torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-        np.random.seed(seed & 0xFFFFFFFF)
-        random.seed(seed)
-
-    @staticmethod
-    @contextmanager
-    def kept() -> Iterator[None]:
-        """Put the process's own random states back at the end. Once a batch: 80 microseconds; a
-        worker has no random state that anybody else uses."""
-        if get_worker_info() is not None:
-            yield
-            return
-        states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-        try:
-            yield
-        finally:
-            torch.set_rng_state(states[0])
-            np.random.set_state(states[1])
-            random.setstate(states[2])
+def kind_of(dataset: Any, collate: Collate | None) -> str:
+    """How a data set is read: "iterable" from its start, "tensors" by one index operation a tensor
+    and batch, any other ("map-style") sample by sample."""
+    if isinstance(dataset, IterableDataset):
+        return "iterable"
+    return "tensors" if type(dataset) is TensorDataset and collate is None else "map-style"
 
 
-def is_tensors(dataset: Any, collate: Collate | None) -> bool:
-    """Whether a data set is made of tensors, so that a batch is one index operation a tensor."""
-    return type(dataset) is TensorDataset and collate is None
+def sample_seeds(seed: int, epoch: int, samples: list[int]) -> list[int]:
+    """One 64-bit seed a sample."""
+    return mix(np.asarray(samples, np.uint64) + keys(seed, epoch, 1, use=1)).tolist()
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's, numpy's and Python's generators on the CPU: 7 microseconds.
+    `torch.manual_seed` alone takes 84, for it asks every device as well."""
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def generators_kept(seed: int | None) -> Iterator[None]:
+    """Put the process's own random states back at the end, where samples are seeded. Once a batch:
+    80 microseconds; a worker has no random state that anybody else uses."""
+    if seed is None or torch.utils.data.get_worker_info() is not None:
+        yield
+        return
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 class Fetcher(Dataset):
@@ -80,34 +72,32 @@ class Fetcher(Dataset):
         self, dataset: Any, collate: Collate | None, seed: int | None, skip_bad: bool = False
     ) -> None:
         self.dataset, self.collate, self.skip_bad = dataset, collate or default_collate, skip_bad
-        self.tensors = is_tensors(dataset, collate)
-        seeded = seed is not None and not getattr(dataset, "deterministic", False)
-        self.seeds = Seeds(seed) if seeded and seed is not None else None
-        self.whole = None if seeded else getattr(dataset, "__getitems__", None)
+        self.tensors = kind_of(dataset, collate) == "tensors"
+        self.seed = None if getattr(dataset, "deterministic", False) else seed
+        self.whole = getattr(dataset, "__getitems__", None) if self.seed is None else None
         self.skipped = 0
 
     def __getitem__(self, request: Request) -> Any:
         if self.tensors:
-            return list(self.dataset[torch.as_tensor(request.indices)])
-        if self.seeds is None:
-            return self.collate(self._unseeded(request.indices))
-        with self.seeds.kept():
-            seeds = self.seeds.of(request.epoch, request.indices)
-            samples = []
-            for index, seed in zip(request.indices, seeds, strict=True):
-                self.seeds.set(seed)
-                samples.append(self._sample(index))
-            self.seeds.set(seeds[0] ^ 1)  # a collate that mixes samples draws its own
-            return self.collate(samples)
+            return list(self.dataset[torch.as_tensor(request.samples)])
+        with generators_kept(self.seed):
+            return self.collate(self._samples(*request))
 
-    def _unseeded(self, indices: list[int]) -> list[Any]:
+    def _samples(self, epoch: int, indices: list[int]) -> list[Any]:
         if self.whole is not None:
             try:
                 return self.whole(indices)
             except Exception as error:
                 if not self.skip_bad:
-                    raise self._failure(f"samples {indices}", error) from error
-        return [self._sample(index) for index in indices]
+                    raise _failed(self.dataset, f"samples {indices}", error) from error
+        if self.seed is None:
+            return [self._sample(index) for index in indices]
+        seeds, samples = sample_seeds(self.seed, epoch, indices), []
+        for index, seed in zip(indices, seeds, strict=True):
+            seed_generators(seed)
+            samples.append(self._sample(index))
+        seed_generators(seeds[0] ^ 1)  # a collate that mixes samples draws its own
+        return samples
 
     def _sample(self, index: int) -> Any:
         try:
@@ -115,26 +105,110 @@ class Fetcher(Dataset):
         except Exception as error:
             if isinstance(error, UsageError) and not isinstance(error, RunError):
                 raise  # no bad sample, but a mistake that every sample would tell of
-            failure = self._failure(f"sample {index}", error)
+            failure = _failed(self.dataset, f"sample {index}", error)
             if not self.skip_bad:
                 raise failure from error
         # The next sample that can be read takes its place, so that batches keep their size.
         length = len(self.dataset)
-        for other in itertools.islice(itertools.cycle(range(length)), index + 1, index + length):
-            try:
+        for other in (i % length for i in range(index + 1, index + length)):
+            with contextlib.suppress(Exception):
                 sample = self.dataset[other]
-            except Exception:
-                continue
-            self.skipped += 1
-            logger.warning(
-                "%s; took sample %d in its place (%d so far in this process)",
-                failure,
-                other,
-                self.skipped,
-            )
-            return sample
+                self.skipped += 1
+                told = "%s; took sample %d in its place (%d so far in this process)"
+                logger.warning(told, failure, other, self.skipped)
+                return sample
         raise failure
 
-    def _failure(self, what: str, error: Exception) -> RunError:
+
+class Stated(NamedTuple):
+    """A batch, and the stream's state after `position` samples of `epoch`."""
+
+    batch: Any
+    state: dict[str, Any]
+
+
+class StreamFetcher(Dataset):
+    """An iterable data set as a map from Requests, in rising order, to collated batches.
+
+    Every reader (each worker of each rank) walks the same stream and keeps the positions it is
+    asked for, so the order depends on neither. What it passes over costs what producing it costs,
+    unless the data set's iterator has `skip(count)`, which returns how many it passed over, fewer
+    than `count` at its end. `set_epoch(epoch)` is called at each start, where it exists. With
+    `state_dict` and `load_state_dict` the data set resumes where it was, without them it is read
+    again from the epoch's start.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Collate | None,
+        seed: int | None,
+        endless: bool = False,
+        state_every: int = 0,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
+        """An `endless` one starts again where it ends, within the epoch. A batch that begins at a
+        multiple of `state_every` comes as a Stated, where the data set has a state (0: none does);
+        `saved` is such a state to go on from."""
+        self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
+        self.endless, self.saved = endless, saved or {}
+        self.state_every = state_every if hasattr(dataset, "state_dict") else 0
+        self.epoch, self.passes, self.position = -1, 0, 0
+        self.iterator: Iterator[Any] = iter(())
+
+    def __getitem__(self, request: Request) -> Any:
+        start = request.samples[0]
+        with generators_kept(self.seed):
+            if self.epoch != request.epoch:
+                here = self.saved.get("epoch") == request.epoch
+                self._begin(**(self.saved if here else {"epoch": request.epoch}))
+            self._skip(start - self.position)
+            batch = self.collate([self._next() for _ in request.samples])
+        if not self.state_every or start % self.state_every:
+            return batch
+        state = {"epoch": self.epoch, "passes": self.passes, "position": self.position}
+        return Stated(batch, {**state, "dataset": copy.deepcopy(self.dataset.state_dict())})
+
+    def _begin(self, epoch: int, passes: int = 0, position: int = 0, dataset: Any = None) -> None:
+        """Start an epoch, or a pass of an endless one; `dataset` is its state, if it has one."""
+        self.epoch, self.passes, self.position = epoch, passes, position
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch + passes)
+        if dataset is not None:
+            self.dataset.load_state_dict(dataset)
+        self.iterator = iter(self.dataset)
+
+    def _skip(self, count: int) -> None:
+        if count > 0 and hasattr(self.iterator, "skip"):
+            passed = self.iterator.skip(count)
+            self.position += passed
+            count -= passed
+        # Where the stream cannot skip, or ended on the way.
+        for _ in range(count):
+            self._next()
+
+    def _next(self) -> Any:
+        if self.seed is not None:
+            seed_generators(*sample_seeds(self.seed, self.epoch, [self.position]))
         name = type(self.dataset).__name__
-        return RunError(f"{what} of data set {name} failed: {type(error).__name__}: {error}")
+        for _ in range(2):
+            try:
+                sample = next(self.iterator)
+            except StopIteration:
+                if not self.endless:
+                    raise RunError(
+                        f"data set {name} ended after {self.position} samples of epoch "
+                        f"{self.epoch}; its len() says there are more"
+                    ) from None
+                self._begin(self.epoch, self.passes + 1, self.position)
+            except Exception as error:
+                raise _failed(self.dataset, f"sample {self.position}", error) from error
+            else:
+                self.position += 1
+                return sample
+        raise RunError(f"data set {name} yields no samples")
+
+
+def _failed(dataset: Any, what: str, error: Exception) -> RunError:
+    name = type(dataset).__name__
+    return RunError(f"{what} of data set {name} failed: {type(error).__name__}: {error}")

@@ -1,108 +1,52 @@
-"""Loaders: a DataLoader that is handed requests and answers with batches.
+"""A DataLoader that is handed requests and answers with batches, and their way to the device.
 
-One iterator serves a whole attempt. Epochs are part of the requests, so workers live on across
-them, the next epoch's first batch is fetched before this one ends, and nobody calls `set_epoch`.
+One iterator serves an attempt: epochs are part of the requests, so workers live on across them.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
-from launcher.data.fetch import Request
-from launcher.data.iterable import STATE_EVERY, Span
-from launcher.data.order import Order
-from launcher.data.plan import Plan
-from launcher.errors import RunError
-from launcher.runtime.memory import memory_budget, oom_kills
+from launcher.data.plan import Request
+from launcher.errors import RunError, UsageError
+from launcher.runtime.memory import oom_kills
+from launcher.runtime.nest import map_tensors
 
 logger = logging.getLogger(__name__)
-_RUN_ERROR = f"{RunError.__module__}.{RunError.__qualname__}"
-# Indices are computed for about this many positions at a time: numpy's cost a call is then shared.
-POSITIONS_AT_ONCE = 4096
-
-
-def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -> Iterator[Request]:
-    """A rank's micro-batches of global batches [first, last), counted over all epochs.
-
-    Seeking is arithmetic: nothing before `first` is computed or loaded.
-    """
-    step = first
-    while step < last:
-        epoch, k = divmod(step, plan.steps_per_epoch)
-        # As many steps as make one good numpy call, up to the end of the epoch.
-        many = max(1, POSITIONS_AT_ONCE * plan.world_size // plan.batch_size)
-        count = min(many, plan.steps_per_epoch - k, last - step)
-        cuts = [cut for i in range(count) for cut in plan.micro_batches(k + i, rank)]
-        if cuts:
-            positions = np.concatenate([np.arange(start, stop) for start, stop in cuts])
-            indices = order(epoch, positions).tolist()
-            at = 0
-            for start, stop in cuts:
-                yield Request(epoch, indices[at : at + stop - start])
-                at += stop - start
-        step += count
-
-
-def stream_requests(plan: Plan, rank: int, first: int, last: int) -> Iterator[Span]:
-    """The same for an iterable data set, whose order is its own."""
-    for step in range(first, last):
-        epoch, k = divmod(step, plan.steps_per_epoch)
-        for i, (start, stop) in enumerate(plan.micro_batches(k, rank)):
-            yield Span(epoch, start, stop, state=rank == 0 and i == 0 and k % STATE_EVERY == 0)
-
-
-def eval_batches(plan: Plan, rank: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) of a rank's batches of an evaluation: whole batches dealt in turn, nothing
-    padded or dropped.
-
-    A batch holds the same samples at any number of ranks, so each sample's result is the same to
-    the last bit.
-    """
-    return (plan.batch(k) for k in range(rank, plan.steps_per_epoch, plan.world_size))
-
-
-class _Requests(Sampler):
-    """Hands out the requests once, and remembers those not answered yet."""
-
-    def __init__(self, requests: Iterator[Any]) -> None:
-        self.requests = requests
-        self.pending: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        for request in self.requests:
-            self.pending.append(request)
-            yield request
 
 
 def load(
-    fetcher: Dataset,
-    requests: Iterable[Any],
+    fetcher: Any,
+    requests: Iterable[Request],
     workers: int,
     prefetch: int,
     pin_memory: bool,
     timeout_s: float,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The answers to the requests, in order, fetched by `workers` processes ahead of their use.
 
     Raises RunError that names the samples for a worker that failed, was killed, or took longer
-    than `timeout_s` for one batch.
+    than `timeout_s` for one batch. Closing it ends the workers.
     """
-    sampler = _Requests(iter(requests))
+    pending: deque[Request] = deque()  # handed out, and not answered yet
+
+    def handed_out() -> Iterator[Request]:
+        for request in requests:
+            pending.append(request)
+            yield request
+
     loader = DataLoader(
         fetcher,
-        sampler=sampler,
+        sampler=handed_out(),
         batch_size=None,  # a request is a whole batch already
         collate_fn=_as_is,
         num_workers=workers,
@@ -110,94 +54,71 @@ def load(
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         timeout=timeout_s if workers else 0,
-        # Its base seed must not be drawn from the global generator: a resumed run would draw it
-        # at another moment than the uninterrupted one.
+        # Not from the global generator: a resumed run would draw its base seed at another moment.
         generator=torch.Generator().manual_seed(0),
     )
-    killed_before, others = oom_kills(), set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
+    killed_before, handler = oom_kills(), signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch's own handler raises wherever the training happens to be when a worker dies; the
-        # next batch tells of it as well, within 5 s.
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    processes = set(multiprocessing.active_children()) - others
+    # torch's own handler raises wherever the training happens to be when a worker dies; the next
+    # batch tells of it as well, within 5 s.
+    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    processes: list[BaseProcess] = list(getattr(iterator, "_workers", []))
     try:
-        while True:
-            failure = None
-            try:
-                answer = next(iterator)
-            except StopIteration:
-                return
-            except (RunError, RuntimeError) as error:
-                # torch puts a worker's whole traceback into the message: that is for the log file.
-                logger.error("%s", error, extra={"file_only": True})
-                if isinstance(error, RunError):
-                    failure = str(error).rpartition(f"{_RUN_ERROR}: ")[2].strip()
-                else:
-                    failure = _explain(
-                        str(error), fetcher, sampler.pending, timeout_s, killed_before, processes
-                    )
-                if failure is None:
-                    raise
-            if failure is not None:
-                for process in processes:
-                    process.kill()  # nobody waits for what they are at
-                raise RunError(failure)
-            sampler.pending.popleft()
+        for answer in iterator:
+            pending.popleft()
             yield answer
+    except (UsageError, RuntimeError) as error:
+        if not workers:
+            raise
+        # torch puts a worker's whole traceback into the message: that is for the log file.
+        logger.error("%s", error, extra={"file_only": True})
+        waited_for = f"{_samples(pending)} of data set {type(fetcher.dataset).__name__}"
+        failure = _explain(error, waited_for, timeout_s, processes, oom_kills() > killed_before)
+        for process in processes:
+            process.kill()  # nobody waits for what they are at
+        raise failure from None
     finally:
         # Tells the workers to leave, and waits for them a while. What the iterator does itself when
         # it is dropped comes too late: an error's traceback keeps it.
-        shut_down = getattr(iterator, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
+        if workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
         for process in processes:
             if process.is_alive():  # stuck in a read, say; it ignores SIGTERM
                 process.kill()
 
 
 def _explain(
-    error: str,
-    fetcher: Any,
-    pending: deque[Any],
-    timeout_s: float,
-    killed_before: int,
-    processes: set[BaseProcess],
-) -> str | None:
-    """What a DataLoader's own error means; None for an error that is not about its workers."""
-    name = type(getattr(fetcher, "dataset", fetcher)).__name__
-    waiting = _samples(pending[0]) if pending else "its batch"
-    if "timed out" in error:
-        return (
-            f"a loader worker took longer than {timeout_s:g} s (DIST.TRAIN_TIMEOUT) for {waiting} "
-            f"of data set {name}: is a file or a server it reads from stuck?"
+    error: Exception, waited_for: str, timeout_s: float, processes: list[BaseProcess], oom: bool
+) -> Exception:
+    """What a DataLoader's own error means; an error that is not about its workers itself."""
+    text, kind = str(error), type(error)
+    if isinstance(error, UsageError):
+        return kind(text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
+    if "timed out" in text:
+        return RunError(
+            f"a loader worker took longer than {timeout_s:g} s (DIST.TRAIN_TIMEOUT) for "
+            f"{waited_for}: is a file or a server it reads from stuck?"
         )
-    if "exited unexpectedly" not in error and "killed by signal" not in error:
-        return None
-    memory = memory_budget()
+    if "exited unexpectedly" not in text and "killed by signal" not in text:
+        return error
     codes = [-p.exitcode for p in processes if p.exitcode is not None and p.exitcode < 0]
     cause = f"killed by {signal.Signals(codes[0]).name}" if codes else "it exited by itself"
-    if oom_kills() > killed_before:
+    if oom:
         cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
-    elif signal.SIGBUS in codes or "Bus error" in error:
+    elif signal.SIGBUS in codes or "Bus error" in text:
         cause = "bus error: /dev/shm is full"
     elif signal.SIGKILL in codes:
         cause += ", as the kernel does when memory is short"
-    shm = "" if memory.shm is None else f", /dev/shm {memory.shm / 2**30:.2f} GiB"
-    return (
-        f"a loader worker died while {waiting} of data set {name} were due: {cause}. Free "
-        f"now: memory {memory.available / 2**30:.1f} GiB{shm}. Fewer DATALOADER.NUM_WORKERS or a "
-        "smaller DATALOADER.PREFETCH_FACTOR need less of both."
+    return RunError(
+        f"a loader worker died while {waited_for} were due: {cause}. Fewer DATALOADER.NUM_WORKERS "
+        "or a smaller DATALOADER.PREFETCH_FACTOR need less memory and /dev/shm."
     )
 
 
-def _samples(request: Any) -> str:
-    if isinstance(request, Request):
-        shown = ", ".join(map(str, request.indices[:8]))
-        more = f", ... ({len(request.indices)} in all)" if len(request.indices) > 8 else ""
-        return f"samples {shown}{more}"
-    return f"samples {request.start} to {request.stop - 1}"
+def _samples(pending: deque[Request]) -> str:
+    samples = pending[0].samples if pending else []
+    more = f", ... ({len(samples)} in all)" if len(samples) > 8 else ""
+    return f"samples {', '.join(map(str, samples[:8]))}{more}"
 
 
 def _as_is(batch: Any) -> Any:
@@ -210,3 +131,41 @@ def _start_worker(worker_id: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     # torch itself gives a worker one thread; libraries that it loads later get one too.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def nbytes(batch: Any) -> int:
+    """Bytes of all tensors in a batch."""
+    sizes: list[int] = []
+    map_tensors(batch, lambda tensor: sizes.append(tensor.nbytes))
+    return sum(sizes)
+
+
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches on the device; on CUDA copied on a stream of their own, one batch ahead, so that
+    the copy of the next batch runs beside the computation on this one."""
+
+    def moved(batch: Any) -> Any:
+        # A copy from pinned memory does not wait for the device.
+        return map_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+    if device.type != "cuda":
+        yield from map(moved, batches)
+        return
+    side = torch.cuda.Stream(device)
+    ahead: list[tuple[Any, torch.cuda.Event]] = []
+    for batch in batches:
+        with torch.cuda.stream(side):
+            ahead.append((moved(batch), side.record_event()))
+        if len(ahead) > 1:
+            yield _ready(*ahead.pop(0), device)
+    for last in ahead:
+        yield _ready(*last, device)
+
+
+def _ready(batch: Any, copied: torch.cuda.Event, device: torch.device) -> Any:
+    current = torch.cuda.current_stream(device)
+    # The device, not the host, waits for the copy.
+    current.wait_event(copied)
+    # The allocator must not hand this memory to the side stream while the current one uses it.
+    map_tensors(batch, lambda tensor: tensor.record_stream(current))
+    return batch

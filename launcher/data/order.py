@@ -6,6 +6,7 @@ free, memory is constant, and an epoch over 10^9 samples starts at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from launcher.errors import UsageError
 
 Indices = npt.NDArray[np.int64]
-# (epoch, positions in the global order) -> sample indices
+# (epoch, positions in the global order, shape (n,)) -> sample indices, shape (n,)
 Order = Callable[[int, Indices], Indices]
 _U64 = npt.NDArray[np.uint64]
 
@@ -55,7 +56,6 @@ class Shuffle:
         self.b = np.uint64(max(1, -(-length // a)))
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
         round_keys = keys(self.seed, epoch, 2 * ROUNDS)
         out = self._permute(positions.astype(np.uint64), round_keys)
         while (outside := np.flatnonzero(out >= self.length)).size:
@@ -71,26 +71,14 @@ class Shuffle:
         return high * self.b + low
 
 
-class Sequential:
+def sequential(epoch: int, positions: Indices) -> Indices:
     """The data set's own order, the same in every epoch."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
-        return positions
+    return positions
 
 
-class Replacement:
+def replacement(length: int, seed: int, epoch: int, positions: Indices) -> Indices:
     """Independent uniform draws: a sample may stand several times in an epoch, or not at all."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
-
-    def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
-        return (uniform(self.seed, epoch, positions) * self.length).astype(np.int64)
+    return (uniform(seed, epoch, positions) * length).astype(np.int64)
 
 
 class Weighted:
@@ -99,17 +87,17 @@ class Weighted:
     Keeps the running sum of the weights: 8 bytes a sample, the one order that needs memory.
     """
 
-    def __init__(self, weights: npt.ArrayLike, seed: int) -> None:
+    def __init__(self, weights: Any, length: int, seed: int) -> None:
         values = np.asarray(weights, dtype=np.float64)
-        if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
-            raise UsageError("sample weights must be one finite number of at least 0 a sample")
-        self.ends = np.cumsum(values)
-        self.seed = seed
-        if self.ends[-1] <= 0:
-            raise UsageError("sample weights are all zero")
+        fine = values.shape == (length,) and np.isfinite(values).all() and (values >= 0).all()
+        if not fine or not values.any():
+            raise UsageError(
+                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`: one finite "
+                f"number of at least 0 for each of its {length} samples, and not all zero"
+            )
+        self.ends, self.seed = np.cumsum(values), seed
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
-        """Sample indices, shape (n,), at `positions`, shape (n,), of an epoch."""
         drawn = uniform(self.seed, epoch, positions) * self.ends[-1]
         # Right: a draw on the end of one sample's interval is the next sample's, and a weight of
         # zero has no interval. Rounding may put a draw on the very end: the last one with weight.
@@ -127,16 +115,9 @@ def uniform(seed: int, epoch: int, positions: Indices) -> npt.NDArray[np.float64
 def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
     """The order that TRAIN.SAMPLER names; `weighted` needs the data set's `weights`."""
     if sampler == "sequential":
-        return Sequential(length)
+        return sequential
     if sampler == "replacement":
-        return Replacement(length, seed)
+        return functools.partial(replacement, length, seed)
     if sampler == "weighted":
-        weights = getattr(dataset, "weights", None)
-        if weights is None or len(weights) != length:
-            raise UsageError(
-                "TRAIN.SAMPLER weighted needs a data set with an attribute `weights`, one number a "
-                f"sample; {type(dataset).__name__} has "
-                + ("none." if weights is None else f"{len(weights)} for {length} samples.")
-            )
-        return Weighted(weights, seed)
+        return Weighted(getattr(dataset, "weights", None), length, seed)
     return Shuffle(length, seed)

@@ -1,14 +1,24 @@
-"""Which positions of the global order a rank takes, step by step and micro-batch by micro-batch.
+"""Which samples a rank takes, step by step and micro-batch by micro-batch.
 
 Pure arithmetic on (length, batch size, ranks), so every rank knows what all the others do and no
-collective is needed to agree.
+collective is needed to agree. Seeking is free: nothing before it is computed or loaded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+
+from launcher.data.order import Order
 from launcher.errors import UsageError
+
+# Indices are computed for about this many positions at a time: numpy's cost a call is then shared.
+POSITIONS_AT_ONCE = 4096
+# The length of a stream that does not tell its own: one endless epoch.
+ENDLESS = 1 << 62
 
 
 def share(count: int, parts: int, part: int) -> tuple[int, int]:
@@ -29,13 +39,11 @@ class Plan:
     micro_batch_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.length == 0:
-            raise UsageError("The data set is empty: build_dataset returned one of length 0.")
         if self.steps_per_epoch == 0:
             raise UsageError(
                 f"The data set has {self.length} samples, fewer than one batch of "
-                f"{self.batch_size}, and TRAIN.DROP_LAST leaves out an epoch's last, smaller "
-                "batch: nothing is left. Set TRAIN.DROP_LAST False or a smaller TRAIN.BATCH_SIZE."
+                f"{self.batch_size}, which TRAIN.DROP_LAST leaves out: nothing is left. Set "
+                "TRAIN.DROP_LAST False or a smaller TRAIN.BATCH_SIZE."
             )
 
     @property
@@ -68,3 +76,34 @@ class Plan:
         parts = -(-count // self.micro_batch_size) if self.micro_batch_size else min(count, 1)
         cuts = [share(count, parts, part) for part in range(parts)]
         return [(start + first + a, start + first + b) for a, b in cuts]
+
+
+class Request(NamedTuple):
+    """Samples of an epoch, as one batch: indices of a map-style data set, or positions in the
+    stream of an iterable one, rising without a gap."""
+
+    epoch: int
+    samples: list[int]
+
+
+def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -> Iterator[Request]:
+    """A rank's micro-batches of global batches [first, last), counted over all epochs."""
+    while first < last:
+        epoch, k = divmod(first, plan.steps_per_epoch)
+        # As many global batches as make one good numpy call, up to the end of the epoch.
+        many = max(1, POSITIONS_AT_ONCE * plan.world_size // plan.batch_size)
+        stop = min(k + many, plan.steps_per_epoch, k + last - first)
+        cuts = [cut for i in range(k, stop) for cut in plan.micro_batches(i, rank)]
+        if cuts:
+            samples = order(epoch, np.concatenate([np.arange(*cut) for cut in cuts]))
+            for part in np.split(samples, np.cumsum([b - a for a, b in cuts])[:-1]):
+                yield Request(epoch, part.tolist())
+        first += stop - k
+
+
+def eval_requests(plan: Plan, rank: int) -> Iterator[Request]:
+    """A rank's batches of an evaluation: whole batches dealt in turn, nothing padded or dropped.
+    A batch is the same at any number of ranks, and so is each sample's result, to the last bit.
+    """
+    for k in range(rank, plan.steps_per_epoch, plan.world_size):
+        yield Request(0, list(range(*plan.batch(k))))

@@ -1,4 +1,4 @@
-"""The data of a run: its two splits, and this rank's batches of each."""
+"""The data of a run: its two splits, and this rank's part of their batches."""
 
 from __future__ import annotations
 
@@ -6,228 +6,212 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
-from torch.utils.data import IterableDataset
 
 from launcher.config import CfgNode, parse_duration
-from launcher.data.fetch import Fetcher, Request, is_tensors
-from launcher.data.iterable import ENDLESS, Span, Stated, StreamFetcher
-from launcher.data.loader import eval_batches, load, stream_requests, train_requests
+from launcher.config.checks import in_epochs
+from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
+from launcher.data.loader import load, nbytes, on_device
 from launcher.data.order import make_order
-from launcher.data.plan import Plan
-from launcher.data.sizing import Batch, LoaderSize, size_loader, threads_set_by_user
-from launcher.data.transfer import nbytes, on_device
-from launcher.errors import RunError, UsageError
-from launcher.runtime.memory import memory_budget, own_memory
+from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
+from launcher.data.sizing import LoaderSize, size_loader
+from launcher.errors import UsageError
+from launcher.runtime.cpu import threads_set_by_user
+from launcher.runtime.memory import memory_budget
 from launcher.runtime.process import Runtime
 
 logger = logging.getLogger(__name__)
+# How often, in global batches, the state of a stream with `state_dict` is taken along. A resume
+# loads the last one and reads forward from there.
+STATE_EVERY = 32
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one optimiser step trains on, and this rank's part of it."""
+
+    count: int  # samples over all ranks
+    sizes: list[int]  # samples of this rank's micro-batches; empty for a rank without samples
+    batches: Iterator[Any]  # these micro-batches on the device, fetched as they are taken
 
 
 class Data:
     """The data sets of a task, their plans, and the streams of batches over them.
 
-    Raises UsageError for a data set that cannot be trained on, RunError for one whose length
-    differs between ranks.
+    `start` before `batches`; `close` at the end. No sample is taken in this process where there
+    are loader workers: a file that a data set opens on first use would be shared with all of them.
+    `size` is how the training is loaded, settled by `start`; `waited` for how many seconds it has
+    waited for batches.
+
+    Raises UsageError for a data set that cannot be trained on. Whether `lengths` are the same on
+    all ranks is for the caller to ask.
     """
 
-    def __init__(self, cfg: CfgNode, task: Any, runtime: Runtime) -> None:
-        self.cfg, self.runtime = cfg, runtime
-        self.datasets = {split: task.build_dataset(split) for split in ("train", "val")}
+    def __init__(
+        self, cfg: CfgNode, task: Any, runtime: Runtime, enter: Callable[[str], None]
+    ) -> None:
+        """`enter` is called with "data" before a training batch is waited for, and with "step"
+        after."""
+        self.cfg, self.runtime, self.enter = cfg, runtime, enter
         self.collate = getattr(task, "collate", None)
-        lengths = {split: self._length(split) for split in self.datasets}
-        self._compare(lengths)
-        self.train_plan = Plan(
-            lengths["train"],
-            cfg.TRAIN.BATCH_SIZE,
-            cfg.TRAIN.DROP_LAST,
-            runtime.world_size,
-            cfg.TRAIN.MICRO_BATCH_SIZE,
-        )
-        self.val_plan = Plan(lengths["val"], cfg.EVAL.BATCH_SIZE, world_size=runtime.world_size)
-        self.order = make_order(
-            cfg.TRAIN.SAMPLER, self.datasets["train"], lengths["train"], cfg.SEED
-        )
-        self.size: LoaderSize | None = None
+        self.datasets = {split: task.build_dataset(split) for split in ("train", "val")}
+        self.kinds = {split: kind_of(d, self.collate) for split, d in self.datasets.items()}
+        self.lengths = {split: self._length(split) for split in self.datasets}
+        self.length = self.lengths["train"]
+        ranks, train = runtime.world_size, cfg.TRAIN
+        sizes = train.BATCH_SIZE, train.DROP_LAST, ranks, train.MICRO_BATCH_SIZE
+        self.train_plan = Plan(self.length, *sizes)
+        self.val_plan = Plan(self.lengths["val"], cfg.EVAL.BATCH_SIZE, world_size=ranks)
+        # A stream's order is its own.
+        sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
+        self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
+        # Before there are workers, whose memory would count as taken.
+        self._memory = memory_budget(), psutil.Process().memory_full_info().uss
+        self._nbytes = dict.fromkeys(self.datasets, 0)  # of a batch, once one is known
+        self.size = self._size("train")
+        self.waited = 0.0
+        self._first = self._last = 0  # global batches, counted over all epochs
         self._training: Iterator[Any] = iter(())
-        self._stream_states: list[dict[str, Any]] = []
+        self._stream_states: deque[dict[str, Any] | None] = deque([None], maxlen=4)  # newest last
 
     def _length(self, split: str) -> int:
         dataset = self.datasets[split]
         try:
             length = len(dataset)
         except TypeError:
-            if split == "train" and isinstance(dataset, IterableDataset):
-                self._check_steps()
-                return ENDLESS
-            raise UsageError(
-                f"build_dataset({split!r}) returned a {type(dataset).__name__} without a length; "
-                "give it a __len__"
-            ) from None
+            if split != "train" or self.kinds[split] != "iterable":
+                raise UsageError(
+                    f"build_dataset({split!r}) returned a {type(dataset).__name__} without a "
+                    "length; give it a __len__"
+                ) from None
+            if epochs := in_epochs(self.cfg):
+                raise UsageError(
+                    "The training data set tells no length, so it has no epochs: give "
+                    f"{', '.join(epochs)} in steps, or the data set a __len__."
+                ) from None
+            return ENDLESS
         if length == 0:
             raise UsageError(f"build_dataset({split!r}) returned an empty data set.")
         return length
 
-    def _check_steps(self) -> None:
-        cfg = self.cfg
-        texts = {
-            "TRAIN.DURATION": cfg.TRAIN.DURATION,
-            "EVAL.EVERY": cfg.EVAL.EVERY,
-            "CHECKPOINT.EVERY": cfg.CHECKPOINT.EVERY,
-            "CHECKPOINT.KEEP_EVERY": cfg.CHECKPOINT.KEEP_EVERY,
-            "LOG.EVERY": cfg.LOG.EVERY,
-            "OPTIM.WARMUP": cfg.OPTIM.WARMUP,
-        }
-        epochs = [k for k, v in texts.items() if (d := parse_duration(v)) and d.unit == "ep"]
-        if epochs:
-            raise UsageError(
-                "The training data set tells no length, so it has no epochs: give "
-                f"{', '.join(epochs)} in steps, or the data set a __len__."
-            )
+    def start(self, samples: int, stream: dict[str, Any] | None = None, threads: int = 0) -> None:
+        """Start this rank's loader after `samples` consumed ones, and fetch its first micro-batch.
 
-    def _compare(self, lengths: dict[str, int]) -> None:
-        # A collective, before the first step: ranks that disagree would wait for each other later.
-        everywhere = self.runtime.all_gather((os.uname().nodename, lengths))
-        if any(other != lengths for _, other in everywhere):
-            told = "; ".join(
-                f"rank {rank} on {host}: " + ", ".join(f"{k} {v}" for k, v in found.items())
-                for rank, (host, found) in enumerate(everywhere)
-            )
-            raise RunError(
-                "The data set has another length on another rank: do all nodes hold the same "
-                f"files? {told}"
-            )
-
-    def start(self, consumed: int, saved: dict[str, Any] | None = None, threads: int = 0) -> None:
-        """Fetch this rank's first micro-batch after `consumed` samples and size the loader by it.
-
-        `saved` is the state of an iterable data set, from a checkpoint; `threads` what this rank
-        computed with before, or 0. A user's OMP_NUM_THREADS wins.
+        `stream` is what `stream_state` gave for a checkpoint; `threads` as for `set_threads`.
         """
-        cfg, plan, dataset = self.cfg, self.train_plan, self.datasets["train"]
-        first, duration = plan.batches_in(consumed), parse_duration(cfg.TRAIN.DURATION)
+        plan, duration = self.train_plan, parse_duration(self.cfg.TRAIN.DURATION)
         # Steps that the gradient scaler skips are taken again from later data, so a run counted in
         # steps has no last batch that could be known beforehand.
-        last = 1 << 62
+        self._first, self._last = plan.batches_in(samples), ENDLESS
         if duration is not None and duration.unit == "ep":
-            last = int(duration.amount) * plan.steps_per_epoch
-        requests: Iterator[Request | Span]
-        if isinstance(dataset, IterableDataset):
-            requests = stream_requests(plan, self.runtime.rank, first, last)
-        else:
-            requests = train_requests(plan, self.order, self.runtime.rank, first, last)
-        # An iterable data set is not read here: its workers must find it at its start.
-        probe = 0 if isinstance(dataset, IterableDataset) else 1
-        fetcher = self._fetcher("train", saved)
-        mid_epoch = consumed % plan.samples_per_epoch > 0
-        if mid_epoch and isinstance(fetcher, StreamFetcher) and saved is None:
+            self._last = int(duration.amount) * plan.steps_per_epoch
+        self.set_threads(threads)
+        self._stream_states.append(stream)
+        if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
             logger.warning(
-                "data set %s has no state_dict and load_state_dict: it is read again from the "
-                "epoch's start up to where the run was, which is exact only if it yields the same "
-                "samples each time",
-                type(dataset).__name__,
+                "the training data set has no state_dict and load_state_dict: it is read again "
+                "from the epoch's start up to where the run was, which is exact only if it yields "
+                "the same samples each time"
             )
-        began = time.monotonic()
-        first_answers = [fetcher[request] for request in itertools.islice(requests, probe)]
-        seconds = time.monotonic() - began
-        self.size = self._choose(first_answers, seconds)
+        span = self.runtime.rank, self._first, self._last
+        answers = self._load("train", lambda: train_requests(plan, self.order, *span))
+        self.size = self._size("train")
         logger.info(self.size.reason)
-        if not threads_set_by_user(os.environ):
-            torch.set_num_threads(threads or self.size.threads)
-        rest = self._load(fetcher, requests, self.size.workers)
-        answers = itertools.chain(first_answers, rest)
         self._training = on_device(self._unwrapped(answers), self.runtime.device)
 
-    def start_evaluation(self) -> None:
-        """Size the loader by a first batch of the val split, where nothing is trained."""
-        dataset, answers = self.datasets["val"], []
-        began = time.monotonic()
-        if not isinstance(dataset, IterableDataset):
-            for start, stop in itertools.islice(eval_batches(self.val_plan, self.runtime.rank), 1):
-                answers.append(self._fetcher("val")[Request(0, list(range(start, stop)))])
-        self.size = self._choose(answers, time.monotonic() - began)
+    def set_threads(self, threads: int = 0) -> None:
+        """As many as before, or as the CPU budget grants; a user's OMP_NUM_THREADS wins."""
+        if not threads_set_by_user(os.environ):
+            torch.set_num_threads(threads or self.size.threads)
 
-    def next_batch(self) -> Any:
-        """This rank's next micro-batch, on the device."""
-        return next(self._training)
+    def batches(self) -> Iterator[GlobalBatch]:
+        """The global batches from where `start` began to the end of TRAIN.DURATION, if that is in
+        epochs. This rank's part of each is to be taken whole before the next."""
+        plan = self.train_plan
+        for step in range(self._first, self._last):
+            k = step % plan.steps_per_epoch
+            start, stop = plan.batch(k)
+            sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
+            yield GlobalBatch(stop - start, sizes, self._take(len(sizes)))
+
+    def _take(self, count: int) -> Iterator[Any]:
+        for _ in range(count):
+            began = time.monotonic()
+            self.enter("data")
+            batch = next(self._training)
+            self.enter("step")
+            self.waited += time.monotonic() - began
+            yield batch
+
+    def evaluation(self) -> Iterator[Any]:
+        """This rank's batches of the val split, on the device. Its workers live as long as it, and
+        meanwhile those of the training wait with full queues."""
+        plan, rank = self.val_plan, self.runtime.rank
+        batches = len(range(rank, plan.steps_per_epoch, plan.world_size))
+        # A single batch has nothing to be fetched beside.
+        most = 0 if self.kinds["val"] == "tensors" else max(0, batches - 1)
+        answers = self._load("val", lambda: eval_requests(plan, rank), most)
+        yield from on_device(answers, self.runtime.device)
 
     def close(self) -> None:
         """End the loader workers."""
         self._training = iter(())
 
-    def evaluation(self) -> Iterator[Any]:
-        """This rank's batches of the val split, on the device. Its workers live as long as it, and
-        meanwhile those of the training wait with full queues."""
-        assert self.size is not None
-        cuts = list(eval_batches(self.val_plan, self.runtime.rank))
-        dataset = self.datasets["val"]
-        requests: list[Request | Span]
-        if isinstance(dataset, IterableDataset):
-            requests = [Span(0, start, stop, False) for start, stop in cuts]
-        else:
-            requests = [Request(0, list(range(start, stop))) for start, stop in cuts]
-        # A single batch has nothing to be fetched beside.
-        alongside = max(0, len(cuts) - 1)
-        workers = 0 if is_tensors(dataset, self.collate) else min(self.size.workers, alongside)
-        answers = self._load(self._fetcher("val"), requests, workers)
-        return on_device(answers, self.runtime.device)
+    def stream_state(self, samples: int) -> dict[str, Any] | None:
+        """The newest known state of an iterable data set that is not past `samples` consumed."""
+        epoch, in_epoch = divmod(samples, self.train_plan.samples_per_epoch)
+        for state in reversed(self._stream_states):
+            if state and state["epoch"] == epoch and state["position"] <= in_epoch:
+                return state
+        return None
 
-    def stream_state(self, consumed: int) -> dict[str, Any] | None:
-        """The newest known state of an iterable data set that is not past `consumed` samples."""
-        in_epoch = consumed % self.train_plan.samples_per_epoch
-        epoch = consumed // self.train_plan.samples_per_epoch
-        known = [
-            s for s in self._stream_states if s["epoch"] == epoch and s["position"] <= in_epoch
-        ]
-        return known[-1] if known else None
+    def fetcher(self, split: str) -> Fetcher | StreamFetcher:
+        """What makes a split's batches from requests, here or in a worker."""
+        dataset, keys = self.datasets[split], self.cfg.DATALOADER
+        seed = self.cfg.SEED if keys.SEED_SAMPLES else None
+        if self.kinds[split] != "iterable":
+            return Fetcher(dataset, self.collate, seed, keys.ON_BAD_SAMPLE == "skip")
+        if split != "train":
+            return StreamFetcher(dataset, self.collate, seed)
+        endless, every = self.length == ENDLESS, STATE_EVERY * self.train_plan.batch_size
+        return StreamFetcher(dataset, self.collate, seed, endless, every, self._stream_states[-1])
 
-    def _fetcher(self, split: str, saved: dict[str, Any] | None = None) -> Any:
-        dataset = self.datasets[split]
-        seed = self.cfg.SEED if self.cfg.DATALOADER.SEED_SAMPLES else None
-        if isinstance(dataset, IterableDataset):
-            endless = split == "train" and self.train_plan.length == ENDLESS
-            fetcher = StreamFetcher(dataset, self.collate, seed, endless)
-            fetcher.saved = saved
-            return fetcher
-        skip_bad = self.cfg.DATALOADER.ON_BAD_SAMPLE == "skip"
-        return Fetcher(dataset, self.collate, seed, skip_bad)
+    def _load(
+        self, split: str, requests: Callable[[], Iterator[Request]], most: int = ENDLESS
+    ) -> Iterator[Any]:
+        """The answers to the requests, the first one already here; by `most` workers at most.
 
-    def _load(self, fetcher: Any, requests: Any, workers: int) -> Iterator[Any]:
-        assert self.size is not None
+        Where the first that a worker brings shows that the batches in flight might not fit into
+        memory, the loader starts over with fewer.
+        """
+        size, prefetch = self._size(split), self.cfg.DATALOADER.PREFETCH_FACTOR
+        workers, fetcher = min(size.workers, most), self.fetcher(split)
         timeout = parse_duration(self.cfg.DIST.TRAIN_TIMEOUT)
         assert timeout is not None  # the config check demands one
-        prefetch = self.cfg.DATALOADER.PREFETCH_FACTOR
-        return load(fetcher, requests, workers, prefetch, self.size.pin_memory, timeout.amount)
+        answers = load(fetcher, requests(), workers, prefetch, size.pin_memory, timeout.amount)
+        first = list(itertools.islice(answers, 1))
+        if workers:
+            self._nbytes[split] = nbytes(first)
+            if self._size(split).workers < workers:
+                answers.close()
+                return self._load(split, requests, most)
+        return itertools.chain(iter(first), answers)
 
-    def _choose(self, answers: list[Any], seconds: float) -> LoaderSize:
-        cfg, plan, runtime = self.cfg, self.train_plan, self.runtime
-        batch = None
-        if answers:
-            # This rank's micro-batches an epoch, by its share of the first global batch.
-            per_epoch = plan.steps_per_epoch * len(plan.micro_batches(0, runtime.rank))
-            batch = Batch(seconds, nbytes(answers[0]), per_epoch)
-        return size_loader(
-            cfg.DATALOADER.NUM_WORKERS,
-            cfg.DATALOADER.PREFETCH_FACTOR,
-            cfg.DATALOADER.PIN_MEMORY,
-            runtime.cpu,
-            memory_budget(),
-            runtime.topology.local_world_size,
-            runtime.device.type == "cuda",
-            batch,
-            own_memory(),
-            in_memory=is_tensors(self.datasets["train"], self.collate),
-            iterable=isinstance(self.datasets["train"], IterableDataset),
-        )
+    def _size(self, split: str) -> LoaderSize:
+        keys, kind = self.cfg.DATALOADER, self.kinds[split]
+        return size_loader(keys, self.runtime, kind, *self._memory, self._nbytes[split])
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""
         for answer in answers:
             if isinstance(answer, Stated):
                 # The newest may be ahead of the training by the batches prefetched to the device.
-                self._stream_states = [*self._stream_states[-3:], answer.saved]
+                self._stream_states.append(answer.state)
                 answer = answer.batch
             yield answer

@@ -8,32 +8,31 @@ step k, the same on all of them.
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-REQUESTS = ("stop", "record", "evaluate", "checkpoint")
+from launcher.guard.stop import LAG
+
+REQUESTS = ("stop", "finish", "record", "evaluate", "checkpoint")
 # Two more passengers: whether the task weighs its batches, and the weight of the global batch.
 WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
-# On CUDA the answer is read this many steps later, when its copy to the host is long done: reading
-# it at once would make the host wait for the device in every step.
-LAG = 8
-
-
-class _Pending(NamedTuple):
-    host: torch.Tensor
-    done: torch.cuda.Event
 
 
 class Agreement:
     """The carrier of the requests and the reader of the answers, on one rank."""
 
-    def __init__(self, device: torch.device, world_size: int) -> None:
+    def __init__(
+        self, device: torch.device, world_size: int, on_their_way: Iterable[Sequence[str]] = ()
+    ) -> None:
+        """`on_their_way` is what the same of an attempt before gave."""
         self.carrier = nn.Parameter(torch.zeros(len(REQUESTS) + 2, device=device))
         self.world_size = world_size
         self._passengers = torch.zeros_like(self.carrier, requires_grad=False)
-        self._pending: deque[_Pending] = deque()
+        # Answers not read yet, oldest first: a copy on its way to the host, or names.
+        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]]
+        self._pending = deque(on_their_way)
 
     def loss_term(
         self, requests: frozenset[str], weight: torch.Tensor | float, weighted: bool
@@ -67,12 +66,24 @@ class Agreement:
         host.copy_(grad, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        self._pending.append(_Pending(host, done))
+        self._pending.append((host, done))
         if len(self._pending) <= LAG:
             return frozenset()
-        oldest = self._pending.popleft()
-        oldest.done.synchronize()  # LAG steps old: waits only where the host is that far ahead
-        return _names(oldest.host)
+        # LAG steps old: waits only where the host is that far ahead.
+        return _read(self._pending.popleft())
+
+    def on_their_way(self) -> list[list[str]]:
+        """What is agreed and not seen yet, step by step, so that a resumed run sees it at the same
+        step; stop requests are for this attempt alone. Waits for the device."""
+        return [sorted(_read(answer) - {"stop"}) for answer in self._pending]
+
+
+def _read(answer: tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]) -> frozenset[str]:
+    if isinstance(answer, tuple):
+        host, done = answer
+        done.synchronize()
+        return _names(host)
+    return frozenset(answer)
 
 
 def _names(answer: torch.Tensor) -> frozenset[str]:

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import shutil
 import time
-from dataclasses import dataclass
-from typing import Any
 
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState, random_state, set_random_state
-from launcher.config import CfgNode, parse_duration
-from launcher.data.splits import Data
-from launcher.engine.evaluate import evaluate
+from launcher.engine.evaluate import Evaluation
 from launcher.engine.optim import rates
-from launcher.engine.schedule import Schedule
 from launcher.engine.step import TrainStep
+from launcher.engine.timing import Timing
 from launcher.errors import RunError
+from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
-from launcher.telemetry.histograms import Histograms
-from launcher.telemetry.rundir import RunDirectory
-from launcher.telemetry.sinks import strict
-from launcher.telemetry.system import versions
-from launcher.telemetry.throughput import Eta, Throughput
 
 logger = logging.getLogger(__name__)
-NOTHING: frozenset[str] = frozenset()
-STOP = frozenset({"stop"})
-
-
-@dataclass
-class StopWatch:
-    """Where this rank's time since the last record went, in seconds."""
-
-    started: float
-    data: float = 0.0
-    away: float = 0.0  # evaluating and saving
-    samples: int = 0
-    steps: int = 0
-
-    def seconds(self, now: float) -> float:
-        """Time in steps, evaluations and saves left out."""
-        return max(now - self.started - self.away, 1e-9)
-
-    def figures(self, now: float) -> dict[str, float]:
-        seconds = self.seconds(now)
-        return {
-            "perf/step_s": seconds / self.steps,
-            "perf/data_s": self.data / self.steps,
-            "perf/samples_per_s": self.samples / seconds,
-        }
 
 
 class Loop:
@@ -59,246 +24,172 @@ class Loop:
 
     def __init__(
         self,
-        cfg: CfgNode,
-        task: Any,
         runtime: Runtime,
-        directory: RunDirectory,
-        data: Data,
+        guard: Guard,
         state: TrainingState,
-        schedule: Schedule,
+        step: TrainStep,
+        evaluation: Evaluation,
         saver: Saver | None,
     ) -> None:
-        self.cfg, self.task, self.runtime, self.directory = cfg, task, runtime, directory
-        self.data, self.state, self.schedule, self.saver = data, state, schedule, saver
-        before_update = saver.before_update if saver is not None else None
-        self.step = TrainStep(cfg, task, state, runtime, before_update)
+        self.cfg, self.runtime, self.guard, self.state = state.cfg, runtime, guard, state
+        self.step, self.evaluation, self.saver = step, evaluation, saver
+        self.data, self.callbacks, self.progress = state.data, state.callbacks, state.progress
         self.periods = {
-            "record": Every(cfg.LOG.EVERY),
-            "evaluate": Every(cfg.EVAL.EVERY),
-            "checkpoint": Every(cfg.CHECKPOINT.EVERY),
+            "record": Every(state.cfg.LOG.EVERY),
+            "evaluate": Every(state.cfg.EVAL.EVERY),
+            "checkpoint": Every(state.cfg.CHECKPOINT.EVERY),
         }
-        period = cfg.LOG.HISTOGRAMS if cfg.LOG.TENSORBOARD else ""
-        self.histograms = Histograms(period, state.model, state.recorder)
-        self.step.observe = self.histograms.gradients
-        self.throughput = Throughput(cfg, task, runtime.device, runtime.world_size)
         self.timed = [name for name, period in self.periods.items() if period.timed]
-        self.clock = StopWatch(time.monotonic())
-        self.advised = False
-        self.metrics: dict[str, float] = {}  # of an evaluation at this very step
-        self.recorded = self.evaluated = -1  # at which step
+        now = time.monotonic()
+        self.timing = Timing(now, self.progress.step, now)
+        # Of an evaluation at this very step.
+        self.metrics: dict[str, float] = {}
+        self.best = False
 
     def train(self) -> str | None:
         """One global batch after the other, and after each what is due, in this order: the record,
         the evaluation, the checkpoint.
 
-        Returns None at the end of TRAIN.DURATION, else (on rank 0) why the run was stopped before.
+        Returns None where the run is complete, else (on rank 0) why it was stopped before.
         """
-        cfg, plan, progress = self.cfg, self.data.train_plan, self.state.progress
-        duration = parse_duration(cfg.TRAIN.DURATION)
-        assert duration is not None  # the config check demands one
+        cfg, progress, plan = self.cfg, self.progress, self.data.train_plan
         if not cfg.EVAL.EVERY and cfg.CHECKPOINT.KEEP_BEST:
             logger.info("never evaluated: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
-        self._check_space()
-        self.clock = StopWatch(time.monotonic())
-        self.eta = Eta(self.schedule.total_steps, progress.step, self.clock.started)
-        watch = self.runtime.watch
-        finished = progress.reached(duration)
+        self.callbacks.call("on_start")
+        finished = self.state.is_finished()
         if self.state.due and not self._make_up(finished):
-            return self._stopped()
+            return self._why_stopped()
+        due: set[str] = set()  # also at a step that the scaler skipped
+        batches = self.data.batches()
         while not finished:
-            watch.enter("step")
-            before, self.metrics = progress.copy(), {}
-            k = plan.batches_in(progress.samples) % plan.steps_per_epoch
-            start, stop = plan.batch(k)
-            sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
-            self.schedule.apply(self.state.optimizer, progress.step)
-            self.histograms.prepare(progress, stop - start, plan.samples_per_epoch)
-            with self.throughput.step(sum(sizes)):
-                skipped, seen = self.step(self._next_batch, sizes, stop - start, self._requests())
-            progress.advance(stop - start, plan.samples_per_epoch, skipped)
-            finished = progress.reached(duration)
-            self.clock.steps += 1
-            self.clock.samples += stop - start
-            watch.started = True
+            self.guard.enter("step")
+            batch = next(batches)
+            before = progress.copy()
+            skipped, seen = self.step(batch, self._requests())
+            progress.advance(batch.count, plan.samples_per_epoch, skipped)
+            self.timing.steps += 1
+            self.timing.samples += batch.count
+            if "finish" in seen:
+                self.state.finished = self._why(self.callbacks.reasons.get("finish"))
+            finished = self.state.is_finished()
             stopping = "stop" in seen
+            due |= seen | {name for name, p in self.periods.items() if p.due(before, progress)}
             if skipped and not finished and not stopping:
-                continue  # no new step: nothing is due that was not due before
+                continue  # no new step; what is due with an epoch's end waits for the next one
             if not skipped:
-                self.histograms.show(progress.step)
-
-            due = seen | {name for name, p in self.periods.items() if p.due(before, progress)}
+                self.metrics, self.best = {}, False
+                self.callbacks.call("on_step")
             # A step stands once, also where the last batches were skipped by the scaler.
-            if ("record" in due or finished) and self.recorded < progress.step:
+            if ("record" in due or finished) and self.state.recorded < progress.step:
                 self.record()
             began = time.monotonic()
-            best: bool | None = False
-            evaluate_last = finished and cfg.EVAL.EVERY
-            if ("evaluate" in due or evaluate_last) and self.evaluated < progress.step:
+            put_off, evaluate_last = False, finished and cfg.EVAL.EVERY
+            if ("evaluate" in due or evaluate_last) and self.state.evaluated < progress.step:
                 # When asked to stop, the evaluation is left to the attempt that goes on.
-                best = None if stopping else self.evaluate()
-            if best is None or (stopping and not finished):
-                self.state.due = sorted({"evaluate"} | due & {"checkpoint"}) if best is None else []
+                put_off = stopping or not self.evaluate()
+            if put_off or (stopping and not finished):
+                left = ["checkpoint", "evaluate"] if "checkpoint" in due else ["evaluate"]
+                self.state.due = left if put_off else []
                 self.save(last=True)
-                return self._stopped()
-            if "checkpoint" in due or best or finished:
+                return self._why_stopped()
+            if "checkpoint" in due or self.best or finished:
                 self.save(last=finished)
-            self.clock.away += time.monotonic() - began
+            due = set()
+            self.timing.away += time.monotonic() - began
+        self.guard.enter("save")  # a rank may take long alone: to export the model, say
+        self.callbacks.call("on_end")
         return None
 
     def _make_up(self, finished: bool) -> bool:
         """Do what was due at the checkpoint's step when the attempt before this one was stopped;
         False where this one is asked to stop meanwhile."""
-        best, due = self.evaluate(), self.state.due
-        if best is None:
+        if not self.evaluate():
             return False
-        self.state.due = []
-        if best or finished or "checkpoint" in due:
+        due, self.state.due = self.state.due, []
+        if self.best or finished or "checkpoint" in due:
             self.save(last=finished)
         return True
 
-    def _stopped(self) -> str:
-        """Why; known to rank 0."""
-        # A collective, the last one: any rank may have been the one that was asked to.
-        reasons = self.runtime.gather(self.runtime.watch.stop)
-        for rank, reason in enumerate(reasons or []):
+    def _requests(self) -> frozenset[str]:
+        """What this rank has to say, and all see after the step: that it was asked to stop, what
+        callbacks ask for; on rank 0, what is due by its clock."""
+        asked = self.callbacks.take() if self.callbacks.asked else frozenset()
+        if self.guard.stop is not None:
+            asked |= {"stop"}
+        if self.timed and self.runtime.is_main:
+            asked |= {name for name in self.timed if self.periods[name].elapsed()}
+        return asked
+
+    def _why(self, ours: str | None) -> str:
+        """The reason of the first rank that has one; known to rank 0."""
+        # A collective, in a run's last step: any rank may have been the one that asked.
+        for rank, reason in enumerate(self.runtime.gather(ours) or []):
             if reason is not None:
                 return reason if rank == 0 else f"{reason} (rank {rank})"
-        return "asked to"
+        return "another rank"
 
-    def _check_space(self) -> None:
-        """Warn where the disk has no room for the checkpoints that are kept, and one being written.
-
-        Weights, their average, and as much again as the optimiser may keep for each weight.
-        """
-        if self.saver is None:
-            return
-        weights = sum(t.nbytes for t in self.state.model.state_dict().values())
-        copies = 2 + (self.state.ema is not None) + (self.cfg.OPTIM.NAME == "adamw")
-        kept = self.cfg.CHECKPOINT.KEEP_LAST + self.cfg.CHECKPOINT.KEEP_BEST
-        needed = (kept + 1) * weights * copies
-        free = shutil.disk_usage(self.directory.path).free
-        if free < needed:
-            logger.warning(
-                "%.1f GiB are free in %s, and %d checkpoints with one being written need about "
-                "%.1f GiB: free some, or lower CHECKPOINT.KEEP_LAST and KEEP_BEST",
-                free / 2**30,
-                self.directory.path,
-                kept,
-                needed / 2**30,
-            )
-
-    def _next_batch(self) -> Any:
-        began = time.monotonic()
-        self.runtime.watch.enter("data")
-        batch = self.data.next_batch()
-        self.runtime.watch.enter("step")
-        self.clock.data += time.monotonic() - began
-        return batch
-
-    def _requests(self) -> frozenset[str]:
-        """What this rank has to say, and all see after the step: that it was asked to stop; on rank
-        0, what is due by its clock."""
-        stop = NOTHING if self.runtime.watch.stop is None else STOP
-        if not self.timed or not self.runtime.is_main:
-            return stop
-        return stop | {name for name in self.timed if self.periods[name].elapsed()}
+    def _why_stopped(self) -> str:
+        return self._why(self.guard.stop or self.callbacks.reasons.get("stop"))
 
     def record(self) -> None:
         """Write the means since the last record. A collective."""
-        now = time.monotonic()
-        self.recorded = self.state.progress.step
-        extra = {**rates(self.state.optimizer), **self.clock.figures(now)}
-        extra |= self.throughput.figures(extra["perf/samples_per_s"])
-        extra |= self.eta.figures(self.recorded, now)
-        if self.state.scaler.is_enabled():
-            batches = self.data.train_plan.batches_in(self.state.progress.samples)
-            extra["train/skipped_steps"] = batches - self.state.progress.step
-        self.state.recorder.record(self.state.progress.as_dict(), extra, self.step.own.take)
-        self._advise(now)
-        self.clock = StopWatch(time.monotonic())
+        state, step = self.state, self.progress.step
+        state.recorded = step
+        # The collective, and the one place where training waits for the device to read values.
+        parts = state.recorder.gather(self.callbacks.local_figures())
+        record = None
+        if parts is not None:
+            means, ranks = parts
+            now, total = time.monotonic(), self.step.schedule.total_steps
+            timing = self.timing.figures(now, self.data.waited, step, total)
+            record = {**self.progress.as_dict(), **means, **rates(state.optimizer), **timing}
+            if state.scaler.is_enabled():
+                batches = self.data.train_plan.batches_in(self.progress.samples)
+                record["train/skipped_steps"] = batches - self.progress.step
+            record |= self.callbacks.figures(record, ranks)
+            state.recorder.write(record)
+        self.callbacks.call("on_record", record)
+        self.timing.restart(time.monotonic(), self.data.waited)
 
-    def _advise(self, now: float) -> None:
-        """One line, once an attempt, where over a fifth of the time is spent waiting for data."""
-        seconds, steps = self.clock.seconds(now), self.clock.steps
-        if self.advised or seconds < 1 or self.clock.data < 0.2 * seconds:
-            return
-        self.advised = True
-        logger.warning(
-            "training waits for data %.0f %% of its time (perf/data_s %.4f of perf/step_s %.4f; "
-            "%s). `launcher tune-loader` finds better settings.",
-            100 * self.clock.data / seconds,
-            self.clock.data / steps,
-            seconds / steps,
-            self.data.size.reason if self.data.size else "",
-        )
-
-    def evaluate(self) -> bool | None:
-        """Evaluate, with the averaged weights where there are, and say whether it is a new best;
-        None where it was given up because a rank was asked to stop. A collective."""
+    def evaluate(self) -> bool:
+        """Evaluate, with the averaged weights where there are; False where it was given up because
+        a rank was asked to stop. A collective."""
         cfg, state = self.cfg, self.state
         # What an evaluation draws leaves the training's random state as it was: it may be left
         # out, done once more or given up, and the steps after it stay the same.
         before = random_state()
-        model = state.model if state.ema is None else state.ema.module
-        metrics = evaluate(
-            cfg, self.task, model, self.data.evaluation(), self.data.val_plan, self.runtime
-        )
+        metrics = self.evaluation(state.model if state.ema is None else state.ema.module)
         set_random_state(before)
-        self.runtime.watch.enter("step")
+        self.guard.enter("step")
         if metrics is None:
-            return None
-        self.evaluated = state.progress.step
-        self.metrics = {f"val/{key}": value for key, value in metrics.items()}
-        state.recorder.write(state.progress.as_dict(), self.metrics)
-        if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in self.metrics:
+            return False
+        state.evaluated, self.metrics = self.progress.step, metrics
+        state.recorder.write(metrics)
+        if cfg.CHECKPOINT.KEEP_BEST and cfg.CHECKPOINT.METRIC not in metrics:
             raise RunError(
                 f"CHECKPOINT.METRIC {cfg.CHECKPOINT.METRIC} is none of what the evaluation gave: "
-                f"{', '.join(self.metrics)}. Set it to one of these, or CHECKPOINT.KEEP_BEST 0."
+                f"{', '.join(metrics)}. Set it to one of these, or CHECKPOINT.KEEP_BEST 0."
             )
-        best = None
-        if self.saver is not None:
-            best = self.saver.store.is_best(self.metrics, self.saver.pending)
-        # A collective: rank 0 alone sees the checkpoints.
-        return self.runtime.broadcast(best)
+        self.callbacks.call("on_evaluation", metrics)
+        best = self.saver is not None and self.saver.store.is_best(metrics, self.saver.pending)
+        self.best = self.runtime.broadcast(best)  # a collective: rank 0 alone sees the checkpoints
+        return True
 
     def save(self, last: bool = False) -> None:
         """Start to save this step boundary; the last save is waited for. A collective."""
+        self.callbacks.call("on_checkpoint")
+        self.guard.enter("save")
         state = self.state
-        self.runtime.watch.enter("save")
-        try:
-            self._save(state, last)
-        finally:
-            self.runtime.watch.enter("step")
-
-    def _save(self, state: TrainingState, last: bool) -> None:
+        state.agreed = self.step.agreement.on_their_way()
+        # A checkpoint says how long the files are up to it: the records must be in them.
+        written = state.recorder.writer.flush()
         captured = state.capture(self.runtime)
-        if captured is None or self.saver is None:
-            return
-        if not state.recorder.flush():
-            # A checkpoint says how long the files are up to it: it must not come before them.
-            if last:
+        if captured is not None and self.saver is not None:
+            if written:
+                manifest = state.manifest(self.runtime.world_size, self.metrics)
+                self.saver.save(captured, manifest, last)
+            elif last:
                 raise RunError("no last checkpoint: the records before it could not be written")
-            logger.warning("no checkpoint: the records before it could not be written")
-            return
-        position = state.progress.as_dict()
-        config = self.cfg.dump()
-        captured |= {
-            "config": config,
-            "dataset_length": self.data.train_plan.length,
-            "stream": self.data.stream_state(state.progress.samples),
-            "files": self.directory.positions(),
-        }
-        manifest = {
-            **position,
-            "world_size": self.runtime.world_size,
-            "metrics": strict(self.metrics),
-            "time": time.time(),
-            "versions": versions(),
-            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
-        }
-        self.saver.save(captured, manifest, changing=list(state.model.buffers()))
-        if last and self.saver.wait() is not None:
-            # Nothing comes after it that could be tried instead.
-            self.saver.save(captured, manifest, changing=list(state.model.buffers()))
-            if (error := self.saver.wait()) is not None:
-                raise RunError(f"the last checkpoint could not be saved: {error}") from error
+            else:
+                logger.warning("no checkpoint: the records before it could not be written")
+        self.guard.enter("step")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,19 +16,13 @@ from launcher.runtime.process import Runtime
 
 logger = logging.getLogger(__name__)
 
+# As it is allowed: the order of a data set of another length is another.
+DATA = "DATASET_LENGTH"
 # Keys that say where and how much to log, save and evaluate, or how to load: the steps of a run do
 # not depend on them.
 FREE = (
-    "OUTPUT_DIR",
-    "LOG.",
-    "CHECKPOINT.",
-    "EVAL.",
-    "TRAIN.MAX_TIME",
-    "DIST.",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.PREFETCH_FACTOR",
-    "DATALOADER.PIN_MEMORY",
-    "MODEL.WEIGHTS",
+    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
+    *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
 
 
@@ -49,9 +45,7 @@ def find(
                 f"--resume-from {resume_from} holds no training state. To start from weights "
                 "alone use MODEL.WEIGHTS."
             )
-    # Collectives. A Found is taken apart: only plain values and tensors are sent.
-    parts = runtime.broadcast_state(None if found is None else list(vars(found).values()))
-    return None if parts is None else Found(*parts)
+    return runtime.broadcast_state(found)  # collectives
 
 
 def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
@@ -73,35 +67,27 @@ def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
     raise UsageError(f"there is no valid checkpoint{told} in {store.directory}")
 
 
-def check_config(saved: str, cfg: CfgNode, allow: frozenset[str]) -> None:
-    """Print how the config differs from the checkpoint's; refuse what would break exactness.
+def check_changes(
+    saved: Mapping[str, Any], cfg: CfgNode, length: int, allow: frozenset[str]
+) -> dict[str, str]:
+    """Print how this config, and the `length` of the training data, differ from those of a saved
+    state, and return that by key; refuse what would break exactness.
 
     Raises UsageError unless every such key is in `allow`.
     """
-    old, new = flatten(CfgNode(yaml.safe_load(saved))), flatten(cfg)
-    changed = [
-        key for key in sorted(old.keys() | new.keys()) if _plain(old, key) != _plain(new, key)
-    ]
-    for key in changed:
-        logger.info("changed since the checkpoint: %s %r -> %r", key, old.get(key), new.get(key))
+    old = flatten(CfgNode(yaml.safe_load(saved["config"]))) | {DATA: saved["dataset_length"]}
+    new = flatten(cfg) | {DATA: length}
+    changed = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, now = (list(v) if isinstance(v, tuple) else v for v in (old.get(key), new.get(key)))
+        if before != now:
+            changed[key] = f"{key}: {before!r} -> {now!r}"
+            logger.info("changed since the checkpoint: %s", changed[key])
     refused = [key for key in changed if not key.startswith(FREE) and key not in allow]
     if refused:
-        told = "\n".join(f"  {key}: {old.get(key)!r} -> {new.get(key)!r}" for key in refused)
+        told = "\n".join(f"  {changed[key]}" for key in refused)
         raise UsageError(
             f"This config differs from the checkpoint's, so the run cannot go on exactly:\n{told}\n"
             f"To go on all the same: --allow {','.join(refused)}"
         )
-
-
-def _plain(flat: dict[str, object], key: str) -> object:
-    value = flat.get(key)
-    return list(value) if isinstance(value, tuple) else value
-
-
-def check_length(saved: int, now: int, allow: frozenset[str]) -> None:
-    """Refuse to go on with a data set of another length: the order of its samples is another."""
-    if saved != now and "DATASET_LENGTH" not in allow:
-        raise UsageError(
-            f"The training data set has {now} samples; the checkpoint was made with {saved}, so "
-            "the run cannot go on exactly. To go on all the same: --allow DATASET_LENGTH"
-        )
+    return changed

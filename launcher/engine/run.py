@@ -5,6 +5,7 @@ config -> task -> data set -> order -> loader -> device -> step -> recorder and 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -13,260 +14,247 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from launcher.callbacks import Callbacks, Made, Run, shipped
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
-from launcher.checkpoint.weights import load_weights
-from launcher.config import CfgNode, flatten, parse_duration
+from launcher.config import CfgNode
 from launcher.data.splits import Data
-from launcher.engine.evaluate import evaluate
-from launcher.engine.failure import Failures
+from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
-from launcher.engine.members import compare, model_layout
 from launcher.engine.optim import build_optimizer
-from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
-from launcher.engine.schedule import build_schedule
-from launcher.engine.stopping import StopMargin, deadlines
+from launcher.engine.resume import check_changes, choose_checkpoint, find
+from launcher.engine.step import TrainStep
+from launcher.errors import UsageError
+from launcher.guard.guard import Guard
+from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
-from launcher.runtime.progress import Progress
-from launcher.telemetry.background import Background
-from launcher.telemetry.console import Console
-from launcher.telemetry.heartbeat import Heartbeat
-from launcher.telemetry.logs import Logs
-from launcher.telemetry.recorder import Recorder, Sink
-from launcher.telemetry.rundir import RunDirectory
-from launcher.telemetry.sinks import ConsoleLines, JsonLines, strict
-from launcher.telemetry.system import SystemFigures, describe, this_rank
-from launcher.telemetry.task_recorder import RunRecorder
+from launcher.runtime.progress import in_steps
+from launcher.tasks import make_task
+from launcher.telemetry.environment import describe, this_rank
+from launcher.telemetry.logs import LogLines, Logs
+from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.rundir import RunDirectory, replace_json
+from launcher.telemetry.sinks import JsonLines, strict
+from launcher.telemetry.writer import Writer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a run starts: from the command line, the same on every rank."""
+class Job:
+    """What the command line asks for; the same on every rank."""
 
+    cfg: CfgNode
+    task_class: type
+    directory: RunDirectory
     argv: Sequence[str] = ()
     resume: bool = False
     resume_from: Path | None = None
     allow: frozenset[str] = field(default_factory=frozenset)
+    callbacks: Sequence[Made] = ()  # those of CALLBACKS
+    evaluate: str = "last"  # "last", "best" or a path: the checkpoint of --eval-only
 
 
-def run(
-    cfg: CfgNode,
-    task_class: type,
-    runtime: Runtime,
-    logs: Logs,
-    directory: RunDirectory,
-    start: Start,
-    failures: Failures,
-) -> bool:
-    """Train `task_class` as the config says; False where it was asked to stop before the end.
-    Called by every rank.
+def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
+    """Train as the config says; False where it was asked to stop before the end. Called by every
+    rank.
 
-    Called within `watching`, which gives `failures`. Raises UsageError for what the user must mend,
-    before the run directory is made or changed.
+    Raises UsageError for what the user must mend, before the run directory is made or changed.
     """
-    task = task_class(cfg)
-    data = Data(cfg, task, runtime)
-    state = build_state(cfg, task, runtime)
-    failures.progress = state.progress
-    task.recorder = RunRecorder(state.recorder, state.progress, runtime)
-    schedule = build_schedule(cfg, data.train_plan)
-    built = {
-        "the number of steps": schedule.total_steps,
-        "the model's layout": model_layout(state.model),
-    }
-    compare(built, runtime)
+    cfg, directory, writer = job.cfg, job.directory, Writer()
+    recorder = Recorder(runtime, guard.progress, writer)
+    task = make_task(job.task_class, cfg, recorder)
+    data = Data(cfg, task, runtime, guard.enter)
+    state = build_state(job, task, data, recorder, runtime)
+    plan, progress = data.train_plan, state.progress
+    steps = in_steps(cfg.TRAIN.DURATION, plan.steps_per_epoch)
+    guard.agree(
+        {
+            "the data sets' length": data.lengths,
+            "the number of steps": steps,
+            "the model's layout": model_layout(state.model),
+        }
+    )
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
-    found = find(store, start.resume, start.resume_from, runtime)
+    found = find(store, job.resume, job.resume_from, runtime)
     if found is not None:
-        check_config(found.state["config"], cfg, start.allow)
-        check_length(found.state["dataset_length"], data.train_plan.length, start.allow)
-        state.restore(found.state, runtime)
-        duration = parse_duration(cfg.TRAIN.DURATION)
-        if duration is not None and state.progress.reached(duration) and not state.due:
-            logger.info("this run is complete: step %d. Nothing to do.", state.progress.step)
+        changed = check_changes(found.state, cfg, data.length, job.allow)
+        state.restore(found.state, runtime, changed)
+        if "TRAIN.DURATION" in changed:
+            state.finished = ""  # whoever asks for another duration wants it to go on
+        # Where batches are of another size now, the next one begins at its own boundary.
+        epoch, k = divmod(plan.batches_in(progress.samples), plan.steps_per_epoch)
+        begin = epoch * plan.samples_per_epoch + plan.batch(k)[0]
+        progress.advance(begin - progress.samples, plan.samples_per_epoch, skipped=True)
+        if state.is_finished() and not state.due:
+            if found.step is None:
+                raise UsageError(
+                    f"--resume-from {job.resume_from} is complete, at step {progress.step}: there "
+                    "is nothing to train. Raise TRAIN.DURATION, with --allow TRAIN.DURATION."
+                )
+            logger.info("this run is complete: step %d. Nothing to do.", progress.step)
             # Killed after its last checkpoint, it could not say so itself.
             if runtime.is_main and directory.read_status().get("state") != "completed":
-                _write_end(directory, state.progress, None)
+                write_end(directory, state, None)
             return True
     elif cfg.MODEL.WEIGHTS:
-        load_weights(Path(cfg.MODEL.WEIGHTS), state.model, runtime, strict=cfg.MODEL.WEIGHTS_STRICT)
-    stream = found.state["stream"] if found is not None else None
-    data.start(state.progress.samples, stream, state.threads)
+        # A collective: rank 0 loads, and DDP gives the others what it has.
+        path, strict_names = Path(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS_STRICT
+        runtime.on_main(lambda: load_weights(path, state.model, strict_names))
+    data.start(progress.samples, found.state["stream"] if found else None, state.threads)
     resumed = found is not None and found.step is not None
-    total = schedule.total_steps
-    open_directory(cfg, directory, runtime, logs, data, start, state.progress, resumed, total)
-    failures.open()
-    console = Console(total, enabled=runtime.is_main)
-    logs.attach(console)
-    saver = heartbeat = None
+    open_directory(job, state, runtime, resumed)
+    logs.open(directory.logs)
+    guard.open()
+    saver = None
     if runtime.is_main:
+        store.clean(found.damaged if found is not None else ())
         if found is not None and resumed:
-            store.clean(found.damaged)
-            directory.rewind(found.state["files"], state.progress.step, found.damaged)
-        else:
-            store.clean()
-        state.recorder.sink = Background(
-            build_sinks(cfg, directory, console, state.progress),
-            directory.write_history,
-            SystemFigures(runtime.device, directory.path).latest,
-        )
-        margin = StopMargin(runtime, state.progress)
+            directory.rewind(found.state["files"], progress.step, found.damaged)
+
+        def beat() -> None:
+            directory.heartbeat(progress.as_dict())
+            guard.look_for_stop_file()
 
         def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
-            directory.saved(manifest, seconds, error)
-            margin.saved(seconds)
+            how: dict[str, Any] = {"seconds": seconds}
+            if error is not None:
+                how = {"failed": f"{type(error).__name__}: {error}"}
+            step = manifest["step"]
+            directory.write_history("checkpoint", step, path=f"step_{step}", **how)
+            guard.saved(seconds)
+            if error is None:
+                state.callbacks.call("on_saved", seconds)
 
-        saver = Saver(store, runtime.device, saved)
-        ask = runtime.watch.request_stop
-        heartbeat = Heartbeat(directory, state.progress, deadlines(cfg), margin, ask)
+        sinks = [JsonLines(directory.metrics), LogLines(), *state.callbacks.sinks()]
+        writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
+        saver = Saver(store, saved)
+    completed = False
     try:
-        console.start(state.progress.step)
-        loop = Loop(cfg, task, runtime, directory, data, state, schedule, saver)
-        stopped = loop.train()
-        if stopped is None and state.recorder.sink is not None:
-            state.recorder.sink.finish()
+        step = TrainStep(cfg, task, state, runtime)
+        evaluation = Evaluation(cfg, task, runtime, guard, data)
+        stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
+        completed = stopped is None
     finally:
-        runtime.watch.enter("save")
-        console.close()
+        guard.enter("save")
         data.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
-        if state.recorder.sink is not None:
-            state.recorder.sink.close()
-        if heartbeat is not None:
-            heartbeat.close()
+        writer.close(completed)
     if runtime.is_main:
-        _write_end(directory, state.progress, stopped)
+        write_end(directory, state, stopped)
     return stopped is None
 
 
-def _write_end(directory: RunDirectory, progress: Progress, stopped: str | None) -> None:
-    if stopped is None:
-        directory.write_status("completed", progress.as_dict())
-        directory.write_history("finish", progress.step, epoch=progress.epoch)
-        how = "done"
-    else:
-        directory.write_status("stopped", progress.as_dict(), stopped)
-        directory.write_history("stop", progress.step, epoch=progress.epoch, reason=stopped)
-        how = f"stopped ({stopped}), to go on with --resume"
-    told = (how, progress.step, progress.epoch, directory.path)
-    logger.info("%s: %d steps, %d epochs. The run is in %s", *told)
-
-
-def evaluate_only(
-    cfg: CfgNode,
-    task_class: type,
-    runtime: Runtime,
-    directory: RunDirectory,
-    which: str,
-) -> bool:
-    """Evaluate a checkpoint ("last", "best" or a path) and write evaluations/<UTC time>.json; False
-    where it was asked to stop before that was done.
-
-    Raises UsageError where there is no such checkpoint.
-    """
-    task = task_class(cfg)
-    data = Data(cfg, task, runtime)
-    model = task.build_model().to(runtime.device)
-    task.recorder = RunRecorder(Recorder(runtime), Progress(), runtime)
-    store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
-    path = choose_checkpoint(store, which) if runtime.is_main else None
-    path = runtime.broadcast(path)  # a collective: rank 0 alone need see the checkpoints
-    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0
-    saved = load_weights(path, model, runtime, strict_names, ema)
-    # A collective a tensor: the model of rank 0 is everybody's.
-    runtime.broadcast_tensors(list(model.state_dict().values()))
-    data.start_evaluation()
-    runtime.watch.started = True
-    metrics = evaluate(cfg, task, model, data.evaluation(), data.val_plan, runtime)
-    if metrics is None:
-        logger.info("stopped (%s) before the evaluation was done", runtime.watch.stop)
-        return False
-    if runtime.is_main:
-        values = {f"val/{key}": value for key, value in metrics.items()}
-        directory.write_evaluation({"step": saved, "checkpoint": str(path), "metrics": values})
-        print(json.dumps(strict(values), allow_nan=False))
-    return True
-
-
-def build_state(cfg: CfgNode, task: Any, runtime: Runtime) -> TrainingState:
+def build_state(
+    job: Job, task: Any, data: Data, recorder: Recorder, runtime: Runtime
+) -> TrainingState:
     """The model, its optimiser and all else that a checkpoint holds, fresh."""
+    cfg, ema = job.cfg, None
     model = task.build_model().to(runtime.device)
-    ema = None
+    optimizer = build_optimizer(cfg, task, model)
     if cfg.MODEL.EMA_DECAY > 0:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.MODEL.EMA_DECAY))
         ema.eval()
     # CUDA and CPU both have a scaler; it is off, and costs nothing, except in fp16.
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
-    return TrainingState(
-        model=model,
-        optimizer=build_optimizer(cfg, task, model),
-        scaler=scaler,
-        ema=ema,
-        progress=Progress(),
-        recorder=Recorder(runtime),
+    view = Run(cfg, task, model, optimizer, recorder, data, runtime, job.directory.path)
+    callbacks = Callbacks(
+        [
+            *(made(view) for made in shipped(cfg, task, runtime)),
+            *(made(view, **arguments) for made, arguments in job.callbacks),
+        ]
     )
+    parts = (model, optimizer, scaler, ema, recorder, data, callbacks)
+    return TrainingState(cfg, *parts, job.directory)
 
 
-def build_sinks(
-    cfg: CfgNode, directory: RunDirectory, console: Console, progress: Progress
-) -> list[Sink]:
-    """Where rank 0's records go."""
-    sinks: list[Sink] = [JsonLines(directory.metrics), ConsoleLines(console)]
-    if cfg.LOG.TENSORBOARD:
-        # Before any loader worker is forked: one that is forked while another thread imports a
-        # module cannot import it.
-        from launcher.telemetry.tensorboard import TensorBoard
-
-        folder, first = directory.tensorboard, progress.step + 1
-        sinks.append(TensorBoard(folder, first, cfg.dump(), flatten(cfg)))
-    return sinks
+def model_layout(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of a model's parameters and buffers."""
+    tensors = model.state_dict()
+    kinds = (
+        (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__
+        for t in tensors.values()
+    )
+    text = "\n".join(f"{name} {kind}" for name, kind in zip(tensors, kinds, strict=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def open_directory(
-    cfg: CfgNode,
-    directory: RunDirectory,
-    runtime: Runtime,
-    logs: Logs,
-    data: Data,
-    start: Start,
-    progress: Progress,
-    resumed: bool,
-    total_steps: int,
-) -> None:
+def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bool) -> None:
     """Make the run directory, once every rank has built everything without a mistake."""
-    assert data.size is not None
+    cfg, directory, progress, data = job.cfg, job.directory, state.progress, state.data
     # A collective: rank 0 goes on only when all ranks have come this far.
     ranks = runtime.gather(this_rank(runtime.device))
     if ranks is not None:
         if not resumed and directory.holds_run():  # --overwrite, or --resume without a checkpoint
             logger.info("the old run directory is now %s", directory.set_aside())
-        directory.claim()
-        directory.sign()
-        # One from before asked the attempt of then to stop; who starts this one wants it to run.
-        directory.stop.unlink(missing_ok=True)
+        directory.begin()
         directory.config.write_text(cfg.dump(), encoding="utf-8")
-        directory.write_environment(
+        replace_json(
+            directory.environment,
             {
-                **describe(start.argv),
+                **describe(job.argv),
                 "job": runtime.topology.job_id,
                 "launched_by": runtime.topology.launched_by,
-                "total_steps": total_steps,
+                "total_steps": in_steps(cfg.TRAIN.DURATION, data.train_plan.steps_per_epoch),
                 "ranks": ranks,
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
-            }
+            },
         )
         directory.write_status("running", progress.as_dict())
         directory.write_history(
             "resume" if resumed else "start",
             progress.step,
             world_size=runtime.world_size,
-            **({"from": str(start.resume_from)} if start.resume_from and not resumed else {}),
+            **({"from": str(job.resume_from)} if job.resume_from and not resumed else {}),
         )
     runtime.broadcast()  # a collective: the others wait for the directory
-    logs.open(directory.logs)
+
+
+def write_end(directory: RunDirectory, state: TrainingState, stopped: str | None) -> None:
+    """The last word of a run that is complete, or was asked to stop."""
+    progress = state.progress
+    if stopped is not None:
+        status, event, reason = "stopped", "stop", stopped
+        how = f"stopped ({reason}), to go on with --resume"
+    else:
+        reason = f"finished by {state.finished}" if state.finished else ""
+        status, event, how = "completed", "finish", f"done ({reason})" if reason else "done"
+    directory.write_status(status, progress.as_dict(), reason)
+    told = {"reason": reason} if reason else {}
+    directory.write_history(event, progress.step, epoch=progress.epoch, **told)
+    where = (how, progress.step, progress.epoch, directory.path)
+    logger.info("%s: %d steps, %d epochs. The run is in %s", *where)
+
+
+def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
+    """Evaluate `job.evaluate` and write evaluations/<UTC time>.json; False where it was asked to
+    stop before that was done.
+
+    Raises UsageError where there is no such checkpoint.
+    """
+    cfg, directory = job.cfg, job.directory
+    task = make_task(job.task_class, cfg, Recorder(runtime, guard.progress, Writer()))
+    data = Data(cfg, task, runtime, guard.enter)
+    model = task.build_model().to(runtime.device)
+    guard.agree({"the data sets' length": data.lengths})
+    data.set_threads()
+    store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
+    # Collectives: rank 0 alone need see the checkpoints.
+    path = runtime.on_main(lambda: choose_checkpoint(store, job.evaluate))
+    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0
+    saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
+    # A collective a tensor: the model of rank 0 is everybody's.
+    runtime.broadcast_tensors(list(model.state_dict().values()))
+    metrics = Evaluation(cfg, task, runtime, guard, data)(model)
+    if metrics is None:
+        logger.info("stopped (%s) before the evaluation was done", guard.stop)
+        return False
+    if runtime.is_main:
+        directory.write_evaluation({"step": saved, "checkpoint": str(path), "metrics": metrics})
+        print(json.dumps(strict(metrics), allow_nan=False))
+    return True

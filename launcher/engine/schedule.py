@@ -11,7 +11,7 @@ from launcher.config import CfgNode
 from launcher.data.plan import Plan
 from launcher.runtime.progress import in_steps
 
-# The factor of the base learning rate at a share of the run done, from 0 to 1.
+# The factor of the base rate at a share, 0 to 1, of the way from the warm-up's end to the run's.
 Factor = Callable[[float], float]
 
 
@@ -29,15 +29,14 @@ def cosine(final: float) -> Factor:
 
 
 def step(milestones: list[float], gamma: float) -> Factor:
-    """`gamma` once more for every milestone passed; milestones are shares of the run."""
+    """`gamma` once more for every milestone passed; milestones are shares of the same way."""
     return lambda done: gamma ** sum(done >= milestone for milestone in milestones)
 
 
 class Schedule:
-    """The factor for each optimiser step, warm-up included.
-
-    Warm-up rises linearly over its steps to the full rate; the schedule itself runs over the whole
-    duration, so the end is where it would be without a warm-up.
+    """The factor for each optimiser step: first the warm-up, which rises linearly to the full rate,
+    then the schedule, from the warm-up's end to the run's end. They are never multiplied, so the
+    full rate is reached.
     """
 
     def __init__(self, factor: Factor, total_steps: int, warmup_steps: int = 0) -> None:
@@ -45,29 +44,29 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """The factor for the update that follows `step` updates."""
-        factor = self.factor(min(step / self.total_steps, 1.0))
-        if step < self.warmup_steps:
-            factor *= (step + 1) / (self.warmup_steps + 1)
-        return factor
+        warmup = self.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return self.factor(min((step - warmup) / max(self.total_steps - warmup, 1), 1.0))
 
-    def apply(self, optimizer: Optimizer, step: int) -> float:
-        """Set every parameter group's rate from the one it was made with; the first is returned."""
+    def apply(self, optimizer: Optimizer, step: int) -> None:
+        """Set every parameter group's rate from the one it was made with."""
         factor = self(step)
         for group in optimizer.param_groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        return optimizer.param_groups[0]["lr"]
 
 
 def build_schedule(cfg: CfgNode, plan: Plan) -> Schedule:
     """The schedule that OPTIM.* describes, over TRAIN.DURATION."""
-    total = in_steps(cfg.TRAIN.DURATION, plan.steps_per_epoch)
-    milestones = [in_steps(text, plan.steps_per_epoch) / total for text in cfg.OPTIM.MILESTONES]
+    total, warmup, *milestones = (
+        in_steps(text, plan.steps_per_epoch)
+        for text in (cfg.TRAIN.DURATION, cfg.OPTIM.WARMUP, *cfg.OPTIM.MILESTONES)
+    )
+    shares = [(milestone - warmup) / max(total - warmup, 1) for milestone in milestones]
     factors: dict[str, Factor] = {
         "constant": constant(),
         "linear": linear(cfg.OPTIM.FINAL_FACTOR),
         "cosine": cosine(cfg.OPTIM.FINAL_FACTOR),
-        "step": step(milestones, cfg.OPTIM.GAMMA),
+        "step": step(shares, cfg.OPTIM.GAMMA),
     }
-    return Schedule(
-        factors[cfg.OPTIM.SCHEDULE], total, in_steps(cfg.OPTIM.WARMUP, plan.steps_per_epoch)
-    )
+    return Schedule(factors[cfg.OPTIM.SCHEDULE], total, warmup)

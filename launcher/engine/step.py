@@ -8,19 +8,20 @@ ranks is undone by their number.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import numbers
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
+from launcher.data.splits import GlobalBatch
 from launcher.engine.agreement import Agreement
+from launcher.engine.schedule import build_schedule
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
-from launcher.telemetry.stragglers import OwnTime
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -71,9 +72,9 @@ class StepModule(nn.Module):
         device = self.carrier.device
         scalars = {}
         for key, value in values.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, numbers.Real):  # numpy's too
                 # A fill on the device; a copy to it would wait.
-                value = torch.full((), value, dtype=torch.float32, device=device)
+                value = torch.full((), float(value), dtype=torch.float64, device=device)
             if not isinstance(value, torch.Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
                 raise RunError(f"{name} must return scalars; {key!r} is {shape}")
@@ -88,25 +89,18 @@ class StepModule(nn.Module):
 class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
-    def __init__(
-        self,
-        cfg: CfgNode,
-        task: Any,
-        state: TrainingState,
-        runtime: Runtime,
-        before_update: Callable[[], None] | None = None,
-    ) -> None:
-        """`before_update` is called before each update: a checkpoint may still copy the weights."""
-        self.before_update = before_update
-        self.observe: Callable[[], None] | None = None  # called with the gradients of each step
-        self.model, self.optimizer, self.ema = state.model, state.optimizer, state.ema
-        self.scaler, self.recorder, self.clip = state.scaler, state.recorder, cfg.TRAIN.GRAD_CLIP
-        self.own = OwnTime(runtime.device)
-        self.agreement = Agreement(runtime.device, runtime.world_size)
+    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
+        self.state, self.model, self.optimizer = state, state.model, state.optimizer
+        self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
+        self.clip = cfg.TRAIN.GRAD_CLIP
+        self.schedule = build_schedule(cfg, state.data.train_plan)
+        self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.model.training:  # as a pretrained one comes; a module in it keeps its mode
+            self.model.train()
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg)
         if runtime.distributed:
-            self.module = DistributedDataParallel(
+            self.module = DDP(
                 self.module,
                 gradient_as_bucket_view=True,
                 find_unused_parameters=cfg.DIST.FIND_UNUSED_PARAMETERS,
@@ -124,43 +118,31 @@ class TrainStep:
         (out.loss + out.term).backward()
         self.module.zero_grad()
 
-    def __call__(
-        self,
-        next_batch: Callable[[], Any],
-        sizes: list[int],
-        count: int,
-        requests: frozenset[str],
-    ) -> tuple[bool, frozenset[str]]:
-        """One step over a global batch of `count` samples, of which this rank has `sizes`.
+    def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
+        """One step over a global batch, at the rates of the schedule.
 
         Returns whether the gradient scaler skipped the update, and the requests all ranks saw.
         """
-        self.own.begin()
-        self.module.train()
+        self.schedule.apply(self.optimizer, self.state.progress.step)
+        self.callbacks.call("before_step", sum(batch.sizes))
         weighted = False
-        for i, samples in enumerate(sizes or [0]):
-            batch = next_batch() if samples else None
-            last = i >= len(sizes) - 1
+        for i, samples in enumerate(batch.sizes or [0]):
+            micro_batch = next(batch.batches) if samples else None
             # Gradients cross the ranks once a step: with the last micro-batch.
-            with contextlib.nullcontext() if last else self._no_sync():
-                out = self.module(batch, samples, count, requests)
+            held, module = i < len(batch.sizes) - 1, self.module
+            with module.no_sync() if held and isinstance(module, DDP) else contextlib.nullcontext():
+                out = self.module(micro_batch, samples, batch.count, requests)
                 loss = self.scaler.scale(out.loss) + out.term
-                if last:
-                    self.own.watch(loss)
+                self.callbacks.call("on_backward", loss)
                 loss.backward()
             if samples:
                 weighted = isinstance(out.weight, torch.Tensor)
                 self.recorder.add(out.values, out.weight)
-        self._normalise(count, weighted, idle=not sizes)
+        self._normalise(batch.count, weighted, idle=not batch.sizes)
         skipped = self._update()
         seen = self.agreement.seen()
         self.module.zero_grad()
         return skipped, seen
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        if isinstance(self.module, DistributedDataParallel):
-            return self.module.no_sync()
-        return contextlib.nullcontext()
 
     def _normalise(self, count: int, weighted: bool, idle: bool) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""
@@ -178,13 +160,10 @@ class TrainStep:
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def _update(self) -> bool:
-        if self.observe is not None:
-            self.observe()
+        self.callbacks.call("on_gradients")
         norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
         if self.clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
-        if self.before_update is not None:
-            self.before_update()
         skipped = False
         if self.scaler.is_enabled():
             # The scaler itself reads a flag back from the device to decide, once a step.
@@ -195,7 +174,8 @@ class TrainStep:
         else:
             self.optimizer.step()
         if not skipped:
-            self.recorder.add_step({"grad_norm": norm})
-            if self.ema is not None:
-                self.ema.update_parameters(self.model)
+            # The same on all ranks, once a step.
+            self.recorder.add({"grad_norm": norm}, 1.0)
+            if self.state.ema is not None:
+                self.state.ema.update_parameters(self.model)
         return skipped

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.errors import RunError, UsageError
-from launcher.runtime import hang
+from launcher.runtime.member import Member
 from launcher.telemetry.rundir import STALE_S, RunDirectory
 
 # The exit code of `launcher runs status` for each state: job files go on by it.
@@ -65,7 +65,7 @@ def read_status(path: Path) -> RunStatus:
         raise RunError(f"{directory.status} cannot be read: {error!r}") from error
     if status.state != "running":
         return status
-    if status.host == socket.gethostname() and not hang.is_alive(status.pid):
+    if status.host == socket.gethostname() and not Member(status.host, status.pid).lives():
         reason = f"process {status.pid} on {status.host} is gone"
     elif (silent := time.time() - status.updated) > STALE_S:
         reason = f"no sign of life from {status.host} for {silent:.0f} s"

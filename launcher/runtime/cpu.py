@@ -25,20 +25,17 @@ class CpuBudget:
 
 def cpu_budget(
     local_world_size: int,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str] = os.environ,
     *,
     affinity: int | None = None,
     host: int | None = None,
-    proc_cgroup: Path = Path("/proc/self/cgroup"),
-    cgroup_root: Path = Path("/sys/fs/cgroup"),
+    root: Path = Path("/"),
 ) -> CpuBudget:
     """Find the budget of one of `local_world_size` ranks; the keywords are for tests."""
-    env = os.environ if env is None else env
     host = host or os.cpu_count() or 1
     limits: dict[str, float] = {"all CPUs of the host": host}
-    limits["CPU affinity"] = affinity if affinity is not None else _affinity(host)
-    quota = cgroup_cpu_quota(proc_cgroup, cgroup_root)
-    if quota is not None:
+    limits["CPU affinity"] = affinity or len(os.sched_getaffinity(0))
+    if (quota := cgroup_cpu_quota(root)) is not None:
         limits["cgroup quota"] = quota
     # What srun gave this one task, or the whole node's share of the job.
     if env.get("SLURM_CPUS_PER_TASK", "").isdigit() and "SLURM_STEP_NUM_TASKS" in env:
@@ -54,46 +51,35 @@ def cpu_budget(
     return CpuBudget(host, usable, max(1, usable // local_world_size), note)
 
 
-def _affinity(host: int) -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return host
-
-
-def cgroup_cpu_quota(proc_cgroup: Path, root: Path) -> float | None:
+def cgroup_cpu_quota(root: Path) -> float | None:
     """The smallest CPU quota on the way from this process's cgroup up to the root, in CPUs.
 
     Reads cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`); None where nothing limits.
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
-    quotas: list[float] = []
-    for folder in cgroup_folders(proc_cgroup, root, "cpu"):
-        for read in (_quota_v2, _quota_v1):
-            quota = read(folder)
-            if quota is not None:
-                quotas.append(quota)
-    return min(quotas, default=None)
+    quotas = map(_quota, cgroup_folders(root, "cpu"))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def cgroup_folders(proc_cgroup: Path, root: Path, controller: str) -> list[Path]:
-    """Folders of this process's cgroup for one controller, innermost first, the root included.
+def cgroup_folders(root: Path, controller: str) -> list[Path]:
+    """Folders of this process's cgroup for one controller, innermost first, the outermost included;
+    `root` is the root of the file system.
 
     In a container `/proc/self/cgroup` may name a path of the host that is not mounted here; the
     walk upwards then still ends at the mounted root, whose files hold the container's limits.
     """
     try:
-        lines = proc_cgroup.read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    folders: list[Path] = []
+    folders, mounted = list[Path](), root / "sys/fs/cgroup"
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":  # v2, or the v2 part of a hybrid host
-            bases = [root, root / "unified"]
+            bases = [mounted, mounted / "unified"]
         elif controller in controllers.split(","):
-            bases = [root / controllers, root / controller]
+            bases = [mounted / controllers, mounted / controller]
         else:
             continue
         relative = Path(path.lstrip("/"))
@@ -102,18 +88,27 @@ def cgroup_folders(proc_cgroup: Path, root: Path, controller: str) -> list[Path]
     return list(dict.fromkeys(folders))
 
 
-def _quota_v2(folder: Path) -> float | None:
+def _quota(folder: Path) -> float | None:
     try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()  # "max": no number
+        else:
+            quota, period = ((folder / f"cpu.cfs_{n}_us").read_text() for n in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):
         return None
 
 
-def _quota_v1(folder: Path) -> float | None:
+def threads_set_by_user(env: Mapping[str, str], parent_environ: Path | None = None) -> bool:
+    """Whether OMP_NUM_THREADS is the user's.
+
+    torchrun sets it to 1 for its ranks where the user has not set it; the environment that torchrun
+    itself was started with tells the two apart.
+    """
+    if "OMP_NUM_THREADS" not in env or "TORCHELASTIC_RUN_ID" not in env:
+        return "OMP_NUM_THREADS" in env
+    path = parent_environ or Path(f"/proc/{os.getppid()}/environ")
     try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 and period > 0 else None
-    except (OSError, ValueError):
-        return None
+        return b"\0OMP_NUM_THREADS=" in b"\0" + path.read_bytes()
+    except OSError:
+        return True

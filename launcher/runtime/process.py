@@ -11,9 +11,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,16 +20,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from launcher.config import CfgNode, parse_duration
+from launcher.config import CfgNode, seconds
 from launcher.errors import RunError, UsageError
-from launcher.runtime.board import Board
 from launcher.runtime.cpu import CpuBudget, cpu_budget
+from launcher.runtime.nest import map_tensors
 from launcher.runtime.topology import Topology
-from launcher.runtime.watch import LAST_WORDS_S, Watch
 
-# The watch ends what hangs, and tells which rank it was; the backend's own timeout, which kills
+# The guard ends what hangs, and tells which rank it was; the backend's own timeout, which kills
 # every rank without telling, must never come before it.
-COLLECTIVE_TIMEOUT = timedelta(days=7)
+BEYOND_GUARD_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Runtime:
     topology: Topology
     device: torch.device
     cpu: CpuBudget
-    watch: Watch = field(default_factory=Watch)
-    board: Board | None = None  # where there is a process group
+    # This attempt's, on a connection of its own; where there is a process group.
+    store: dist.Store | None = None
 
     @property
     def rank(self) -> int:
@@ -61,18 +59,12 @@ class Runtime:
 
     def collectives(self) -> int:
         """How many collectives this rank has begun: the rank that all others wait for has begun
-        fewest. Read by the watch's thread; costs 0.2 microseconds."""
+        fewest. Read by the guard's thread; costs 0.2 microseconds."""
         try:
             group = dist.distributed_c10d._get_default_group()
             return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
         except (RuntimeError, ValueError, AttributeError):  # not yet, or no more, or another torch
             return -1
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum a tensor over the ranks, in place. A collective."""
-        if self.distributed:
-            dist.all_reduce(tensor)
-        return tensor
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value in rank order on rank 0, None elsewhere. A collective."""
@@ -80,14 +72,6 @@ class Runtime:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_main else None
         dist.gather_object(value, values)
-        return values
-
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's value in rank order, on every rank. A collective."""
-        if not self.distributed:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any = None) -> Any:
@@ -98,6 +82,10 @@ class Runtime:
         dist.broadcast_object_list(values)
         return values[0]
 
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """What the function returns on rank 0, on every rank. A collective."""
+        return self.broadcast(function() if self.is_main else None)
+
     def broadcast_state(self, value: Any = None) -> Any:
         """Rank 0's nest of values and tensors, on every rank; tensors on the CPU.
 
@@ -106,51 +94,27 @@ class Runtime:
         """
         if not self.distributed:
             return value
-        tensors: list[torch.Tensor] = []
-        skeleton = self.broadcast(_take_out(value, tensors) if self.is_main else None)
-        shapes = self.broadcast([(t.shape, t.dtype) for t in tensors] if self.is_main else None)
-        received = []
-        for i, (shape, dtype) in enumerate(shapes):
+        # The nest without its tensors' numbers.
+        nest = map_tensors(value, lambda tensor: tensor.to("meta")) if self.is_main else None
+        nest = self.broadcast(nest)
+
+        def send(tensor: torch.Tensor) -> torch.Tensor:
             # NCCL sends only what lies on a GPU.
-            on_device = (
-                tensors[i].to(self.device).contiguous()
-                if self.is_main
-                else torch.empty(shape, dtype=dtype, device=self.device)
-            )
-            dist.broadcast(on_device, src=0)
-            received.append(tensors[i] if self.is_main else on_device.cpu())
-        return _put_back(skeleton, received)
+            dist.broadcast(tensor.to(self.device).contiguous(), src=0)
+            return tensor
+
+        def receive(tensor: torch.Tensor) -> torch.Tensor:
+            received = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            dist.broadcast(received, src=0)
+            return received.cpu()
+
+        return map_tensors(value, send) if self.is_main else map_tensors(nest, receive)
 
     def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Make tensors equal to rank 0's, in place. One collective a tensor."""
         if self.distributed:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
-
-
-class _Tensor(int):
-    """The place of a tensor that is sent by itself."""
-
-
-def _take_out(value: Any, tensors: list[torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        return _Tensor(len(tensors) - 1)
-    if isinstance(value, dict):
-        return {key: _take_out(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_take_out(item, tensors) for item in value])
-    return value
-
-
-def _put_back(value: Any, tensors: list[torch.Tensor]) -> Any:
-    if isinstance(value, _Tensor):
-        return tensors[value]
-    if isinstance(value, dict):
-        return {key: _put_back(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_put_back(item, tensors) for item in value])
-    return value
 
 
 def choose_device(topology: Topology, choice: str) -> torch.device:
@@ -163,51 +127,34 @@ def choose_device(topology: Topology, choice: str) -> torch.device:
         return torch.device("cpu")
     if topology.local_world_size > gpus:
         raise UsageError(
-            f"{topology.local_world_size} ranks on this node but {gpus} CUDA device"
-            f"{'s' * (gpus != 1)}: start with --nproc-per-node={max(gpus, 1)}, or set "
-            "DIST.DEVICE cpu."
+            f"{topology.local_world_size} ranks on this node, CUDA devices: {gpus}. Start with "
+            f"--nproc-per-node={max(gpus, 1)}, or set DIST.DEVICE cpu."
         )
     torch.cuda.set_device(topology.local_rank)
     return torch.device("cuda", topology.local_rank)
 
 
-@contextmanager
-def start(topology: Topology, cfg: CfgNode) -> Iterator[Runtime]:
-    """Set this process up from its config, and take the process group down on every way out."""
-    with Watch(topology, _limits(cfg)).running() as watch:
-        if topology.launched_by == "torchrun":
-            _end_with_parent()
-        device = choose_device(topology, cfg.DIST.DEVICE)
-        budget = cpu_budget(topology.local_world_size)
-        _set_precision(cfg)
-        seed_everything(cfg.SEED, topology.rank)
-        board = _join_group(topology, cfg, device) if topology.distributed else None
-        watch.joined = True
-        try:
-            yield Runtime(topology, device, budget, watch, board)
-        finally:
-            watch.enter("end")
-            if board is not None:
-                board.close()
-            if dist.is_initialized():
-                # DDP's reference cycles would keep gloo's threads alive into the interpreter's
-                # end, where they abort the process.
-                gc.collect()
-                dist.destroy_process_group()
+def start(topology: Topology, cfg: CfgNode) -> Runtime:
+    """Set this process up from its config, and join the process group. A collective.
+
+    Raises UsageError where a node has too few GPUs, RunError where not all ranks come.
+    """
+    if topology.launched_by == "torchrun":
+        _end_with_parent()
+    device = choose_device(topology, cfg.DIST.DEVICE)
+    _set_precision(cfg)
+    seed_everything(cfg.SEED, topology.rank)
+    store = _join_group(topology, cfg, device) if topology.distributed else None
+    return Runtime(topology, device, cpu_budget(topology.local_world_size), store)
 
 
-def _limits(cfg: CfgNode) -> dict[str, float]:
-    """Seconds that each phase of a run may take without a move."""
-    start, train, save = (
-        parse_duration(text).amount  # type: ignore[union-attr]  # the config check demands them
-        for text in (cfg.DIST.INIT_TIMEOUT, cfg.DIST.TRAIN_TIMEOUT, cfg.DIST.SAVE_TIMEOUT)
-    )
-    # A loader worker that is stuck is told of by the loader itself, after the same timeout.
-    data = train + 5.0
-    return {
-        **{"start": start, "data": data, "step": train, "evaluate": data},
-        **{"save": save, "summarize": save, "end": LAST_WORDS_S},
-    }
+def end() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        # DDP's reference cycles would keep gloo's threads alive into the interpreter's end, where
+        # they abort the process.
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _end_with_parent() -> None:
@@ -221,10 +168,12 @@ def _end_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board:
-    timeout = parse_duration(cfg.DIST.INIT_TIMEOUT)
-    assert timeout is not None  # the config check demands one
-    deadline = time.monotonic() + timeout.amount
+def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> dist.Store:
+    """Join the process group; a store for this attempt, on a connection of its own: a call of the
+    group's would block others on the same one."""
+    init_s = seconds(cfg.DIST.INIT_TIMEOUT)
+    longest_s = max(init_s, seconds(cfg.DIST.TRAIN_TIMEOUT), seconds(cfg.DIST.SAVE_TIMEOUT))
+    deadline = time.monotonic() + init_s
     cuda = device.type == "cuda"
     # torchrun's agent keeps a store for its workers; under srun rank 0 keeps one.
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -234,7 +183,7 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board
                 topology.master_addr,
                 topology.master_port,
                 is_master=keeps and topology.is_main and not shared,
-                timeout=timedelta(seconds=timeout.amount),
+                timeout=timedelta(seconds=init_s),
                 wait_for_workers=False,
             )
             for keeps in (True, False)
@@ -247,7 +196,7 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board
             store=dist.PrefixStore(f"launcher/{attempt}/group", store),
             rank=topology.rank,
             world_size=topology.world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timedelta(seconds=longest_s + BEYOND_GUARD_S),
             device_id=device if cuda else None,
         )
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:
@@ -264,9 +213,7 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> Board
             f"{topology} could not connect to the other ranks: {error}. Set GLOO_SOCKET_IFNAME to "
             "the network interface that reaches the other nodes, on each node."
         ) from error
-    # A connection of its own: a call of the process group's would block the board's.
-    board = dist.PrefixStore(f"launcher/{attempt}/board", another)
-    return Board(board, topology.rank, topology.world_size)
+    return dist.PrefixStore(f"launcher/{attempt}/board", another)
 
 
 def _meet(store: dist.Store, topology: Topology, deadline: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from launcher.config import Duration, parse_duration
 
@@ -34,7 +34,7 @@ class Progress:
         return replace(self)
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 def in_steps(text: str, steps_per_epoch: int) -> int:
@@ -51,28 +51,23 @@ class Every:
     def __init__(self, text: str) -> None:
         self.duration = parse_duration(text)
         self.started = time.monotonic()
-
-    @property
-    def timed(self) -> bool:
-        return self.duration is not None and self.duration.unit == "s"
+        self.timed = self.duration is not None and self.duration.unit == "s"
 
     def elapsed(self) -> bool:
         """Whether a period in seconds is over by this process's clock; then it starts again.
 
         Clocks differ, so rank 0 asks this and tells the others (see engine/agreement.py).
         """
-        if not self.timed:
+        now = time.monotonic()
+        if self.duration is None or not self.timed or now - self.started < self.duration.amount:
             return False
-        assert self.duration is not None
-        if time.monotonic() - self.started < self.duration.amount:
-            return False
-        self.started = time.monotonic()
+        self.started = now
         return True
 
     def due(self, before: Progress, after: Progress) -> bool:
         """Whether a period in epochs or steps ended between two moments."""
         if self.duration is None or self.timed:
             return False
-        if self.duration.unit == "ep":
-            return after.epoch // self.duration.amount > before.epoch // self.duration.amount
-        return after.step // self.duration.amount > before.step // self.duration.amount
+        name = "epoch" if self.duration.unit == "ep" else "step"
+        first, last = (getattr(at, name) // self.duration.amount for at in (before, after))
+        return last > first

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import psutil
 
 from launcher.errors import UsageError
 
@@ -24,12 +20,12 @@ class Topology:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
-    node_rank: int = 0
     launched_by: str = "python"
     master_addr: str = ""
     master_port: int = 0
     job_id: str = ""  # stays the same over the restarts of a job; "" where nobody restarts
-    restarts: int = 0  # that this process knows of
+    restarts: int = 0  # by Slurm
+    retries: int = 0  # by torchrun, that this node knows of
 
     @property
     def distributed(self) -> bool:
@@ -50,13 +46,8 @@ class Topology:
 
 # Rank, local rank, world size and local world size, as the two starters name them.
 NAMES = {
-    "torchrun": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
-    "srun": (
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_STEP_TASKS_PER_NODE",
-    ),
+    "torchrun": "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE",
+    "srun": "SLURM_PROCID SLURM_LOCALID SLURM_STEP_NUM_TASKS SLURM_STEP_TASKS_PER_NODE",
 }
 
 
@@ -75,18 +66,13 @@ def read_topology(env: Mapping[str, str]) -> Topology:
         topology = _from_slurm(env)
     else:
         return Topology(restarts=_number(env, "SLURM_RESTART_COUNT", 0))
-    by = topology.launched_by
-    rank, local, world, local_world = NAMES[by]
-    if not 0 <= topology.rank < topology.world_size:
+    rank, local, world, local_world = NAMES[topology.launched_by].split()
+    fits = 0 <= topology.local_rank < topology.local_world_size <= topology.world_size
+    if not (fits and 0 <= topology.rank < topology.world_size):
         raise UsageError(
-            f"{rank}={topology.rank} does not fit {world}={topology.world_size}: ranks count from "
-            f"0 to {world} - 1. Start the run with {by}, which sets both."
-        )
-    if not 0 <= topology.local_rank < topology.local_world_size <= topology.world_size:
-        raise UsageError(
-            f"{local}={topology.local_rank}, {local_world}={topology.local_world_size} and "
-            f"{world}={topology.world_size} contradict each other. Start the run with {by}, which "
-            "sets them all."
+            f"{rank}={topology.rank}, {world}={topology.world_size}, {local}={topology.local_rank} "
+            f"and {local_world}={topology.local_world_size} contradict each other: ranks count "
+            f"from 0. Start the run with {topology.launched_by}, which sets them all."
         )
     if not topology.master_addr:
         raise UsageError(
@@ -97,10 +83,8 @@ def read_topology(env: Mapping[str, str]) -> Topology:
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    text = env.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text:
+    text = env.get(name) or default
+    if text is None:
         raise UsageError(
             f"{name} is not set though other variables of a distributed run are (RANK, WORLD_SIZE, "
             "LOCAL_RANK). Start the run with torchrun, or unset them to run one process."
@@ -118,26 +102,24 @@ def _from_torchrun(env: Mapping[str, str]) -> Topology:
         # No --rdzv-id: torchrun's own store lives, on a port of its own, as long as the job.
         shared = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         job_id = f"{env.get('MASTER_ADDR', '')}:{port}" if shared else ""
-    restarts = [_number(env, f"{who}_RESTART_COUNT", 0) for who in ("TORCHELASTIC", "SLURM")]
     return Topology(
         rank=_number(env, "RANK"),
         local_rank=_number(env, "LOCAL_RANK"),
         world_size=world_size,
         local_world_size=_number(env, "LOCAL_WORLD_SIZE", world_size),
-        node_rank=_number(env, "GROUP_RANK", 0),
         launched_by="torchrun",
         master_addr=env.get("MASTER_ADDR", ""),
         master_port=port,
         job_id=job_id,
-        restarts=max(restarts),
+        restarts=_number(env, "SLURM_RESTART_COUNT", 0),
+        retries=_number(env, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 
 def _from_slurm(env: Mapping[str, str]) -> Topology:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS")
-    node_rank = _number(env, "SLURM_NODEID", 0)
+    node = _number(env, "SLURM_NODEID", 0)
     tasks = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)))
-    job_id = env.get("SLURM_JOB_ID", "")
     # Every rank must find rank 0's node by itself. srun tells the address it was launched from,
     # which need not be in the job; the first name of the node list is rank 0's node.
     address = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
@@ -147,12 +129,11 @@ def _from_slurm(env: Mapping[str, str]) -> Topology:
         rank=_number(env, "SLURM_PROCID"),
         local_rank=_number(env, "SLURM_LOCALID"),
         world_size=world_size,
-        local_world_size=tasks[node_rank] if node_rank < len(tasks) else world_size,
-        node_rank=node_rank,
+        local_world_size=tasks[node] if node < len(tasks) else world_size,
         launched_by="srun",
         master_addr=address,
         master_port=port,
-        job_id=job_id,
+        job_id=env.get("SLURM_JOB_ID", ""),
         restarts=_number(env, "SLURM_RESTART_COUNT", 0),
     )
 
@@ -175,16 +156,3 @@ def first_host(nodelist: str) -> str:
     if match is None or match[0].startswith("["):
         raise UsageError(f"SLURM_STEP_NODELIST={nodelist!r} names no host.")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
-
-
-def shutdown_timeout(env: Mapping[str, str]) -> float:
-    """Seconds that torchrun gives its ranks between SIGTERM and SIGKILL.
-
-    https://docs.pytorch.org/docs/stable/elastic/run.html; a torch without the setting gives 30.
-    """
-    command = ""
-    with contextlib.suppress(psutil.Error):
-        command = " ".join(psutil.Process(os.getppid()).cmdline())
-    found = re.search(r"--shutdown[-_]timeout[= ](\d+)", command)
-    text = found[1] if found else env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
-    return float(text) if text.isdigit() else 30.0

@@ -1,8 +1,43 @@
-"""Pictures made of tensors alone, for a task's recorder."""
+"""Pictures for a task's recorder: what it takes for one, and some made of tensors alone."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+
+
+def picture(image: Any) -> torch.Tensor:
+    """An image as a tensor of shape (N, C, H, W), uint8 or floating-point; ValueError for what is
+    none."""
+    tensor = torch.as_tensor(image).detach()
+    shape = tuple(tensor.shape)
+    tensor = tensor[(None,) * (4 - len(shape))]
+    if len(shape) not in (2, 3, 4) or tensor.shape[1] not in (1, 3, 4) or 0 in shape:
+        raise ValueError(
+            f"an image has the shape (H, W), (C, H, W) or (N, C, H, W) with 1, 3 or 4 channels, "
+            f"not {shape}"
+        )
+    if tensor.dtype == torch.bool:
+        return tensor.to(torch.uint8) * 255
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not tensor.is_floating_point():
+        raise ValueError(f"an image is uint8, or floating-point from 0 to 1, not {tensor.dtype}")
+    return tensor.float().nan_to_num(0.0)
+
+
+def drawn(figure: Any) -> torch.Tensor:
+    """A matplotlib figure as an image of shape (3, H, W); its canvas stays."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whose figure it is
+
+    shown_in = figure.canvas
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = torch.from_numpy(np.array(canvas.buffer_rgba()))[..., :3]
+    figure.set_canvas(shown_in)
+    return pixels.permute(2, 0, 1)
 
 
 def enlarge(images: torch.Tensor, factor: int) -> torch.Tensor:

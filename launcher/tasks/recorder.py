@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
-class TaskRecorder:
+class Recorder:
     """A task's `self.recorder`, at any pace, in train_step, eval_step and summarize.
 
-    This one records nothing: it stands in tests, before a run begins and in loader workers. A run
-    puts its own in its place. Names get `train/` or `val/` in front, and no call waits for the
-    device or a file.
+    This one records nothing: it stands in tests and in loader workers. A run gives the task one
+    that records before its `__init__`. Names get `train/` or `val/` in front, and no call waits for
+    the device or a file.
     """
 
     @property

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -24,43 +25,52 @@ def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> t
     tasks that ship is imported: None for any other name. Raises UsageError where there is no such
     task, with the user's own mistake (a syntax error, say) and its line.
     """
-    target = BUILTIN.get(name, name)
     if builtin_only and name not in BUILTIN:
         return None
-    place, colon, class_name = target.rpartition(":")
-    if not colon or not place or not class_name:
-        near = difflib.get_close_matches(name, BUILTIN, 1)
-        raise UsageError(
-            f"there is no task {name!r}; the tasks that ship are {', '.join(BUILTIN)}"
-            + (f" (did you mean {near[0]}?)" if near else "")
-            + "; a task of your own is package.module:Class or path/to/file.py:Class"
-        )
-    module = _load_file(place, search) if place.endswith(".py") else _import(place)
-    task = getattr(module, class_name, None)
-    if not isinstance(task, type):
-        classes = [k for k, v in vars(module).items() if isinstance(v, type) and v is not Task]
-        near = difflib.get_close_matches(class_name, classes, 1, 0.5)
-        raise UsageError(
-            f"{place} has no class {class_name}" + (f" (did you mean {near[0]}?)" if near else "")
-        )
+    task = resolve_class(name, BUILTIN, "task", search)
     missing = [
         method
         for method in ("build_model", "build_dataset", "train_step", "eval_step")
         if getattr(task, method, None) in (None, getattr(Task, method))
     ]
     if missing:
-        raise UsageError(f"{place}:{class_name} is no task: it lacks {', '.join(missing)}")
+        raise UsageError(f"{name} is no task: it lacks {', '.join(missing)}")
     return task
 
 
-def _load_file(place: str, search: list[Path]) -> ModuleType:
+def resolve_class(name: str, builtin: Mapping[str, str], what: str, search: list[Path]) -> type:
+    """The class of this name: one of `builtin`, "package.module:Class" or "path/to/file.py:Class".
+
+    `what` it is to be, for messages. Raises UsageError.
+    """
+    place, colon, class_name = builtin.get(name, name).rpartition(":")
+    if not colon or not place or not class_name:
+        near = difflib.get_close_matches(name, builtin, 1)
+        raise UsageError(
+            f"there is no {what} {name!r}"
+            + (f"; the {what}s that ship are {', '.join(builtin)}" if builtin else "")
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; a {what} of your own is package.module:Class or path/to/file.py:Class"
+        )
+    module = _load_file(place, what, search) if place.endswith(".py") else _import(place, what)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and v is not Task]
+        near = difflib.get_close_matches(class_name, classes, 1, 0.5)
+        raise UsageError(
+            f"{place} has no class {class_name}" + (f" (did you mean {near[0]}?)" if near else "")
+        )
+    return found
+
+
+def _load_file(place: str, what: str, search: list[Path]) -> ModuleType:
     for folder in search:
         path = (folder / place).resolve()
         if path.is_file():
             break
     else:
         tried = ", ".join(dict.fromkeys(str((f / place).resolve()) for f in search))
-        raise UsageError(f"there is no task file {place} (tried {tried})")
+        raise UsageError(f"there is no {what} file {place} (tried {tried})")
     # Registered under the file's name, as if its folder were on the path, so that loader workers
     # and the file's own imports of its neighbours find it.
     if str(path.parent) not in sys.path:
@@ -80,12 +90,12 @@ def _load_file(place: str, search: list[Path]) -> ModuleType:
         if shadowed is not None:
             sys.modules[path.stem] = shadowed
         if isinstance(error, Exception):
-            raise UsageError(f"the task file {place} {_told(error, str(path))}") from error
+            raise UsageError(f"the {what} file {place} {_told(error, str(path))}") from error
         raise
     return module
 
 
-def _import(place: str) -> ModuleType:
+def _import(place: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
@@ -93,9 +103,9 @@ def _import(place: str) -> ModuleType:
             raise UsageError(
                 f"there is no module {place} (install it, or set PYTHONPATH)"
             ) from error
-        raise UsageError(f"the task module {place} {_told(error, place)}") from error
+        raise UsageError(f"the {what} module {place} {_told(error, place)}") from error
     except Exception as error:
-        raise UsageError(f"the task module {place} {_told(error, place)}") from error
+        raise UsageError(f"the {what} module {place} {_told(error, place)}") from error
 
 
 def _told(error: Exception, place: str) -> str:

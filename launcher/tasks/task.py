@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
-from launcher.tasks.recorder import TaskRecorder
+from launcher.tasks.recorder import Recorder
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +18,10 @@ class Task:
     shards, logs and saves; a task never asks for its rank.
 
     `self.recorder` takes scalars, images, histograms, texts and figures beside what the steps
-    return, at any pace: see TaskRecorder.
+    return, at any pace: see Recorder.
     """
 
-    recorder: TaskRecorder = TaskRecorder()
+    recorder: Recorder = Recorder()
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg
@@ -72,3 +72,12 @@ class Task:
     #   collate(self, samples) -> batch              default: torch's default_collate
     #   build_optimizer(self, model) -> Optimizer    default: from OPTIM.*
     #   flops(self) -> float         of one sample, forward and backward; for perf/flops_per_s
+
+
+def make_task(task_class: type, cfg: CfgNode, recorder: Recorder) -> Any:
+    """A task that has its recorder before its `__init__`, which so may record too."""
+    plain = task_class.__new__ is object.__new__
+    task = task_class.__new__(task_class, *([] if plain else [cfg]))
+    task.recorder = recorder
+    task.__init__(cfg)
+    return task

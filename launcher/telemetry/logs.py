@@ -1,28 +1,33 @@
-"""Python logging: rank 0 on the console, every rank in a file of its own."""
+"""Python logging: rank 0 on the console, every rank in a file of its own; and a line a record."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
-import logging.handlers
+import mmap
+import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-from launcher.runtime.board import Board
 from launcher.runtime.topology import Topology
-from launcher.telemetry.console import Console, ConsoleHandler
-from launcher.telemetry.funnel import Funnel
-from launcher.telemetry.logfile import LogFile
+from launcher.telemetry.media import Media
+from launcher.telemetry.rundir import POSITION
+from launcher.telemetry.sinks import Record, Sink
 
 logger = logging.getLogger("launcher")
+TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
+EARLY = 10_000  # lines that wait for the file
 
 
 class Logs:
-    """This process's log handlers. Lines wait in memory until the run directory exists."""
+    """This process's log handlers, while the context lasts. Lines wait in memory until `open`."""
 
     def __init__(
         self,
@@ -33,80 +38,159 @@ class Logs:
         file_mb: float = 10.0,
         files_kept: int = 3,
     ) -> None:
-        """`form`, `file_mb` and `files_kept` are LOG.FORMAT, LOG.FILE_MB and LOG.FILES_KEPT."""
-        self.topology = topology
-        self.file_options = form, file_mb, files_kept
-        self.console = ConsoleHandler(topology.rank)
-        self.console.setFormatter(logging.Formatter(self._console_format(), "%H:%M:%S"))
+        """`level` is that of the launcher and of the user's `own_modules`; libraries keep theirs.
+        `form`, `file_mb` and `files_kept` are LOG.FORMAT, LOG.FILE_MB and LOG.FILES_KEPT."""
+        self.name = f"rank{topology.rank}.log"
+        self.levels = dict.fromkeys(["launcher", *own_modules], level)
+        self.console = ConsoleHandler()
         # Rank 0 speaks for all; what goes wrong elsewhere is heard with its rank.
-        self.console.setLevel(level if topology.is_main else logging.WARNING)
-        self.early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
-        self.file: logging.Handler | None = None
-        self.funnel = Funnel([self.console, self.early])
-        logging.getLogger().addHandler(self.funnel)
-        # The level is that of the launcher and of the user's own task; libraries keep theirs.
-        for name in ["launcher", *own_modules]:
+        who = "" if topology.is_main else f"rank {topology.rank}: "
+        line = f"%(asctime)s %(levelname).1s {who}%(message)s"
+        self.console.setFormatter(logging.Formatter(line, "%H:%M:%S"))
+        self.console.setLevel(level if topology.is_main else logging.ERROR)
+        self.file = LogFile(int(file_mb * (1 << 20)), files_kept)
+        self.file.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT))
+
+    def __enter__(self) -> Logs:
+        for handler in (self.console, self.file):
+            logging.getLogger().addHandler(handler)
+        for name, level in self.levels.items():
             logging.getLogger(name).setLevel(level)
         logging.captureWarnings(True)
-        self.hooks = sys.excepthook, threading.excepthook
-        sys.excepthook = _log_uncaught
-        threading.excepthook = _log_thread
-
-    def _console_format(self) -> str:
-        if self.topology.is_main:
-            return "%(asctime)s %(levelname).1s %(message)s"
-        return f"%(asctime)s %(levelname).1s rank {self.topology.rank}: %(message)s"
+        self.hook, threading.excepthook = threading.excepthook, _log_thread
+        return self
 
     def open(self, directory: Path) -> None:
-        """Start logs/rank<K>.log with the lines logged so far."""
+        """Start rank<K>.log in this directory with the lines logged so far."""
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / f"rank{self.topology.rank}.log"
-        self.file = LogFile(path, *self.file_options)
-        self.early.setTarget(self.file)
-        self.funnel.acquire()
-        try:
-            self.early.close()
-            self.funnel.targets = [self.console, self.file]
-        finally:
-            self.funnel.release()
+        self.file.open(directory / self.name)
 
-    @contextmanager
-    def beside(self, board: Board | None) -> Iterator[None]:
-        """Agree on the board which rank shows a warning, while there is one."""
-        with self.console.elsewhere.beside(board):
-            try:
-                yield
-            finally:
-                self.funnel.end()
-
-    def attach(self, console: Console) -> None:
-        """Print above this progress bar from now on."""
-        self.console.console = console
-
-    def close(self) -> None:
-        logging.getLogger().removeHandler(self.funnel)
-        for handler in (self.funnel, self.console, self.early, self.file):
-            if handler is not None:
-                with contextlib.suppress(OSError):  # a full disk
-                    handler.close()
+    def __exit__(self, *_: object) -> None:
+        for handler in (self.console, self.file):
+            logging.getLogger().removeHandler(handler)
+            handler.close()
         logging.captureWarnings(False)
-        sys.excepthook, threading.excepthook = self.hooks
+        threading.excepthook = self.hook
 
 
-def _log_uncaught(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    logger.critical("uncaught exception", exc_info=(kind, error, trace))
+class ConsoleHandler(logging.StreamHandler):
+    """Log lines on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pid = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
+        if os.getpid() == self.pid:
+            super().emit(record)
+            return
+        # A loader worker: the stream and its lock may have been in use when it was forked.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, in its level's colour where stderr is a terminal that wants colours."""
+        line, code = super().format(record), COLOURS.get(record.levelno)
+        # https://no-color.org, and terminals that have none.
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        coloured = code and sys.stderr.isatty() and not plain
+        return f"\x1b[{code}m{line}\x1b[0m" if coloured else line
+
+
+class LogFile(logging.Handler):
+    """A log file of at most so many bytes (0: no limit), with older ones beside it as .1, .2, ...
+
+    It is opened for each line: a loader worker, which may be forked before the file is there or
+    while a line is written, writes as its rank does (what it said before the file was there with
+    its next line), but leaves it to the rank to rotate the file.
+    A line that cannot be written (a full disk) is lost, and nothing else.
+    """
+
+    def __init__(self, most: int, files_kept: int) -> None:
+        super().__init__()
+        self.most, self.files_kept, self.pid = most, files_kept, os.getpid()
+        self.early: deque[tuple[int, bytes]] = deque(maxlen=EARLY)
+        self.path = mmap.mmap(-1, 4096)  # shared with workers; as a string of C's
+
+    def open(self, path: Path) -> None:
+        """Write here from now on; first what came before."""
+        self.path[:] = os.fsencode(path.absolute()).ljust(len(self.path), b"\0")
+        self._write_early()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        except Exception:  # a log call whose arguments do not fit its text, say
+            self.handleError(record)
+            return
+        self.early.append((os.getpid(), line))
+        self._write_early()
+
+    def _write_early(self) -> None:
+        with contextlib.suppress(IndexError):  # none is left
+            while self.path[0]:
+                pid, line = self.early.popleft()
+                if pid == os.getpid():  # in a worker: the rank writes its own
+                    self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        path = Path(os.fsdecode(self.path[:].rstrip(b"\0")))
+        with contextlib.suppress(OSError):
+            if self.most and os.getpid() == self.pid and path.exists():
+                self._rotate(path, path.stat().st_size + len(line))
+            with path.open("ab", buffering=0) as file:
+                file.write(line)
+
+    def _rotate(self, path: Path, length: int) -> None:
+        names = [path, *(path.with_name(f"{path.name}.{n + 1}") for n in range(self.files_kept))]
+        for n in range(self.files_kept if length > self.most else 0, 0, -1):
+            if names[n - 1].exists():
+                names[n - 1].replace(names[n])
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of strict JSON a log record: time, level, logger, message, and exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": record.created,
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
 
 
 def _log_thread(args: threading.ExceptHookArgs) -> None:
-    name = args.thread.name if args.thread else "?"
     if args.exc_value is not None:
-        logger.critical(
-            "uncaught exception in thread %s",
-            name,
-            exc_info=(args.exc_type, args.exc_value, args.exc_traceback),
-        )
+        name = args.thread.name if args.thread else "?"
+        trace = (args.exc_type, args.exc_value, args.exc_traceback)
+        logger.critical("uncaught exception in thread %s", name, exc_info=trace)
+
+
+class LogLines(Sink):
+    """A line a record in the log."""
+
+    name = "the log"
+
+    def write(self, items: Sequence[Record | Media]) -> None:
+        for record in items:
+            if isinstance(record, dict):
+                # A progress bar shows these; evaluations deserve a line above it too.
+                logger.info(summary(record), extra={"training": "train/loss" in record})
+
+
+def summary(record: Record) -> str:
+    """One line of a record: `step 20  epoch 1  loss 1.234  ...  eta 0:03:20`, system figures left
+    out."""
+    parts = [f"step {record['step']}", f"epoch {record['epoch']}"]
+    for key, value in record.items():
+        if key not in POSITION and not key.startswith("system/") and key != "perf/eta_s":
+            parts.append(f"{key.removeprefix('train/')} {value:.4g}")
+    if "perf/eta_s" in record:
+        parts.append(f"eta {timedelta(seconds=round(record['perf/eta_s']))}")
+    return "  ".join(parts)

@@ -1,54 +1,119 @@
-"""One recorder of metrics. Values stay on the device and are summed there; once a period they are
-put together over the ranks and handed to the sinks on rank 0.
+"""What a run records. Values stay on the device and are summed there; once a period they are put
+together over the ranks, and rank 0 hands them to the writer.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from launcher.runtime.process import Runtime
-from launcher.telemetry.media import Media
-from launcher.telemetry.stragglers import Stragglers
+from launcher.runtime.progress import Progress
+from launcher.tasks import recorder
+from launcher.tasks.pictures import drawn, picture
+from launcher.telemetry.media import Media, OnHost, spread
+from launcher.telemetry.writer import Writer
 
-# One metrics record: step, epoch, samples, time, and a number for each metric.
-Record = dict[str, Any]
-
-
-class Sink:
-    """Where records go; rank 0 alone has one. Methods may raise: see telemetry/background.py."""
-
-    name = ""  # for people
-    essential = False  # whether a checkpoint needs all records in it
-
-    def write(self, record: Record) -> None:
-        """Take a record; it need not be in the file before `flush`."""
-
-    def show(self, media: Media) -> None:
-        """Take a picture, histograms or a text."""
-
-    def finish(self) -> None:
-        """The run is complete."""
-
-    def flush(self) -> Any:
-        """Have everything in the file."""
-
-    def close(self) -> None:
-        """Flush, and end."""
+# A scalar of an evaluation: name, value, weight.
+Note = tuple[str, Any, Any]
 
 
-class Recorder:
-    """Sums training values between records; `record` turns them into means over ranks and steps."""
+class Recorder(recorder.Recorder):
+    """The loop's, and the task's: see launcher/tasks/recorder.py. Scalars are taken on every rank,
+    media where the writer is open. In a loader worker a task's calls do nothing."""
 
-    def __init__(self, runtime: Runtime, sink: Sink | None = None) -> None:
-        self.runtime, self.sink = runtime, sink
+    def __init__(self, runtime: Runtime, progress: Progress, writer: Writer) -> None:
+        self.runtime, self.progress, self.writer = runtime, progress, writer
+        self.pid = os.getpid()
         # For each set of keys that was added together: weighted sums in float64 on the device, and
         # the weight itself as the last element. One small kernel or two an addition.
         self._sums: dict[tuple[str, ...], torch.Tensor] = {}
-        self.stragglers = Stragglers()
+        self.split = "train"
+        # Of an evaluation: scalars since `take`, and what is shown when it is complete.
+        self.notes: list[Note] = []
+        self.held: list[Media] = []
+        self.shown: dict[str, int] = {}  # of each tag the last step that it was shown at
+
+    def __reduce__(self) -> tuple[type[recorder.Recorder], tuple[()]]:
+        # A task may be sent to a spawned loader worker with its collate.
+        return recorder.Recorder, ()
+
+    # The task's.
+
+    @property
+    def step(self) -> int:
+        return self.progress.step + (self.split == "train")
+
+    def scalar(self, name: str, value: Any, weight: float = 1.0) -> None:
+        if os.getpid() != self.pid:
+            return
+        if isinstance(value, torch.Tensor):
+            if value.dim() != 0:
+                raise ValueError(f"{name!r} is no scalar: its shape is {tuple(value.shape)}")
+            value = value.detach()
+        if self.split != "train":
+            self.notes.append((name, value, weight))
+            return
+        device = self.runtime.device
+        if not isinstance(value, torch.Tensor):
+            # A fill on the device; a copy to it would wait.
+            value = torch.full((), float(value), dtype=torch.float64, device=device)
+        self.add({name: value.to(device, non_blocking=True)}, weight)
+
+    def image(self, name: str, image: Any) -> None:
+        self._show("image", name, lambda: OnHost(picture(image)))
+
+    def histogram(self, name: str, values: Any) -> None:
+        if (values := torch.as_tensor(values)).numel():
+            self._show("histogram", name, lambda: OnHost(spread(values)[None]))
+
+    def text(self, name: str, text: str) -> None:
+        self._show("text", name, lambda: text)
+
+    def figure(self, name: str, figure: Any) -> None:
+        self._show("image", name, lambda: OnHost(picture(drawn(figure))))
+
+    def _show(self, kind: str, name: str, take: Callable[[], OnHost | str]) -> None:
+        """Take media, but on another rank, in another process, or where the name was shown at this
+        step (by another micro-batch, or a step that the scaler skipped)."""
+        tag = f"{self.split}/{name}"
+        ours = self.writer.is_open and os.getpid() == self.pid
+        if not ours or self.shown.get(tag) == self.step:
+            return
+        self.shown[tag] = self.step
+        media = Media(kind, [tag], take(), self.step)
+        if self.split == "train":
+            self.writer.show(media)
+        else:
+            self.held.append(media)
+
+    # The evaluation's.
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """While it lasts, what the task records belongs to the evaluation."""
+        self.split, self.notes, self.held = "val", [], []
+        try:
+            yield
+        finally:
+            self.split = "train"
+
+    def take(self) -> list[Note]:
+        """The evaluation's scalars since the last call."""
+        taken, self.notes = self.notes, []
+        return taken
+
+    def show_held(self) -> None:
+        """The evaluation is complete: one that is given up is done once more, and shown then."""
+        for media in self.held:
+            self.writer.show(media)
+
+    # The loop's.
 
     def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
         """Count scalars, means over a batch, with its weight. Never waits for the device."""
@@ -60,41 +125,25 @@ class Recorder:
         sums[:-1] += stacked * weight
         sums[-1] += weight
 
-    def add_step(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Count scalars that are the same on all ranks, once a step."""
-        self.add(values, 1.0)
-
-    def record(
-        self,
-        position: Mapping[str, int],
-        extra: Mapping[str, float],
-        own_s: Callable[[], float] | None = None,
-    ) -> None:
-        """Write one record of the means since the last one, and `extra` values of rank 0. `own_s`
-        tells this rank's own seconds a step, see OwnTime."""
-        # A collective, and the one place where training waits for the device to read values.
-        parts = self.runtime.gather((self.state(), own_s() if own_s is not None else None))
+    def gather(self, local: Any = None) -> tuple[dict[str, float], list[Any]] | None:
+        """The means `train/...` since the last call, and every rank's `local`, in rank order; None
+        but on rank 0. A collective."""
+        # The one place where training waits for the device to read values.
+        parts = self.runtime.gather((self.state(), local))
         self._sums.clear()
         if parts is None:
-            return
-        values = {f"train/{key}": value for key, value in _means([s for s, _ in parts]).items()}
-        own = [seconds for _, seconds in parts if seconds is not None]
-        ranks = self.stragglers.figures(own) if len(own) > 1 else {}
-        self.write(position, {**values, **extra, **ranks})
+            return None
+        found = means(
+            (f"train/{key}", value, sums[-1])
+            for state, _ in parts
+            for keys, sums in state.items()
+            for key, value in zip(keys.split("\n"), sums, strict=False)
+        )
+        return found, [local for _, local in parts]
 
-    def write(self, position: Mapping[str, int], values: Mapping[str, float]) -> None:
-        """Hand one record to the sink."""
-        if self.sink is not None:
-            self.sink.write({**position, "time": time.time(), **values})
-
-    def show(self, media: Media) -> None:
-        """Hand a picture, histograms or a text to the sink."""
-        if self.sink is not None:
-            self.sink.show(media)
-
-    def flush(self) -> bool:
-        """Have everything written so far in the files; False where that is not possible now."""
-        return self.sink is None or self.sink.flush() is not False
+    def write(self, values: Mapping[str, float]) -> None:
+        """Write one record at the present progress. On rank 0; elsewhere it does nothing."""
+        self.writer.write({**self.progress.as_dict(), "time": time.time(), **values})
 
     def state(self) -> dict[str, list[float]]:
         """The sums of this rank since the last record. Waits for the device."""
@@ -106,16 +155,6 @@ class Recorder:
             sums = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
             keys = tuple(joined.split("\n"))
             self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
-
-
-def _means(parts: list[dict[str, list[float]]]) -> dict[str, float]:
-    """Means of every key over all ranks' sums, added up in rank order."""
-    return means(
-        (key, value, sums[-1])
-        for part in parts
-        for joined, sums in part.items()
-        for key, value in zip(joined.split("\n"), sums, strict=False)
-    )
 
 
 def means(sums: Iterable[tuple[str, float, float]]) -> dict[str, float]:

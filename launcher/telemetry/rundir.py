@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.errors import UsageError
-from launcher.runtime import hang
-from launcher.telemetry.append import append_line
+from launcher.runtime.member import Member
+from launcher.telemetry.sinks import AppendFile, lines
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"
 # Fields of a record in metrics.jsonl that are no metrics.
 POSITION = ("step", "epoch", "samples", "time")
+BEAT_S = 10.0  # between signs of life in status.json
 # On a file system without locks: an owner on another host that has not written for so long is dead.
-# Every heartbeat takes a tenth of it.
 STALE_S = 120.0
 
 
@@ -46,11 +45,11 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.evaluations = self.path / "evaluations"
         self.stop = self.path / "STOP"
-        self._lock: TextIO | None = None
+        self.lock = self.path / ".lock"
+        self._claim: TextIO | None = None  # the open lock
         self._status: dict[str, Any] = {}
-        self._writing = threading.Lock()
+        self._writing = threading.RLock()
         self._failed: set[str] = set()
-        self._appending = threading.Lock()
 
     def __reduce__(self) -> tuple[type[RunDirectory], tuple[Path]]:
         # Sent to another process it is the same directory, without this one's claim and locks.
@@ -64,36 +63,11 @@ class RunDirectory:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
         return any(p.exists() for p in (self.config, self.status, self.metrics, self.checkpoints))
 
-    def check_writable(self) -> None:
-        """Raise UsageError where the directory could not be made or written; touches nothing."""
-        try:
-            # exists() itself fails for a name that is too long, or in a closed folder.
-            existing = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-            if not existing.is_dir():
-                raise UsageError(f"OUTPUT_DIR {self.path}: {existing} is a file; choose another.")
-            # Trying is the only test that holds for root, read-only mounts and full quotas alike.
-            tempfile.TemporaryFile(dir=existing).close()
-        except OSError as error:
-            raise UsageError(
-                f"OUTPUT_DIR {self.path} cannot be written: {error.strerror}. Choose another with "
-                "OUTPUT_DIR DIR."
-            ) from error
+    def begun_by(self, job_id: str) -> bool:
+        """Whether the run here was begun, or gone on with, by this same job."""
+        return job_id != "" and _read_json(self.environment).get("job") == job_id
 
-    def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Replace environment.json."""
-        replace_json(self.environment, environment)
-
-    def left_unfinished_by(self, job_id: str) -> bool:
-        """Whether the run here was begun by this same job, and not completed."""
-        same = job_id != "" and _read_json(self.environment).get("job") == job_id
-        return same and self.read_status().get("state") != "completed"
-
-    def set_aside(self) -> Path:
-        """Rename the directory to DIR.old-<UTC time>, and return that. The claim ends."""
-        self.release()
-        target = unused(self.path.with_name(f"{self.path.name}.old-{utc_now()}"))
-        self.path.rename(target)
-        return target
+    # Whose it is.
 
     def claim(self, wait_s: float = 0.0) -> None:
         """Become the one live job of this directory, for as long as this process lives.
@@ -101,77 +75,73 @@ class RunDirectory:
         The claim is a lock of the kernel's, so that of a dead owner is gone with it. Raises
         UsageError, naming host and pid, where another job still holds it after `wait_s` seconds.
         """
-        if self._lock is not None:
+        if self._claim is not None:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / LOCK).open("a+", encoding="utf-8")
+            file = self.lock.open("a+", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"OUTPUT_DIR {self.path} cannot be made: {error.strerror}") from error
         deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                # A POSIX lock: unlike flock's, loader workers forked from here do not share it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                # On a file system without locks the owner's own word has to do.
-                refused = error.errno in (errno.EACCES, errno.EAGAIN)
-                if not refused and self._owner_seems_dead():
-                    break
-                if time.monotonic() < deadline:
-                    time.sleep(0.2)
-                    continue
-                owner = _read_json(self.path / LOCK)
+        while not self._lock(file):
+            if time.monotonic() >= deadline:
                 file.close()
+                owner = self._owner()
                 # The name may still be that of an owner before it.
-                alive = owner.get("host") != socket.gethostname() or _is_alive(owner)
-                told = f"host {owner.get('host')}, pid {owner.get('pid')}"
+                named = owner is not None and (owner.lives() or not owner.is_beside())
+                who = f"host {owner.host}, pid {owner.pid}" if owner and named else "just starting"
                 raise UsageError(
-                    f"{self.path} is in use by another job: "
-                    f"{told if owner and alive else 'one that is just starting'}. "
-                    "Wait for it, or stop it first."
-                ) from None
-        self._lock = file
+                    f"{self.path} is in use by another job ({who}). Wait for it, or stop it first."
+                )
+            time.sleep(0.2)
+        self._claim = file
 
-    def sign(self) -> None:
-        """Write this process's name on its claim, when the run really starts."""
-        assert self._lock is not None
-        self._lock.truncate(0)
-        json.dump(hang.myself(), self._lock)
-        self._lock.flush()
-
-    def take_over(self, owner: Mapping[str, Any]) -> bool:
-        """Claim the directory for a rank that tells of the end of `owner`, its rank 0.
-
-        False where nothing is to be written: a successor has begun, or the end has been told of. An
-        owner that is frozen keeps all others out, so then its ranks may write.
-        """
+    def _lock(self, file: TextIO) -> bool:
         try:
-            self.claim()
-            self.sign()  # for the next of the owner's ranks to come this way
-        except UsageError:
-            holder = _read_json(self.path / LOCK)
-            if any(holder.get(key) != owner[key] for key in ("host", "pid")):
+            # A POSIX lock: unlike flock's, loader workers forked from here do not share it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
-        status = self.read_status()
-        same = all(status.get(key) == owner[key] for key in ("host", "pid"))
-        return same and status.get("state") == "running"
+        # On a file system without locks the owner's own word has to do.
+        owner = self._owner()
+        if owner is not None and owner.is_beside():
+            return not owner.lives()
+        return time.time() - self.read_status().get("updated", 0) > STALE_S
+
+    def _owner(self) -> Member | None:
+        with contextlib.suppress(TypeError):
+            return Member(**_read_json(self.lock))
+        return None
+
+    def begin(self) -> None:
+        """Claim the directory for an attempt that really starts, with this process's name; requests
+        to stop, and a failure, that were those of an attempt before are so no more."""
+        self.claim()
+        assert self._claim is not None
+        self._claim.truncate(0)
+        json.dump(asdict(Member.here()), self._claim)
+        self._claim.flush()
+        self.stop.unlink(missing_ok=True)
+        if self.failure.exists():
+            self.failure.rename(_unused(self.path, "failure-", ".json"))
 
     def release(self) -> None:
         """Give the claim up; a process that ends does so by itself."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
 
-    def _owner_seems_dead(self) -> bool:
-        owner = _read_json(self.path / LOCK)
-        if owner.get("host") == socket.gethostname():
-            return not _is_alive(owner)
-        return time.time() - self.read_status().get("updated", 0) > STALE_S
+    def set_aside(self) -> Path:
+        """Rename the directory to DIR.old-<UTC time>, and return that. The claim ends."""
+        self.release()
+        return self.path.rename(_unused(self.path.parent, f"{self.path.name}.old-"))
+
+    # The files that grow with the records.
 
     def positions(self) -> dict[str, int]:
-        """Lengths in bytes of the files that grow with the records, for `rewind`."""
+        """Their lengths in bytes, for `rewind`."""
         files = [self.metrics, *self.tensorboard.glob("*tfevents*")]
         return {str(p.relative_to(self.path)): p.stat().st_size for p in files if p.exists()}
 
@@ -189,21 +159,7 @@ class RunDirectory:
             told = {f"step_{number}": why for number, why in damaged.items()}
             self.write_history("rewind", step, bytes=cut, **({"damaged": told} if told else {}))
 
-    def saved(self, manifest: Mapping[str, Any], seconds: float, error: Exception | None) -> None:
-        """Tell of a checkpoint that was committed, or could not be."""
-        step, name = manifest["step"], f"step_{manifest['step']}"
-        if error is None:
-            logger.info("checkpoint %s (%.2f s)", name, seconds)
-            self.write_history("checkpoint", step, path=name, seconds=seconds)
-            return
-        reason = f"{type(error).__name__}: {error}"
-        logger.warning(
-            "checkpoint %s could not be saved: %s. Training goes on; the next save is tried when "
-            "it is due.",
-            name,
-            reason,
-        )
-        self.write_history("checkpoint", step, path=name, failed=reason)
+    # The small files.
 
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} where there is none that can be read."""
@@ -214,66 +170,77 @@ class RunDirectory:
 
         Where that fails (a full disk, say) it is told once, and the run goes on.
         """
-        status = {
-            "state": state,
-            "step": position["step"],
-            "epoch": position["epoch"],
-            "reason": reason,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "updated": time.time(),
-        }
-        with self._writing:  # the heartbeat's thread writes too
-            self._status = status
-            self._try("status.json", lambda: replace_json(self.status, status))
+        here = Member.here()
+        with self._writing:  # the heartbeat, which must not undo this, comes from a thread
+            self._status = {"state": state, "step": position["step"], "epoch": position["epoch"]}
+            self._status |= {"reason": reason, "host": here.host, "pid": here.pid}
+            self._status["updated"] = time.time()
+            self._try(self.status, lambda: replace_json(self.status, self._status))
 
     def heartbeat(self, position: Mapping[str, int]) -> None:
-        """Say in status.json that a running run is alive."""
+        """Say in status.json that a running run is alive, every BEAT_S however often called."""
         with self._writing:
-            if self._status.get("state") == "running":
-                at = {"step": position["step"], "epoch": position["epoch"], "updated": time.time()}
-                self._status = {**self._status, **at}
-                self._try("status.json", lambda: replace_json(self.status, self._status))
+            running = self._status.get("state") == "running"
+            if running and time.time() - self._status["updated"] >= BEAT_S:
+                self.write_status("running", position)
 
-    def write_failure(self, failure: Mapping[str, Any]) -> None:
-        """Replace failure.json: rank, host, step, exception, traceback, end of that rank's log."""
-        self._try("failure.json", lambda: replace_json(self.failure, failure))
+    def create_failure(self, failure: Mapping[str, Any]) -> bool:
+        """Write failure.json, unless there is one of this attempt; whether there was none. Where it
+        cannot be written, which is told, there was none either."""
+        text = _dumps(failure)
+        temporary = self.path / f".failure.json.{Member.here().host}.{os.getpid()}"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            try:
+                os.link(temporary, self.failure)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                with self.failure.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            finally:
+                temporary.unlink()
+        except FileExistsError:
+            return False
+        except OSError as error:
+            logger.warning("%s could not be written: %s", self.failure, error)
+        return True
 
     def write_evaluation(self, result: Mapping[str, Any]) -> None:
         """Write evaluations/<UTC time>.json."""
         self.evaluations.mkdir(parents=True, exist_ok=True)
-        replace_json(unused(self.evaluations / f"{utc_now()}.json"), result)
+        replace_json(_unused(self.evaluations, "", ".json"), result)
 
     def write_history(self, event: str, step: int, **details: Any) -> bool:
         """Append one record of what happened to history.jsonl; a failure to is told once. False
         then."""
-        line = _strict_dumps({"event": event, "step": step, "time": time.time(), **details})
-        with self._appending:  # threads write here too, and a failed line is cut off again
-            return self._try("history.jsonl", lambda: append_line(self.history, line))
+        record = {"event": event, "step": step, "time": time.time(), **details}
 
-    def _try(self, name: str, write: Callable[[], None]) -> bool:
+        def write() -> None:
+            with contextlib.closing(AppendFile(self.history)) as file:
+                file.append(lines([record], default=str))
+
+        with self._writing:  # threads write here too, and a failed line is cut off again
+            return self._try(self.history, write)
+
+    def _try(self, path: Path, write: Callable[[], None]) -> bool:
         try:
             write()
         except OSError as error:
-            if name not in self._failed:
-                self._failed.add(name)
-                logger.warning("%s could not be written: %s", self.path / name, error)
+            if path.name not in self._failed:
+                self._failed.add(path.name)
+                logger.warning("%s could not be written: %s", path, error)
             return False
         return True
 
 
-def utc_now() -> str:
-    """The time as it stands in file names: 20260102T030405Z."""
-    return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-
-
-def unused(path: Path) -> Path:
-    """The path, or with -2, -3, ... before its suffix where it is taken, as by the same second."""
-    found, count = path, 1
+def _unused(folder: Path, before: str, after: str = "") -> Path:
+    """A path with the UTC time in its name: 20260102T030405Z, -2, -3, ... in the same second."""
+    name = f"{before}{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    found, count = folder / f"{name}{after}", 1
     while found.exists():
         count += 1
-        suffix = ".json" if path.suffix == ".json" else ""
-        found = path.with_name(f"{path.name.removesuffix(suffix)}-{count}{suffix}")
+        found = folder / f"{name}-{count}{after}"
     return found
 
 
@@ -295,11 +262,6 @@ def _cut(path: Path, length: int, aside: Path) -> int:
     return len(tail)
 
 
-def _is_alive(owner: Mapping[str, Any]) -> bool:
-    # By when it began as well: a container that takes another's place has its name and its pids.
-    return hang.is_alive(owner.get("pid", 0), owner.get("created", 0.0))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or {} where there is none that can be read."""
     try:
@@ -309,12 +271,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _strict_dumps(value: Any) -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, default=str)
+def _dumps(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def replace_json(path: Path, value: Any) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(_dumps(value), encoding="utf-8")
     temporary.replace(path)

@@ -1,94 +1,112 @@
-"""Where records go: JSON lines and the console. TensorBoard is in telemetry/tensorboard.py."""
+"""What a sink is, metrics.jsonl, and a file that grows by whole pieces. Imports no torch.
+
+The other sinks are in telemetry/logs.py and callbacks/tensorboard.py.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
-import logging
 import math
-from datetime import timedelta
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jsonlines
 
-from launcher.telemetry.append import AppendFile
-from launcher.telemetry.console import Console
-from launcher.telemetry.recorder import Record, Sink
-from launcher.telemetry.rundir import POSITION
+if TYPE_CHECKING:
+    from launcher.telemetry.media import Media
 
-logger = logging.getLogger(__name__)
-
-
-def strict(record: Record) -> Record:
-    """The record as strict JSON has it: NaN and infinity as null, their keys under `nonfinite`."""
-    bad = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-    if not bad:
-        return record
-    return {**record, **dict.fromkeys(bad), "nonfinite": bad}
+# One metrics record: step, epoch, samples, time, and a number for each metric.
+Record = dict[str, Any]
 
 
-class FileSink(Sink):
-    """A sink with a file. A library's writer fills `piece`, and `add` puts it into the file whole:
-    what cannot be written (a full disk) waits, and is tried again with the next record."""
+class Sink:
+    """Where records and media go. The writing thread alone calls it."""
 
-    def __init__(self, path: Path) -> None:
-        self.file, self.piece = AppendFile(path), io.BytesIO()
+    name = ""  # for people
+    essential = False  # whether a checkpoint needs all records in it
 
-    def add(self) -> None:
-        self.file.add(self.piece.getvalue())
-        self.piece.seek(0)
-        self.piece.truncate()
+    def write(self, items: Sequence[Record | Media]) -> None:
+        """Write all of these. Raises OSError where none could be written: they come again."""
+        raise NotImplementedError
 
-    def flush(self) -> None:
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
+    def close(self, completed: bool) -> None:
+        """End, after all that was written; `completed`: so is the run."""
 
 
-class JsonLines(FileSink):
+class JsonLines(Sink):
     """metrics.jsonl: a line a record."""
 
     essential = True
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.name = str(path)
-        dumps = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
-        self.writer = jsonlines.Writer(self.piece, dumps=dumps)
+        self.name, self.file = str(path), AppendFile(path)
 
-    def write(self, record: Record) -> None:
-        self.writer.write(strict(record))
-        self.add()
+    def write(self, items: Sequence[Record | Media]) -> None:
+        self.file.append(lines(strict(item) for item in items if isinstance(item, dict)))
+
+    def close(self, completed: bool) -> None:
+        self.file.close()
 
 
-class ConsoleLines(Sink):
-    """A line a record in the log, and the same values beside the progress bar on a terminal."""
+def lines(values: Iterable[Mapping[str, Any]], default: Any = float) -> bytes:
+    """Objects as JSON lines; `default` makes something of what JSON has no form for."""
+    dumps = partial(json.dumps, allow_nan=False, ensure_ascii=False, default=default)
+    piece = io.BytesIO()
+    jsonlines.Writer(piece, dumps=dumps).write_all(values)
+    return piece.getvalue()
 
-    name = "the console"
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+def strict(record: Mapping[str, Any]) -> Record:
+    """The record as strict JSON has it: NaN and infinity as null, their keys under `nonfinite`."""
+    bad = [key for key, value in record.items() if not math.isfinite(value)]
+    return {**record, **dict.fromkeys(bad), "nonfinite": bad} if bad else dict(record)
 
-    def write(self, record: Record) -> None:
-        line = summary(record)
-        evaluation = not any(key.startswith("train/") for key in record)
-        # On a terminal the bar shows training records; evaluations deserve a line there too.
-        file_only = not evaluation and self.console.interactive
-        logger.info(line, extra={"file_only": file_only})
-        self.console.update(record)
+
+class AppendFile:
+    """Each piece is in the file as a whole, or not at all. It is opened with the first of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: io.FileIO | None = None
+        self.length = 0  # of whole pieces in the file
+
+    def append(self, piece: bytes) -> None:
+        """Write a piece. Raises OSError where that is not possible; no part of it is left then."""
+        if not piece:
+            return
+        if self.file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Unbuffered: what failed must not be written later by itself, after a part of it.
+            self.file = io.FileIO(self.path, "ab")
+            self.length = self.file.seek(0, os.SEEK_END)
+        try:
+            self._cut()  # what could not be cut off when it failed
+            self._write(self.file, piece)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._cut()
+            raise
+        self.length += len(piece)
+
+    def _write(self, file: io.FileIO, piece: bytes) -> None:
+        rest = memoryview(piece)
+        while rest:
+            written = file.write(rest)
+            if not written:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            rest = rest[written:]
+
+    def _cut(self) -> None:
+        assert self.file is not None
+        if self.file.seek(0, os.SEEK_END) > self.length:
+            self.file.truncate(self.length)
 
     def close(self) -> None:
-        self.console.close()
-
-
-def summary(record: Record) -> str:
-    """One line of a record: `step 20  epoch 1  loss 1.234  ...  eta 0:03:20`, system figures left
-    out."""
-    parts = [f"step {record['step']}", f"epoch {record['epoch']}"]
-    for key, value in record.items():
-        if key not in POSITION and not key.startswith("system/") and key != "perf/eta_s":
-            parts.append(f"{key.removeprefix('train/')} {value:.4g}")
-    if "perf/eta_s" in record:
-        parts.append(f"eta {timedelta(seconds=round(record['perf/eta_s']))}")
-    return "  ".join(parts)
+        if self.file is not None:
+            self.file.close()

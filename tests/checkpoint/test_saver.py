@@ -1,7 +1,7 @@
 """Saving beside the training: the state of the moment of save(), one at a time, errors told."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,7 @@ import torch
 
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.store import CheckpointStore, Retention
-
-CPU = torch.device("cpu")
+from launcher.errors import RunError
 
 
 def manifest(step: int) -> dict[str, Any]:
@@ -24,7 +23,7 @@ class Saves:
     def __init__(self, folder: Path) -> None:
         self.store = CheckpointStore(folder / "checkpoints", Retention(last=10))
         self.told: list[tuple[int, Exception | None]] = []
-        self.saver = Saver(self.store, CPU, self.done)
+        self.saver = Saver(self.store, self.done)
         self.weight, self.buffer = torch.zeros(1000), torch.zeros(3)
         self.gate = threading.Event()
 
@@ -37,7 +36,7 @@ class Saves:
         return {"model": {"w": self.weight, "b": self.buffer}, "optimizer": nested}
 
     def save(self, step: int) -> None:
-        self.saver.save(self.state(step), manifest(step), changing=[self.buffer])
+        self.saver.save(self.state(step), manifest(step))
 
     def hold(self, patch: pytest.MonkeyPatch) -> None:
         """Commits wait for the gate."""
@@ -69,13 +68,12 @@ def check(state: dict[str, Any], weight: float, buffer: float) -> None:
 def test_what_is_committed_is_the_state_of_the_moment_of_save(
     saves: Saves, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights change right after before_update(), buffers even before it."""
+    """Whatever changes afterwards: weights that the task moves itself, buffers, the update."""
     saves.hold(monkeypatch)
     saves.weight.fill_(1)
     saves.buffer.fill_(1)
     saves.save(5)
-    saves.buffer.fill_(99)  # the next forward pass
-    saves.saver.before_update()
+    saves.buffer.fill_(99)
     saves.weight.fill_(99)
     saves.gate.set()
     assert saves.saver.wait() is None
@@ -84,33 +82,34 @@ def test_what_is_committed_is_the_state_of_the_moment_of_save(
     assert saves.told == [(5, None)]
 
 
-def test_before_update_waits_for_the_copy(saves: Saves, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    started = threading.Event()
-    real = saves.saver.copier.submit
+@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
+def test_a_tensor_keeps_its_layout(saves: Saves, layout: str) -> None:
+    """A fused optimiser walks its state as its weights lie: a contiguous copy would be another."""
+    value = torch.randn(2, 3, 4, 5)
+    value = value.to(memory_format=torch.channels_last) if layout == "channels_last" else value.mT
+    for step in (1, 2):
+        saves.saver.save({"model": {"w": value}}, manifest(step))
+        saves.saver.wait()
+        loaded = saves.store.load(step)["model"]["w"]
+        assert torch.equal(loaded, value) and loaded.stride() == value.stride()
 
-    def slow(function: Callable[..., Any], *arguments: Any) -> Any:
-        def copying() -> None:
-            started.wait(30)
-            function(*arguments)
-            order.append("copied")
 
-        return real(copying)
+def test_an_error_after_a_save_ends_no_training(
+    saves: Saves, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("a callback's")
 
-    monkeypatch.setattr(saves.saver.copier, "submit", slow)
+    monkeypatch.setattr(saves.saver, "done", fails)
     saves.save(1)
-    threading.Timer(0.2, started.set).start()
-    saves.saver.before_update()
-    order.append("update")
-    saves.weight.fill_(99)
-    saves.saver.wait()
-    assert order == ["copied", "update"]
-    check(saves.store.load(1), 0, 0)
+    assert saves.saver.wait() is None and "a callback's" in caplog.text
+    saves.save(2)
 
 
 def test_a_failing_save_is_told_and_the_next_one_works(
-    saves: Saves, monkeypatch: pytest.MonkeyPatch
+    saves: Saves, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", "launcher")
     full = OSError(28, "No space left on device")
 
     def fail(*_: Any) -> Path:
@@ -127,6 +126,9 @@ def test_a_failing_save_is_told_and_the_next_one_works(
     saves.save(3)
     assert saves.saver.wait() is None
     assert saves.told == [(1, None), (2, full), (3, None)]
+    one, two, three = caplog.messages
+    assert one.startswith("checkpoint step_1 (") and three.startswith("checkpoint step_3 (")
+    assert "step_2 could not be saved: OSError: [Errno 28] No space left" in two
     assert saves.store.steps() == [1, 3]
 
 
@@ -134,7 +136,6 @@ def test_at_most_one_save_is_in_flight(saves: Saves, monkeypatch: pytest.MonkeyP
     saves.hold(monkeypatch)
     saves.save(1)
     assert saves.saver.pending == manifest(1)
-    saves.saver.before_update()
     saves.weight.fill_(2)
     second = threading.Thread(target=saves.save, args=(2,))
     second.start()
@@ -152,12 +153,12 @@ def test_at_most_one_save_is_in_flight(saves: Saves, monkeypatch: pytest.MonkeyP
 def test_the_copies_are_kept_for_the_next_save(saves: Saves) -> None:
     saves.save(1)
     saves.saver.wait()
-    first = {path: buffer.data_ptr() for path, buffer in saves.saver.buffers.items()}
+    first = [copy.data_ptr() for copy in saves.saver.copies]
     assert len(first) == 4
     saves.weight.fill_(3)
     saves.save(2)
     saves.saver.wait()
-    assert {path: buffer.data_ptr() for path, buffer in saves.saver.buffers.items()} == first
+    assert [copy.data_ptr() for copy in saves.saver.copies] == first
     check(saves.store.load(2), 3, 0)
 
 
@@ -165,11 +166,11 @@ def test_the_copies_are_kept_for_the_next_save(saves: Saves) -> None:
 def test_a_tensor_of_another_kind_gets_another_copy(saves: Saves, other: torch.Tensor) -> None:
     """As the optimiser's state does at its first step, or a parameter that is gone."""
     saves.save(1)
-    saves.saver.save({"model": {"w": other}}, manifest(2), changing=[])
+    saves.saver.save({"model": {"w": other}}, manifest(2))
     saves.saver.wait()
     assert torch.equal(saves.store.load(2)["model"]["w"], other)
     assert saves.store.load(2)["model"]["w"].dtype == other.dtype
-    assert list(saves.saver.buffers) == ["/model/w"]
+    assert len(saves.saver.copies) == 1
 
 
 def test_close_waits_for_the_last_save(saves: Saves, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,5 +182,20 @@ def test_close_waits_for_the_last_save(saves: Saves, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_in_flight_is_nothing_to_wait_for(saves: Saves) -> None:
-    saves.saver.before_update()
     assert saves.saver.wait() is None
+
+
+def test_the_last_save_is_tried_once_more(saves: Saves, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, left = saves.store.commit, [OSError(28, "No space left on device")]
+
+    def fail(*arguments: Any) -> Path:
+        if left:
+            raise left.pop()
+        return commit(*arguments)
+
+    monkeypatch.setattr(saves.store, "commit", fail)
+    saves.saver.save(saves.state(1), manifest(1), last=True)
+    assert saves.store.steps() == [1]
+    left += [OSError(28, "No space left on device")] * 2
+    with pytest.raises(RunError, match=r"the last checkpoint could not be saved: .*No space left"):
+        saves.saver.save(saves.state(2), manifest(2), last=True)

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from launcher.checkpoint.state import TrainingState, random_state, set_random_state
-from launcher.engine.run import build_state
+from launcher.engine.run import model_layout
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
-from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, config
+from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, fresh
 
 WORDS = ("MODEL.EMA_DECAY", 0.9, "TRAIN.PRECISION", "fp16", "OPTIM.NAME", "adamw")
 
@@ -62,18 +63,21 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
     whole.run(3)
     whole.state.progress.advance(24, 23, skipped=False)
     whole.step.scaler.update(new_scale=128.0)
+    whole.state.recorded, whole.state.evaluated, whole.state.finished = 3, 2, "a callback"
     saved = captured(whole.state)
 
     resumed = Trainer(Regression(), *WORDS)
     resumed.one(0)  # something to be overwritten
-    resumed.state.recorder._sums.clear()
+    resumed.state.recorder.gather()
     resumed.state.restore(saved, ALONE)
     assert resumed.state.progress == whole.state.progress
     assert resumed.state.scaler.get_scale() == 128.0
+    found = (resumed.state.recorded, resumed.state.evaluated, resumed.state.finished)
+    assert found == (3, 2, "a callback")
     assert resumed.state.recorder.state() == whole.state.recorder.state()
     expected = draws()
     resumed.state.restore(captured(whole.state), ALONE)
-    resumed.state.recorder._sums.clear()
+    resumed.state.recorder.gather()
     resumed.state.restore(saved, ALONE)
     assert draws() == expected
     for trainer in (whole, resumed):
@@ -98,7 +102,8 @@ def saved_by_two_ranks() -> dict[str, Any]:
     torch.manual_seed(0)
     other = random_state()
     saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
-    saved["ranks"].append({"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5})
+    mine = {"random": other, "recorder": {"loss": [10.0, 2.0]}, "threads": 5}
+    saved["ranks"].append({**saved["ranks"][0], **mine})
     return saved
 
 
@@ -116,7 +121,7 @@ def saved_by_two_ranks() -> dict[str, Any]:
 def test_sums_of_the_interrupted_period_survive_any_number_of_ranks(
     runtime: Runtime, sums: dict[str, list[float]]
 ) -> None:
-    state = build_state(config(), Regression(), ALONE)
+    state = fresh(Regression())
     state.restore(saved_by_two_ranks(), runtime)
     assert state.recorder.state() == sums
 
@@ -130,7 +135,7 @@ def test_a_rank_has_its_own_random_state_and_a_new_rank_keeps_its_seed() -> None
     torch.manual_seed(77)
     expected[2] = torch.rand(3)
     for of in range(3):
-        state = build_state(config(), Regression(), ALONE)
+        state = fresh(Regression())
         torch.manual_seed(77)
         state.restore(saved, rank(of, 3))
         assert torch.equal(torch.rand(3), expected[of])
@@ -142,3 +147,43 @@ def test_a_state_saved_without_an_average_loads_into_a_run_without() -> None:
     fresh = Trainer(Regression())
     fresh.state.restore(captured(trainer.state), ALONE)
     assert_close(fresh.weights, trainer.weights)
+
+
+def test_allowed_keys_of_the_optimiser_take_effect_and_its_averages_stay() -> None:
+    words = ("OPTIM.NAME", "adamw", "OPTIM.LR", 0.1)
+    whole = Trainer(Regression(), *words, "OPTIM.WEIGHT_DECAY", 0.3)
+    whole.run(2)
+    saved = captured(whole.state)
+    resumed = Trainer(Regression(), *words, "OPTIM.LR", 0.002, "OPTIM.BETAS", "[0.5, 0.5]")
+    resumed.state.restore(saved, ALONE, {"OPTIM.LR", "OPTIM.BETAS", "OPTIM.WEIGHT_DECAY"})
+    (group,) = resumed.state.optimizer.param_groups
+    assert group["betas"] == (0.5, 0.5) and group["weight_decay"] == 0
+    resumed.step.schedule.apply(resumed.state.optimizer, 2)
+    assert group["lr"] == 0.002
+    theirs, ours = (t.state.optimizer.state_dict()["state"] for t in (whole, resumed))
+    assert all(torch.equal(ours[i]["exp_avg"], theirs[i]["exp_avg"]) for i in theirs)
+    resumed.state.restore(saved, ALONE)  # the keys are the same: it is as it was saved
+    assert resumed.state.optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_another_optimiser_begins_afresh_and_another_precision_with_its_scaler() -> None:
+    whole = Trainer(Regression())
+    whole.run(2)
+    words = ("OPTIM.NAME", "adamw", "TRAIN.PRECISION", "fp16")
+    resumed = Trainer(Regression(), *words)
+    resumed.state.restore(captured(whole.state), ALONE, {"OPTIM.NAME", "TRAIN.PRECISION"})
+    assert resumed.state.optimizer.state_dict()["state"] == {}
+    assert_close(resumed.weights, whole.weights)
+    resumed.one(2)
+
+
+def test_a_layout_tells_of_extra_state_that_is_no_tensor() -> None:
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    layouts = {model_layout(model) for model in (nn.Linear(2, 2), Counting(2, 2), Counting(2, 3))}
+    assert len(layouts) == 3

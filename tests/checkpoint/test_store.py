@@ -118,7 +118,7 @@ def half_a_file(state: Any, file: Any) -> None:
 FAILURES: dict[str, tuple[str, Callable[..., Any]]] = {
     "torch.save": ("torch.save", half_a_file),
     "fsync": ("os.fsync", fail),
-    "manifest": ("json.dump", fail),
+    "manifest": ("json.dumps", fail),
     "rename": ("pathlib.Path.rename", fail),
 }
 
@@ -148,6 +148,32 @@ def test_remains_of_a_killed_save_are_no_checkpoint(store: Store) -> None:
     store.save(2)
     assert store.steps() == [1, 2]
     assert not [p for p in store.directory.iterdir() if p.name.startswith(".")]
+
+
+def test_a_save_killed_between_its_two_renames_loses_nothing(store: Store) -> None:
+    """Where a step is saved once more, the old one is out of the way for a moment."""
+    store.save(1)
+    store.path(1).rename(store.directory / ".tmp_replaced_step_1")
+    newest = store.newest()
+    assert newest is not None and newest.step == 1 and same(newest.state, state_of(1))
+    store.clean()
+    assert store.steps() == [1]
+
+
+def test_one_that_a_kill_left_half_deleted_counts_for_none(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # killed before it began
+        for step in range(1, 6):
+            store.save(step, loss=step)
+    assert store.steps() == [1, 3, 4, 5] and len(os.listdir(store.directory)) > 6
+    store.clean()
+    assert sorted(os.listdir(store.directory)) == [
+        "best",
+        "last",
+        *(f"step_{n}" for n in (1, 3, 4, 5)),
+    ]
 
 
 def truncate(path: Path) -> None:

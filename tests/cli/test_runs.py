@@ -6,16 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launcher import cli
 from tests.cli.imports import ROOT, imported_by
-from tests.runs.made import lines, make_run, record, training
+from tests.runs.made import append, lines, make_run, record, training
 
 Captured = pytest.CaptureFixture[str]
+Said = Callable[[str], str]
 VERBS = ("list", "show", "status", "tail", "compare", "plot", "export", "verify", "report")
 
 
@@ -30,8 +31,19 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "b", training(50), "failed", {"OPTIM.LR": 0.01})
 
 
-def runs(*words: str) -> int:
-    return cli.main(["runs", *words])
+def runs(words: str) -> int:
+    return cli.main(["runs", *words.split()])
+
+
+@pytest.fixture
+def said(capsys: Captured) -> Said:
+    """What a command prints that ends well."""
+
+    def said(words: str) -> str:
+        assert runs(words) == 0
+        return capsys.readouterr().out
+
+    return said
 
 
 def test_help_names_every_verb(capsys: Captured) -> None:
@@ -41,114 +53,97 @@ def test_help_names_every_verb(capsys: Captured) -> None:
     assert caught.value.code == 0 and all(f"    {verb} " in out for verb in VERBS)
 
 
-def test_list(capsys: Captured) -> None:
-    assert runs("list") == 0
-    out = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in out] == [
+def test_list(said: Said) -> None:
+    """Also in a pipe nothing is cut off."""
+    make_run(Path("runs") / ("long" * 40))
+    assert [line.split()[:3] for line in said("list").splitlines()] == [
         ["run", "state", "step"],
         ["a", "completed", "100/100"],
         ["b", "failed", "50/50"],
+        ["long" * 40, "completed", "100/100"],
     ]
 
 
-def test_list_chooses_orders_and_shows_what_is_asked_for(capsys: Captured) -> None:
-    words = ("--sort", "val/accuracy", "--reverse", "--columns", "run,OPTIM.LR", "--json")
-    assert runs("list", "runs", *words) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == [
+def test_list_chooses_orders_and_shows_what_is_asked_for(said: Said) -> None:
+    words = "list runs --sort val/accuracy --reverse --columns run,OPTIM.LR --json"
+    assert json.loads(said(words)) == [
         {"path": "runs/a", "run": "a", "OPTIM.LR": 0.1},
         {"path": "runs/b", "run": "b", "OPTIM.LR": 0.01},
     ]
-    assert runs("list", "--where", "OPTIM.LR=0.1", "--where", "val/accuracy>0.5", "--json") == 0
-    (row,) = json.loads(capsys.readouterr().out)
+    (row,) = json.loads(said("list --where OPTIM.LR=0.1 --where val/accuracy>0.5 --json"))
     assert (row["run"], row["best"], row["step"], row["total"]) == ("a", 0.9, 100, 100)
 
 
 def test_a_folder_without_runs(capsys: Captured) -> None:
     Path("empty").mkdir()
-    assert runs("list", "empty", "--json") == 0
+    assert runs("list empty --json") == 0
     assert capsys.readouterr() == ("[]\n", "launcher: no runs below empty\n")
 
 
-def test_nothing_is_cut_off_in_a_pipe(capsys: Captured) -> None:
-    make_run(Path("runs") / ("long" * 40))
-    assert runs("list") == 0
-    assert "long" * 40 in capsys.readouterr().out
-
-
-def test_show(capsys: Captured) -> None:
-    assert runs("show", "runs/a") == 0
-    out = capsys.readouterr().out
+def test_show(said: Said) -> None:
+    out = said("show runs/a")
     assert "runs/a  completed" in out and "best val/accuracy 0.9 at step 100" in out
-    assert runs("show", "runs/b", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(said("show runs/b --json"))
     assert found["metrics"]["val/loss"]["min"] == {"step": 50, "value": 4.0}
     assert (found["state"], found["failure"], found["config"]["OPTIM.LR"]) == ("failed", None, 0.01)
     assert [event["event"] for event in found["history"]] == ["start", "failure"]
 
 
-def test_tail(capsys: Captured) -> None:
-    assert runs("tail", "runs/a", "-n", "1", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == training(100)[-1]
-    assert runs("tail", "runs/a", "-f") == 0
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 11 and out[-1] == "--- completed: step 100, epoch 2"
+def test_tail(said: Said) -> None:
+    assert json.loads(said("tail runs/a -n 1 --json")) == training(100)[-1]
+    lines = said("tail runs/a -f").splitlines()
+    assert len(lines) == 11 and lines[-1] == "--- completed: step 100, epoch 2"
 
 
-def test_compare(capsys: Captured) -> None:
-    assert runs("compare", "runs/a", "runs/b") == 0
-    out = capsys.readouterr().out
+def test_compare(said: Said) -> None:
+    out = said("compare runs/a runs/b")
     assert "OPTIM.LR" in out and "0.9 *" in out
-    assert runs("compare", "runs/a", "runs/b", "--key", "val/loss", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(said("compare runs/a runs/b --key val/loss --json"))
     assert found["runs"] == ["a", "b"] and found["config"]["OPTIM.LR"] == [0.1, 0.01]
     assert found["metrics"][0]["values"] == [2.0, 4.0] and found["metrics"][0]["best"] == [0]
 
 
-def test_plot(tmp_path: Path) -> None:
+def test_plot(said: Said) -> None:
     pytest.importorskip("matplotlib")
-    words = ("--key", "val/accuracy", "--key", "train/loss", "--x", "samples", "--smooth", "0.5")
-    assert runs("plot", "runs/a", "runs/b", *words, "-o", "p.svg") == 0
-    assert "val/accuracy" in (tmp_path / "p.svg").read_text()
+    words = "--key val/accuracy --key train/loss --x samples --smooth 0.5 -o p.svg"
+    said(f"plot runs/a runs/b {words}")
+    assert "val/accuracy" in Path("p.svg").read_text()
 
 
 @pytest.mark.parametrize("weight", ["1", "-0.1", "nan", "much"])
 def test_a_weight_that_is_none(weight: str, capsys: Captured) -> None:
     with pytest.raises(SystemExit) as caught:
-        runs("plot", "runs/a", "--smooth", weight, "-o", "p.svg")
+        runs(f"plot runs/a --smooth {weight} -o p.svg")
     assert caught.value.code == 2 and "--smooth" in capsys.readouterr().err
 
 
-def test_export_and_report(tmp_path: Path, capsys: Captured) -> None:
-    assert runs("export", "runs/a", "runs/b", "-o", "all.csv") == 0
+def test_export_and_report(capsys: Captured) -> None:
+    assert runs("export runs/a runs/b -o all.csv") == 0
     assert "18 records of 2 runs in all.csv" in capsys.readouterr().err
-    assert len((tmp_path / "all.csv").read_text().splitlines()) == 19
-    assert runs("report", "runs/a", "runs/b") == 0
-    assert "<title>a, b</title>" in (tmp_path / "report.html").read_text()
-    assert runs("report", "runs/a", "-o", "absent/x.html") == 2
+    assert len(Path("all.csv").read_text().splitlines()) == 19
+    assert runs("report runs/a runs/b") == 0
+    assert "<title>a, b</title>" in Path("report.html").read_text()
+    assert runs("report runs/a -o absent/x.html") == 2
 
 
 def test_verify(capsys: Captured) -> None:
-    assert runs("verify", "runs/a", "--json") == 1
+    assert runs("verify runs/a --json") == 1
     found = json.loads(capsys.readouterr().out)
     assert [one["where"] for one in found] == ["checkpoints"]  # none was made
     path = Path("runs/c")
     make_run(path, training(50), "running", {"LOG.TENSORBOARD": False})
-    assert runs("verify", "runs/c") == 0
+    assert runs("verify runs/c") == 0
     assert capsys.readouterr().out == "runs/c: as promised (6 records)\n"
 
 
+READERS = ("list", "show runs/a", "compare runs/a runs/b", "report runs/a")
+READERS += ("export runs/a -o x.csv",)
+
+
 def test_damaged_lines_are_told_and_no_reason_to_stop(capsys: Captured) -> None:
-    with Path("runs/a/metrics.jsonl").open("a") as file:
-        file.write("torn {\n" * 5 + lines([record(110, train__loss=0.5)]))
-    for words in (
-        ("list",),
-        ("show", "runs/a"),
-        ("compare", "runs/a", "runs/b"),
-        ("export", "runs/a", "-o", "x.csv"),
-        ("report", "runs/a"),
-    ):
-        assert runs(*words) == 0
+    append(Path("runs/a/metrics.jsonl"), "torn {\n" * 5 + lines([record(110, train__loss=0.5)]))
+    for words in READERS:
+        assert runs(words) == 0
         err = capsys.readouterr().err
         assert "runs/a/metrics.jsonl:13: no JSON" in err and "2 more" in err
     assert "torn" not in Path("x.csv").read_text() and "110" in Path("x.csv").read_text()
@@ -157,53 +152,42 @@ def test_damaged_lines_are_told_and_no_reason_to_stop(capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["list", "absent"], "absent is no directory"),
-        (["list", "--where", "OPTIM.LR"], "write KEY=VALUE"),
-        (["list", "--sort", "val/acuracy"], "did you mean val/accuracy?"),
-        (["list", "--columns", "run,LR"], "no run has LR"),
-        (["show", "runs/a", "--key", "val/los"], "did you mean val/loss?"),
-        (["compare", "runs/a", "runs/b", "--key", "los"], "no run has los"),
-        (["show", "absent"], "absent does not exist"),
-        (["show", "runs"], "runs holds no run; below it are runs/a, runs/b"),
-        (["compare", "runs/a", "cache"], "cache holds no run"),
-        (["export", "runs/a", "-o", "x.txt"], "must end in .csv, .parquet or .jsonl"),
-        (["plot", "runs/a", "-o", "x.pdf"], "must end in .png or .svg"),
-        (["plot", "runs/a", "-o", "absent/x.png"], "absent is no directory"),
-        (["export", "runs/a", "-o", "absent/x.csv"], "absent is no directory"),
+        ("list absent", "absent is no directory"),
+        ("list --where OPTIM.LR", "write KEY=VALUE"),
+        ("list --sort val/acuracy", "did you mean val/accuracy?"),
+        ("list --columns run,LR", "no run has LR"),
+        ("show runs/a --key val/los", "did you mean val/loss?"),
+        ("compare runs/a runs/b --key los", "no run has los"),
+        ("show absent", "absent does not exist"),
+        ("show runs", "runs holds no run; below it are runs/a, runs/b"),
+        ("compare runs/a cache", "cache holds no run"),
+        ("export runs/a -o x.txt", "must end in .csv, .parquet or .jsonl"),
+        ("plot runs/a -o x.pdf", "must end in .png or .svg"),
+        ("plot runs/a -o absent/x.png", "absent is no directory"),
+        ("export runs/a -o absent/x.csv", "absent is no directory"),
     ],
 )
-def test_mistakes_exit_with_2(words: list[str], told: str, capsys: Captured) -> None:
+def test_mistakes_exit_with_2(words: str, told: str, capsys: Captured) -> None:
     Path("cache").mkdir(exist_ok=True)
-    assert runs(*words) == 2
+    assert runs(words) == 2
     assert told in capsys.readouterr().err
 
 
-BESIDES: dict[str, tuple[list[str], int]] = {
-    "help": (["--help"], 0),
-    "status": (["status", "runs/a"], 0),
-    "list": (["list"], 0),
-    "show": (["show", "runs/a"], 0),
-    "tail": (["tail", "runs/a"], 0),
-    "compare": (["compare", "runs/a", "runs/b"], 0),
-    "plot": (["plot", "runs/a", "-o", "p.svg"], 0),
-    "export": (["export", "runs/a", "-o", "x.csv"], 0),
-    "report": (["report", "runs/a"], 0),
-    "verify": (["verify", "runs/b"], 1),
-}
-
-
-@pytest.mark.parametrize("name", BESIDES)
-def test_what_is_not_imported(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [*READERS, "--help", "status runs/a", "tail runs/a", "plot runs/a -o p.svg", "verify runs/b"],
+)
+def test_what_is_not_imported(words: str, tmp_path: Path) -> None:
     """torch never; TensorBoard for verify alone, and nothing heavy for --help."""
-    if name == "plot":
+    if words.startswith("plot"):
         pytest.importorskip("matplotlib")
     (tmp_path / "runs" / "b" / "tensorboard").mkdir()
-    words, code = BESIDES[name]
-    imported = imported_by(["runs", *words], code, tmp_path)
-    heavy: dict[str, Any] = {"help": {"numpy", "orjson", "rich", "psutil"}}
+    verifies = words.startswith("verify")
+    imported = imported_by(["runs", *words.split()], int(verifies), tmp_path)
     assert "yacs" in imported  # the list was read
-    assert not imported & {"torch", "pandas", "pyarrow", *heavy.get(name, ())}
-    assert ("tensorboard" in imported) == (name == "verify")
+    assert not imported & {"torch", "pandas", "pyarrow"}
+    assert words != "--help" or not imported & {"numpy", "orjson", "rich", "psutil"}
+    assert ("tensorboard" in imported) == verifies
 
 
 @pytest.mark.parametrize("words", ["tail runs/a -n 100", "list", "show runs/a", "list --json"])
@@ -262,20 +246,16 @@ def test_whatever_stands_in_a_run_it_is_read(name: str, what: str, capsys: Captu
     """As far as it can be, by every command, without an exception and without a control sequence
     on the terminal."""
     (Path("runs/a") / name).write_text(ODD[name][what])
-    for words in (
-        *(("list",), ("show", "runs/a"), ("compare", "runs/a", "runs/b"), ("report", "runs/a")),
-        *(("tail", "runs/a"), ("export", "runs/a", "-o", "x.csv"), ("list", "--json")),
-        *(("show", "runs/a", "--json"), ("report", "runs/a")),
-    ):
-        assert runs(*words) == 0
+    for words in (*READERS, "tail runs/a", "list --json", "show runs/a --json"):
+        assert runs(words) == 0
         assert "\x1b" not in capsys.readouterr().out
-    assert runs("verify", "runs/a") in (0, 1)
+    assert runs("verify runs/a") in (0, 1)
 
 
 def test_a_file_that_cannot_be_read_is_a_message(capsys: Captured) -> None:
     Path("runs/a/metrics.jsonl").unlink()
     Path("runs/a/metrics.jsonl").mkdir()
-    for words in (("tail", "runs/a"), ("export", "runs/a", "-o", "x.csv"), ("report", "runs/a")):
-        assert runs(*words) == 1
+    for words in ("tail runs/a", "export runs/a -o x.csv", "report runs/a"):
+        assert runs(words) == 1
         assert "metrics.jsonl: Is a directory" in capsys.readouterr().err
     assert runs("list") == 0

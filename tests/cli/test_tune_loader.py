@@ -190,7 +190,7 @@ class Fake(tune_loader.Tuner):
     """A tuner whose measurements are given: speed by workers and prefetch."""
 
     def __init__(self, speeds: dict[tuple[int, int], float]) -> None:
-        super().__init__(None, None, float("inf"))  # type: ignore[arg-type]
+        super().__init__(None, None, lambda: None, float("inf"))  # type: ignore[arg-type]
         self.speeds, self.tried = speeds, list[Setting]()
 
     def _measure(self, setting: Setting, seconds: float) -> Measured | None:

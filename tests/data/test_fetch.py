@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from launcher.data.fetch import Fetcher, Request
+from launcher.data.fetch import Fetcher
 from launcher.data.loader import load
+from launcher.data.plan import Request
 from launcher.errors import RunError
 
 GENERATORS = ("torch", "numpy", "random")

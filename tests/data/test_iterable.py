@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from launcher.data.iterable import ENDLESS, Span, Stated, StreamFetcher
-from launcher.data.loader import load, stream_requests
-from launcher.data.plan import Plan
+from launcher.data.fetch import Stated, StreamFetcher
+from launcher.data.loader import load
+from launcher.data.order import sequential
+from launcher.data.plan import ENDLESS, Plan, Request, train_requests
 from launcher.errors import RunError
 
 
@@ -95,8 +96,16 @@ def as_list(samples: list[Any]) -> list[Any]:
     return samples
 
 
-def fetcher(dataset: Any, seed: int | None = None, endless: bool = False) -> StreamFetcher:
-    return StreamFetcher(dataset, as_list, seed, endless)
+def fetcher(dataset: Any, seed: int | None = None, **options: Any) -> StreamFetcher:
+    return StreamFetcher(dataset, as_list, seed, **options)
+
+
+def span(epoch: int, start: int, stop: int) -> Request:
+    return Request(epoch, list(range(start, stop)))
+
+
+def requests(plan: Plan, rank: int, first: int, last: int) -> list[Request]:
+    return list(train_requests(plan, sequential, rank, first, last))
 
 
 def read(
@@ -108,11 +117,9 @@ def read(
     for rank in range(plan.world_size):
         readers = [fetcher(kind(), **options) for _ in range(max(1, workers))]
         turn = itertools.cycle(readers)
-        for span in stream_requests(plan, rank, first, last):
-            answer = next(turn)[span]
-            samples = answer.batch if isinstance(answer, Stated) else answer
-            step = span.epoch * plan.steps_per_epoch + span.start // plan.batch_size
-            batches[step - first] += samples
+        for request in requests(plan, rank, first, last):
+            step = request.epoch * plan.steps_per_epoch + request.samples[0] // plan.batch_size
+            batches[step - first] += next(turn)[request]
     return batches
 
 
@@ -147,8 +154,8 @@ def test_a_start_in_the_middle_gives_the_same_samples(kind: type, first: int) ->
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_loader_reads_as_one_reader_does(workers: int) -> None:
     plan = Plan(23, 4, micro_batch_size=2)
-    spans = list(stream_requests(plan, 0, 0, 2 * plan.steps_per_epoch))
-    answers = list(load(fetcher(Stream()), spans, workers, 2, False, 60.0))
+    whole = requests(plan, 0, 0, 2 * plan.steps_per_epoch)
+    answers = list(load(fetcher(Stream()), whole, workers, 2, False, 60.0))
     assert list(itertools.chain(*answers)) == [(e, i) for e in (0, 1) for i in range(23)]
 
 
@@ -164,14 +171,14 @@ def test_an_endless_stream_starts_again_where_it_ends(kind: type, readers: int) 
 
 def test_a_stream_shorter_than_its_length_is_told() -> None:
     made = fetcher(Stream(10))
-    assert len(made[Span(2, 0, 8, False)]) == 8
+    assert len(made[span(2, 0, 8)]) == 8
     with pytest.raises(RunError, match=r"Stream ended after 10 samples of epoch 2; its len\(\)"):
-        made[Span(2, 8, 16, False)]
+        made[span(2, 8, 16)]
 
 
 def test_an_endless_stream_without_samples_is_told() -> None:
     with pytest.raises(RunError, match="Stream yields no samples"):
-        fetcher(Stream(0), endless=True)[Span(0, 0, 1, False)]
+        fetcher(Stream(0), endless=True)[span(0, 0, 1)]
 
 
 class Breaks(Stream):
@@ -182,13 +189,13 @@ class Breaks(Stream):
 
 def test_a_failing_stream_names_the_position() -> None:
     with pytest.raises(RunError, match="sample 5 of data set Breaks failed: OSError: connection"):
-        fetcher(Breaks())[Span(0, 0, 8, False)]
+        fetcher(Breaks())[span(0, 0, 8)]
 
 
 @pytest.mark.parametrize(("kind", "made"), [(Stream, 13), (Skipping, 3)])
 def test_what_a_reader_passes_over_is_skipped_where_the_stream_can(kind: type, made: int) -> None:
     dataset = kind()
-    assert fetcher(dataset)[Span(0, 10, 13, False)] == [(0, 10), (0, 11), (0, 12)]
+    assert fetcher(dataset)[span(0, 10, 13)] == [(0, 10), (0, 11), (0, 12)]
     assert dataset.read == made
 
 
@@ -202,35 +209,32 @@ def stated(answers: list[Any]) -> Any:
 def test_a_stream_with_a_state_goes_on_where_it_was(cut: int, endless: bool) -> None:
     """And reads nothing before that again."""
     plan = Plan(ENDLESS if endless else 23, 4)
-    spans = [s._replace(state=True) for s in stream_requests(plan, 0, 0, 12)]
-    whole = fetcher(Resumable(), endless=endless)
-    answers = [whole[span] for span in spans]
-    resumed = fetcher(Resumable(), endless=endless)
-    resumed.saved = stated(answers[:cut])
-    dataset = resumed.dataset
-    for answer, span in zip(answers[cut:], spans[cut:], strict=True):
-        again = resumed[span]
-        assert (again.batch, again.saved) == (answer.batch, answer.saved)
-    in_epoch = [s for s in spans[cut:] if s.epoch >= spans[cut].epoch]
-    assert dataset.read == sum(s.stop - s.start for s in in_epoch)
+    asked = requests(plan, 0, 0, 12)
+    options = {"endless": endless, "state_every": 1}
+    whole = fetcher(Resumable(), **options)
+    answers = [whole[request] for request in asked]
+    resumed = fetcher(Resumable(), **options, saved=answers[cut - 1].state)
+    assert [resumed[request] for request in asked[cut:]] == answers[cut:]
+    in_epoch = [r for r in asked[cut:] if r.epoch >= asked[cut].epoch]
+    assert resumed.dataset.read == sum(len(r.samples) for r in in_epoch)
 
 
-def test_a_state_comes_with_a_batch_only_where_it_is_asked_for_and_known() -> None:
-    assert isinstance(fetcher(Resumable())[Span(0, 0, 4, True)], Stated)
-    assert isinstance(fetcher(Resumable())[Span(0, 0, 4, False)], list)
-    assert isinstance(fetcher(Stream())[Span(0, 0, 4, True)], list)
-
-
-def test_rank_0_alone_asks_for_states_from_time_to_time() -> None:
+def test_a_state_comes_with_a_batch_from_time_to_time() -> None:
+    """On one rank alone, at any split of the global batch, and where the data set has one."""
     plan = Plan(10_000, 10, world_size=2, micro_batch_size=2)
-    asked = [s for s in stream_requests(plan, 0, 0, 100) if s.state]
-    assert asked and asked[0].start == 0 and len(asked) < 20
-    assert not [s for s in stream_requests(plan, 1, 0, 100) if s.state]
+    for kind, rank, starts in [
+        (Resumable, 0, [0, 320, 640, 960]),
+        (Resumable, 1, []),
+        (Stream, 0, []),
+    ]:
+        made = fetcher(kind(10_000), state_every=320)
+        asked = requests(plan, rank, 0, 100)
+        assert [r.samples[0] for r in asked if isinstance(made[r], Stated)] == starts
 
 
 def test_a_stream_without_a_state_is_read_again() -> None:
     plan, made = Plan(23, 4), fetcher(Stream())
-    answers = [made[span] for span in stream_requests(plan, 0, 3, 6)]
+    answers = [made[span] for span in requests(plan, 0, 3, 6)]
     assert list(itertools.chain(*answers)) == [(0, i) for i in range(12, 23)]
     assert made.dataset.read == 23
 
@@ -238,14 +242,14 @@ def test_a_stream_without_a_state_is_read_again() -> None:
 def noise(size: int, seed: int, epoch: int = 0) -> dict[int, Any]:
     made = fetcher(Noise(), seed)
     starts = range(0, 23, size)
-    samples = [s for a in starts for s in made[Span(epoch, a, min(a + size, 23), False)]]
+    samples = [s for a in starts for s in made[span(epoch, a, min(a + size, 23))]]
     return {sample[0]: sample[1:] for sample in samples}
 
 
 @pytest.mark.parametrize("size", [1, 4, 5])
 def test_what_a_sample_draws_depends_on_its_position_alone(size: int) -> None:
     assert noise(size, 7) == noise(23, 7)
-    some = fetcher(Noise(), 7)[Span(0, 17, 19, False)]  # a reader that passed over 17 samples
+    some = fetcher(Noise(), 7)[span(0, 17, 19)]  # a reader that passed over 17 samples
     assert {sample[0]: sample[1:] for sample in some} == {i: noise(23, 7)[i] for i in (17, 18)}
 
 
@@ -259,6 +263,28 @@ def test_epochs_seeds_and_positions_draw_different_numbers() -> None:
 def test_the_processs_own_generators_are_not_moved(seed: int | None) -> None:
     made = fetcher(Noise() if seed else Stream(), seed)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
-    made[Span(0, 0, 9, False)]
+    made[span(0, 0, 9)]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_a_state_that_a_stream_goes_on_changing_is_taken_as_it_was() -> None:
+    """A shuffle buffer, say, that `state_dict` gives as it lies there."""
+
+    class Buffered(Resumable):
+        def __init__(self) -> None:
+            super().__init__()
+            self.buffer: list[int] = []
+
+        def __iter__(self) -> Iterator[Any]:
+            for sample in super().__iter__():
+                self.buffer.append(sample[1])
+                yield sample
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"buffer": self.buffer}
+
+    made = fetcher(Buffered(), state_every=4)
+    first = made[span(0, 0, 4)]
+    made[span(0, 4, 8)]
+    assert first.state["dataset"] == {"buffer": [0, 1, 2, 3]}

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset, TensorDataset
 
-from launcher.data import loader as loader_module
-from launcher.data.fetch import Fetcher, Request
-from launcher.data.loader import eval_batches, load, train_requests
-from launcher.data.order import Indices, Sequential, Shuffle
-from launcher.data.plan import Plan
+from launcher.data import plan as plan_module
+from launcher.data.fetch import Fetcher
+from launcher.data.loader import load
+from launcher.data.order import Indices, Shuffle, sequential
+from launcher.data.plan import Plan, Request, eval_requests, train_requests
 
 law = settings(deadline=None, max_examples=80)
 
@@ -60,8 +60,8 @@ def by_step(requests: Iterator[Request], plan: Plan, rank: int, first: int, last
     for step in range(first, last):
         sizes = [b - a for a, b in plan.micro_batches(step % plan.steps_per_epoch, rank)]
         own = [next(requests) for _ in sizes]
-        assert [len(request.indices) for request in own] == sizes
-        steps.append([(request.epoch, i) for request in own for i in request.indices])
+        assert [len(request.samples) for request in own] == sizes
+        steps.append([(request.epoch, i) for request in own for i in request.samples])
     assert next(requests, None) is None
     return steps
 
@@ -98,7 +98,7 @@ def test_any_rank_count_from_any_batch_on_gives_the_same_global_batches(
 ) -> None:
     plan = Plan(length, batch_size, False, world_size, micro)
     order, last = Watched(Shuffle(length, 11)), first + count
-    with mock.patch.object(loader_module, "POSITIONS_AT_ONCE", at_once):
+    with mock.patch.object(plan_module, "POSITIONS_AT_ONCE", at_once):
         ranks = [
             by_step(train_requests(plan, order, rank, first, last), plan, rank, first, last)
             for rank in range(world_size)
@@ -115,7 +115,7 @@ def test_seeking_far_into_an_endless_run_is_immediate() -> None:
     first = 10**12
     request = next(train_requests(plan, Shuffle(10**9, 0), 3, first, 1 << 62))
     assert request.epoch == first // plan.steps_per_epoch
-    assert len(request.indices) == 32
+    assert len(request.samples) == 32
 
 
 @law
@@ -124,11 +124,11 @@ def test_evaluation_deals_whole_batches_and_every_sample_once(
     length: int, batch_size: int, world_size: int
 ) -> None:
     plan = Plan(length, batch_size, world_size=world_size)
-    alone = [[*range(*cut)] for cut in eval_batches(Plan(length, batch_size), 0)]
+    alone = [request.samples for request in eval_requests(Plan(length, batch_size), 0)]
     dealt: list[Any] = [None] * plan.steps_per_epoch
     for rank in range(world_size):
-        for turn, cut in enumerate(eval_batches(plan, rank)):
-            dealt[rank + turn * world_size] = [*range(*cut)]
+        for turn, request in enumerate(eval_requests(plan, rank)):
+            dealt[rank + turn * world_size] = request.samples
     assert dealt == alone
     assert list(chain(*alone)) == list(range(length))
 
@@ -155,7 +155,7 @@ def test_workers_change_nothing(dataset: Any) -> None:
 
 def test_batches_come_in_the_order_of_the_requests() -> None:
     plan = Plan(50, 10)
-    requests = train_requests(plan, Sequential(50), 0, 0, 5)
+    requests = train_requests(plan, sequential, 0, 0, 5)
     loaded = load(Fetcher(TensorDataset(torch.arange(50)), None, 0), requests, 0, 2, False, 60.0)
     assert torch.cat([batch[0] for batch in loaded]).tolist() == list(range(50))
 
@@ -182,8 +182,9 @@ class Hostile(Dataset):
 
 HOSTILE = """
 import sys, time
-from launcher.data.fetch import Fetcher, Request
+from launcher.data.fetch import Fetcher
 from launcher.data.loader import load
+from launcher.data.plan import Request
 from tests.data.test_loader import Hostile
 requests = [Request(0, [i, i + 1]) for i in range(0, 50, 2)]
 how, after_s, step_s = sys.argv[1], *map(float, sys.argv[2:])
@@ -255,7 +256,7 @@ def test_workers_live_over_epochs_and_leave_with_the_stream() -> None:
     stream = load(Fetcher(Pids(), None, 0), requests, 2, 2, False, 60.0)
     seen = [int(next(stream)) for _ in range(10)]
     assert len(set(seen)) == 2 and os.getpid() not in seen
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     for pid in set(seen):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -275,7 +276,7 @@ def test_the_next_epochs_first_batch_is_asked_for_before_this_one_ends() -> None
     plan, asked = Plan(40, 10), []
 
     def watched() -> Iterator[Request]:
-        for request in train_requests(plan, Sequential(40), 0, 0, 8):
+        for request in train_requests(plan, sequential, 0, 0, 8):
             asked.append(request.epoch)
             yield request
 

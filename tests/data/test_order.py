@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import order
-from launcher.data.order import Indices, Replacement, Sequential, Shuffle, Weighted, make_order
+from launcher.data.order import Indices, Shuffle, Weighted, make_order, sequential
 from launcher.errors import UsageError
 
 law = settings(deadline=None, max_examples=60)
@@ -154,12 +154,12 @@ def test_huge_lengths_give_distinct_values_in_range(length: int) -> None:
 
 
 def test_sequential_is_the_data_sets_own_order() -> None:
-    assert Sequential(10)(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]
+    assert sequential(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]
 
 
 DRAWS: dict[str, Callable[[int, int], Any]] = {
-    "replacement": lambda length, seed: Replacement(length, seed),
-    "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, seed),
+    "replacement": lambda length, seed: make_order("replacement", None, length, seed),
+    "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, length, seed),
 }
 draws = pytest.mark.parametrize("kind", DRAWS)
 
@@ -195,7 +195,7 @@ def test_draws_of_epochs_and_seeds_differ(kind: str) -> None:
 @pytest.mark.parametrize("length", [2, 7, 50])
 def test_replacement_is_uniform_and_independent(length: int) -> None:
     many = 40_000
-    drawn = Replacement(length, 3)(0, np.arange(many))
+    drawn = make_order("replacement", None, length, 3)(0, np.arange(many))
     counts = np.bincount(drawn, minlength=length)
     expected = many / length
     assert chi_square_fits(((counts - expected) ** 2 / expected).sum(), length - 1)
@@ -208,7 +208,9 @@ def test_replacement_is_uniform_and_independent(length: int) -> None:
 @pytest.mark.parametrize("weights", [[1, 2, 3, 4], [0, 5, 0, 1, 0], [1e-6, 1], [0.1] * 30, [7]])
 def test_weighted_draws_follow_the_weights(weights: list[float]) -> None:
     many = 40_000
-    counts = np.bincount(Weighted(weights, 3)(0, np.arange(many)), minlength=len(weights))
+    counts = np.bincount(
+        Weighted(weights, len(weights), 3)(0, np.arange(many)), minlength=len(weights)
+    )
     share = np.asarray(weights) / sum(weights)
     assert counts[share == 0].sum() == 0
     expected = many * share
@@ -222,48 +224,25 @@ def test_a_weight_of_zero_is_never_drawn_even_on_an_edge(
 ) -> None:
     monkeypatch.setattr(order, "uniform", lambda *_: np.array([drawn]))
     weights = [0, 1, 0, 0, 1, 2, 0]
-    (index,) = Weighted(weights, 0)(0, np.zeros(1, np.int64))
+    (index,) = Weighted(weights, len(weights), 0)(0, np.zeros(1, np.int64))
     assert weights[index] > 0
 
 
-@pytest.mark.parametrize(
-    ("weights", "told"),
-    [
-        ([1, -1], "at least 0"),
-        ([1, math.nan], "finite"),
-        ([1, math.inf], "finite"),
-        ([[1, 2]], "one finite number"),
-        ([0, 0], "all zero"),
-    ],
-)
-def test_bad_weights_are_told(weights: Any, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
-        Weighted(weights, 0)
+def test_make_order() -> None:
+    dataset = SimpleNamespace(weights=[1, 2, 3])
+    for sampler, kind in (("shuffle", Shuffle), ("weighted", Weighted)):
+        made = make_order(sampler, dataset, 3, 5)
+        assert type(made) is kind and made.seed == 5  # type: ignore[attr-defined]
+    assert make_order("sequential", dataset, 3, 5) is sequential
 
 
 @pytest.mark.parametrize(
-    ("sampler", "kind"),
-    [
-        ("shuffle", Shuffle),
-        ("sequential", Sequential),
-        ("replacement", Replacement),
-        ("weighted", Weighted),
-    ],
+    "weights",
+    [None, [1, 2], [1, -1, 1], [1, math.nan, 1], [1, math.inf, 1], [[1, 2, 3]], [0, 0, 0]],
+    ids=str,
 )
-def test_make_order(sampler: str, kind: type) -> None:
-    made = make_order(sampler, SimpleNamespace(weights=[1, 2, 3]), 3, 5)
-    assert type(made) is kind
-    assert sampler == "sequential" or made.seed == 5  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "told"),
-    [
-        (SimpleNamespace(), "`weights`.*SimpleNamespace has none"),
-        (SimpleNamespace(weights=[1, 2]), "has 2 for 3 samples"),
-        (SimpleNamespace(weights=[0, 0, 0]), "all zero"),
-    ],
-)
-def test_weighted_needs_the_data_sets_weights(dataset: Any, told: str) -> None:
+def test_weighted_needs_the_data_sets_weights(weights: Any) -> None:
+    dataset = SimpleNamespace() if weights is None else SimpleNamespace(weights=weights)
+    told = "TRAIN.SAMPLER weighted .*`weights`: one finite number of at least 0 .* 3 samples"
     with pytest.raises(UsageError, match=told):
         make_order("weighted", dataset, 3, 0)

@@ -92,11 +92,6 @@ def test_steps_and_samples_of_an_epoch(
     assert (plan.steps_per_epoch, plan.samples_per_epoch) == (steps, samples)
 
 
-def test_an_empty_data_set_is_told() -> None:
-    with pytest.raises(UsageError, match="empty"):
-        Plan(0, 4)
-
-
 def test_a_split_too_small_for_one_batch_is_told() -> None:
     with pytest.raises(UsageError, match=r"3 samples.*TRAIN\.DROP_LAST.*TRAIN\.BATCH_SIZE"):
         Plan(3, 4, drop_last=True)

@@ -2,7 +2,9 @@
 
 import itertools
 import logging
+import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,19 +12,31 @@ import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from launcher.data import splits
 from launcher.data.splits import Data
-from launcher.errors import RunError, UsageError
+from launcher.errors import UsageError
+from launcher.runtime.cpu import CpuBudget
+from launcher.runtime.memory import MemoryBudget
 from launcher.runtime.process import Runtime
-from tests.engine.helpers import ALONE, config
+from launcher.runtime.topology import Topology
+from tests.engine.helpers import ALONE, config, recording
 
 LENGTH, VAL = 23, 11
+MIB = 2**20
+ONE_EPOCH = ("TRAIN.DURATION", "1ep")
+
+
+MADE: list[Data] = []
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
+def put_back() -> Iterator[None]:
+    """The threads; and no workers are left by a test that fails, for the process to wait for."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+    while MADE:
+        MADE.pop().close()
 
 
 class Counted(Dataset):
@@ -82,24 +96,21 @@ class Fake:
         return self.train if split == "train" else self.val
 
 
-def data(task: Fake, *words: object, workers: int = 0) -> Data:
+def data(task: Any, *words: object, workers: int = 0, runtime: Runtime = ALONE) -> Data:
     cfg = config("TRAIN.BATCH_SIZE", 8, "DATALOADER.NUM_WORKERS", workers, *words)
-    return Data(cfg, task, ALONE)
+    MADE.append(Data(cfg, task, runtime, lambda phase: None))
+    return MADE[-1]
 
 
 def rest(made: Data) -> list[list[int]]:
     """All micro-batches up to the run's end."""
-    batches = []
     try:
-        while True:
-            batches.append(made.next_batch().tolist())
-    except StopIteration:
-        return batches
+        return [batch.tolist() for whole in made.batches() for batch in whole.batches]
     finally:
         made.close()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("micro", [0, 3])
 def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
     task = Fake()
@@ -113,7 +124,7 @@ def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
     assert task.val.calls.sum() == 0
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) -> None:
     """Also at an epoch's end, and the samples are those of the uninterrupted run."""
@@ -129,7 +140,7 @@ def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) 
     assert task.train.calls.tolist() == counts.tolist()
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("workers", [0, 1, 3])
 def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
     task = Fake()
     made = data(task, "EVAL.BATCH_SIZE", 4, workers=workers)
@@ -138,7 +149,6 @@ def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
         batches = [batch.tolist() for batch in made.evaluation()]
         assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
         assert task.val.calls.tolist() == [turn] * VAL
-    made.close()
 
 
 @pytest.mark.parametrize(
@@ -176,38 +186,27 @@ def test_data_sets_that_cannot_be_trained_on(
         assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(("val", "fine"), [(VAL, True), (VAL - 1, False)])
-def test_lengths_are_compared_over_ranks(
-    monkeypatch: pytest.MonkeyPatch, val: int, fine: bool
-) -> None:
-    other = ("node7", {"train": LENGTH, "val": val})
-    monkeypatch.setattr(Runtime, "all_gather", lambda self, value: [value, other])
-    if fine:
-        data(Fake())
-        return
-    with pytest.raises(RunError) as caught:
-        data(Fake())
-    assert f"rank 0 on {os.uname().nodename}: train 23, val 11" in str(caught.value)
-    assert "rank 1 on node7: train 23, val 10" in str(caught.value)
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
 def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None:
     words = ("TRAIN.DURATION", "3ep", "TRAIN.MICRO_BATCH_SIZE", 3)
     whole = data(Fake(train=Resumable()), *words, workers=workers)
     whole.start(0, threads=1)
-    consumed, taken = 0, 0
-    for k in range(steps):
-        for start, stop in whole.train_plan.micro_batches(k % 3, 0):
-            assert whole.next_batch().tolist() == list(range(start, stop))
-            consumed, taken = consumed + stop - start, taken + 1
+    consumed = 0
+    batches = whole.batches()
+    for batch in itertools.islice(batches, steps):
+        start = consumed % LENGTH
+        samples = [i for part in batch.batches for i in part.tolist()]
+        assert samples == list(range(start, start + batch.count))
+        consumed += batch.count
     saved = whole.stream_state(consumed)
     assert saved is not None
     assert saved["epoch"] * LENGTH + saved["position"] <= consumed
-    expected = rest(whole)
+    expected = [part.tolist() for batch in batches for part in batch.batches]
+    whole.close()
     resumed = data(Fake(train=Resumable()), *words, workers=workers)
     resumed.start(consumed, saved, threads=1)
+    assert resumed.stream_state(consumed) == saved  # for a checkpoint that comes at once
     assert rest(resumed) == expected
 
 
@@ -227,7 +226,6 @@ def test_a_stream_without_a_state_is_warned_of(
     words = ("TRAIN.DURATION", "9step", "EVAL.EVERY", "", "CHECKPOINT.EVERY", "")
     made = data(Fake(train=dataset), *words)
     made.start(consumed, None, threads=1)
-    made.close()
     assert ("has no state_dict" in caplog.text) is warned
 
 
@@ -243,5 +241,113 @@ def test_threads_of_the_rank(
     torch.set_num_threads(2)
     made = data(Fake())
     made.start(0, threads=threads)
-    made.close()
     assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_global_batch_is_the_same_on_all_ranks_but_for_their_parts(rank: int) -> None:
+    """9 samples by 4: the last batch of an epoch has one, which is rank 0's."""
+    runtime = Runtime(Topology(rank=rank, world_size=2), torch.device("cpu"), ALONE.cpu)
+    words = ("TRAIN.DURATION", "2ep", "TRAIN.BATCH_SIZE", 4, "TRAIN.MICRO_BATCH_SIZE", 1)
+    made = data(Fake(Counted(9)), *words, runtime=runtime)
+    made.start(4, threads=1)
+    found = []
+    for batch in made.batches():
+        found.append((batch.count, batch.sizes))
+        assert [len(part) for part in batch.batches] == batch.sizes
+    epoch = [(4, [1, 1]), (4, [1, 1]), (1, [1] if rank == 0 else [])]
+    assert found == [*epoch, *epoch][1:]
+
+
+def test_waiting_for_data_is_told_and_timed() -> None:
+    told: list[str] = []
+    made = Data(config("TRAIN.BATCH_SIZE", 8), Fake(Slow()), ALONE, told.append)
+    made.start(0, threads=1)
+    batches = made.batches()
+    for _ in range(2):
+        (_,) = next(batches).batches
+    assert told == ["data", "step"] * 2
+    assert made.waited >= 0.08  # of the second batch: `start` waits for the first
+
+
+class Slow(Counted):
+    """A hundredth of a second a sample."""
+
+    def __init__(self) -> None:
+        super().__init__(LENGTH)
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.01)
+        return index
+
+
+class Collating(Fake):
+    """Its collate is a method, so that workers which are not forked are sent the whole task. A
+    sample is the process it was made in."""
+
+    def __init__(self) -> None:
+        super().__init__(Pids(), Pids())
+        self.recorder = recording()
+
+    def collate(self, samples: list[Any]) -> torch.Tensor:
+        return torch.tensor(samples)
+
+
+class Pids(Dataset):
+    taken = 0  # in this process
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        self.taken += 1
+        return index, os.getpid()
+
+
+@pytest.mark.parametrize(
+    "how", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
+def test_no_sample_is_taken_here_where_there_are_workers(how: str) -> None:
+    """However they are started: what a data set opens on first use would be shared over a fork."""
+    torch.multiprocessing.set_start_method(how, force=True)
+    try:
+        made = data(Collating(), *ONE_EPOCH, "EVAL.BATCH_SIZE", 8, workers=1)
+        made.start(0, threads=1)
+        train = [part for batch in made.batches() for part in batch.batches]
+        val = list(made.evaluation())
+        made.close()
+    finally:
+        torch.multiprocessing.set_start_method(None, force=True)
+    assert [dataset.taken for dataset in made.datasets.values()] == [0, 0]
+    for batches in (train, val):
+        indices, pids = torch.cat(batches).T.tolist()
+        assert sorted(indices) == list(range(LENGTH))
+        assert len(set(pids)) == 1 and os.getpid() not in pids
+
+
+class Mebibytes(Counted):
+    """1 MiB a sample."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((MIB // 8,), super().__getitem__(index), dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("shm", "workers"), [(1000, 4), (64, 2), (20, 0)], ids=["all fit", "two fit", "none fits"]
+)
+def test_the_loader_starts_over_with_as_many_workers_as_the_first_batch_leaves_room_for(
+    shm: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker has two batches of 8 MiB in half of /dev/shm. Threads follow from the CPUs alone."""
+    free = MemoryBudget(2**40, shm * MIB, False, "free memory")
+    monkeypatch.setattr(splits, "memory_budget", lambda: free)
+    runtime = Runtime(Topology(), torch.device("cpu"), CpuBudget(8, 8, 8, "a test"))
+    before = set(multiprocessing.active_children())
+    made = data(Fake(Mebibytes(LENGTH)), *ONE_EPOCH, workers=-1, runtime=runtime)
+    made.start(8)
+    assert len(set(multiprocessing.active_children()) - before) == workers
+    assert (made.size.workers, made.size.threads, torch.get_num_threads()) == (workers, 4, 4)
+    assert ("/dev/shm" in made.size.reason) is (workers < 4)
+    whole = data(Fake(), *ONE_EPOCH)
+    whole.start(8)
+    assert [[sample[0] for sample in part] for part in rest(made)] == rest(whole)

@@ -1,6 +1,7 @@
 """A small task whose right answers can be written down by hand."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,26 +9,30 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode, load_config
 from launcher.data.order import Shuffle
 from launcher.data.plan import Plan
-from launcher.engine.run import build_state
+from launcher.data.splits import Data, GlobalBatch
+from launcher.engine.evaluate import Evaluation
+from launcher.engine.run import Job, build_state
 from launcher.engine.step import TrainStep
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
-from launcher.telemetry.recorder import Recorder, Sink
-from launcher.telemetry.task_recorder import RunRecorder
+from launcher.telemetry.recorder import Recorder
+from launcher.telemetry.rundir import RunDirectory
+from launcher.telemetry.writer import Writer
 
 LENGTH = 23
 ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 Weights = list[torch.Tensor]
 
 
-def recording(runtime: Runtime = ALONE, sink: Sink | None = None) -> RunRecorder:
+def recording(runtime: Runtime = ALONE) -> Recorder:
     """What a run gives a task to record with."""
-    return RunRecorder(Recorder(runtime, sink), Progress(), runtime)
+    return Recorder(runtime, Progress(), Writer())
 
 
 def config(*words: object) -> CfgNode:
@@ -68,6 +73,24 @@ class Regression:
         return {"loss": errors, "small": errors < 1, "weight": w, "x": x}
 
 
+def fresh(task: Any, *words: object, runtime: Runtime = ALONE) -> TrainingState:
+    """The state of a run of this task that has not begun."""
+    cfg, recorder = config(*words), recording(runtime)
+    task.recorder = recorder
+    data = Data(cfg, task, runtime, lambda phase: None)
+    job = Job(cfg, type(task), RunDirectory("never made"))
+    return build_state(job, task, data, recorder, runtime)
+
+
+def evaluation(
+    task: Any, batches: Any, plan: Plan, runtime: Runtime = ALONE, guard: Any = None
+) -> Evaluation:
+    """An evaluation of these batches, of which all ranks together have those of the plan."""
+    data: Any = SimpleNamespace(evaluation=lambda: iter(batches), val_plan=plan)
+    guard = guard or SimpleNamespace(enter=lambda phase: None, stop=None)
+    return Evaluation(config(), task, runtime, guard, data)
+
+
 class Trainer:
     """A TrainStep with what it works on; steps take their batches from the real order."""
 
@@ -79,12 +102,14 @@ class Trainer:
         batch_size: int = 8,
         micro_batch_size: int = 0,
     ) -> None:
-        self.cfg = config("TRAIN.BATCH_SIZE", batch_size, *words)
-        self.task, self.runtime = task, runtime
-        self.state = build_state(self.cfg, task, runtime)
-        self.step = TrainStep(self.cfg, task, self.state, runtime)
-        self.plan = Plan(LENGTH, batch_size, False, runtime.world_size, micro_batch_size)
-        self.data = task.build_dataset()
+        sizes = ("TRAIN.BATCH_SIZE", batch_size, "TRAIN.MICRO_BATCH_SIZE", micro_batch_size)
+        self.state = fresh(task, *sizes, *words, runtime=runtime)
+        self.step = TrainStep(self.state.cfg, task, self.state, runtime)
+        self.plan, self.rank, self.data = (
+            self.state.data.train_plan,
+            runtime.rank,
+            task.build_dataset(),
+        )
 
     def run(self, steps: int, asked: dict[int, frozenset[str]] | None = None) -> list[Any]:
         """Steps 0 to `steps`; the (skipped, seen) of each."""
@@ -92,11 +117,15 @@ class Trainer:
 
     def one(self, step: int, asked: frozenset[str] = frozenset()) -> Any:
         epoch, k = divmod(step, self.plan.steps_per_epoch)
-        cuts = self.plan.micro_batches(k, self.runtime.rank)
-        batches: Iterator[Any] = (take(self.data, rows(epoch, *cut)) for cut in cuts)
+        cuts = self.plan.micro_batches(k, self.rank)
         start, stop = self.plan.batch(k)
-        sizes = [b - a for a, b in cuts]
-        return self.step(lambda: next(batches), sizes, stop - start, asked)
+        batches = (take(self.data, rows(epoch, *cut)) for cut in cuts)
+        return self.step(GlobalBatch(stop - start, [b - a for a, b in cuts], batches), asked)
+
+    def recorded(self) -> dict[str, float]:
+        """The means since the last call."""
+        means, _ = self.state.recorder.gather() or ({}, [])
+        return means
 
     @property
     def weights(self) -> Weights:

@@ -12,11 +12,9 @@ import torch
 from torch import nn
 
 from launcher.data.plan import Plan
-from launcher.engine.evaluate import evaluate
-from launcher.runtime.process import Runtime, start
+from launcher.runtime.process import Runtime, end, start
 from launcher.runtime.topology import Topology
-from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import LENGTH, Regression, Trainer, config, recording, take
+from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording, take
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -42,14 +40,19 @@ class Shifted(Regression):
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         values = super().eval_step(model, batch)
         assert isinstance(model.shift, torch.Tensor)
-        return {**values, "loss": values["loss"] + model.shift}
+        # What it draws is the same at any number of ranks, too.
+        return {
+            **values,
+            "loss": values["loss"] + model.shift,
+            "draw": torch.rand(len(values["loss"])),
+        }
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ramp = torch.arange(len(outputs["x"]))
         return {"order": (outputs["x"][:, 0] * ramp).sum()}
 
 
-def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float]:
+def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float] | None:
     """The metrics of a split over the ranks of a group."""
     task = Shifted(float(runtime.rank))
     task.recorder = recording(runtime)
@@ -58,7 +61,7 @@ def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float]:
         take(task.build_dataset(), range(*plan.batch(k)))
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
-    return evaluate(config(), task, task.build_model(), batches, plan, runtime)
+    return evaluation(task, batches, plan, runtime)(task.build_model())
 
 
 def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> dict[str, Any]:
@@ -71,16 +74,9 @@ def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> di
     for step in range(STEPS):
         seen.append(trainer.one(step, asked.get(step, frozenset()))[1])
         begun.append(runtime.collectives())
-    written: list[dict[str, Any]] = []
-
-    class Kept(Sink):
-        write = staticmethod(written.append)
-
-    trainer.state.recorder.sink = Kept() if runtime.is_main else None
-    trainer.state.recorder.record({"step": STEPS, "epoch": 0, "samples": 0}, {})
     seen_names = [sorted(names) for names in seen]
     return {
-        **{"weights": trainer.weights, "seen": seen_names, "written": written},
+        **{"weights": trainer.weights, "seen": seen_names, "written": trainer.recorded()},
         # In the first step DDP agrees on its layout of buckets, in two more.
         "collectives": [after - before for before, after in itertools.pairwise(begun)],
     }
@@ -101,13 +97,14 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
             master_addr="127.0.0.1",
             master_port=int(port),
         )
-        with start(topology, config("DIST.DEVICE", "cpu")) as runtime:
-            results[world_size] = {
-                (*case, weighted): trained(runtime, *case, weighted)
-                for case in CASES
-                for weighted in (False, True)
-            }
-            results[world_size]["evaluated"] = evaluated(runtime)
+        runtime = start(topology, config("DIST.DEVICE", "cpu"))
+        results[world_size] = {
+            (*case, weighted): trained(runtime, *case, weighted)
+            for case in CASES
+            for weighted in (False, True)
+        }
+        results[world_size]["evaluated"] = evaluated(runtime)
+        end()
     torch.save(results, folder / f"rank{rank}.pt")
 
 

@@ -1,5 +1,6 @@
 """Evaluation: every sample once, in the data set's order, at any number of ranks."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,12 +8,11 @@ import torch
 from torch import nn
 
 from launcher.data.plan import Plan
-from launcher.engine.evaluate import evaluate
 from launcher.errors import RunError
-from launcher.runtime.process import Runtime
+from launcher.runtime.progress import Progress
 from launcher.telemetry.media import Media
-from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import ALONE, config, recording
+from launcher.telemetry.recorder import Recorder
+from tests.engine.helpers import ALONE, evaluation, recording
 
 N = 10
 X = torch.arange(N, dtype=torch.float32) ** 2 / 7
@@ -43,39 +43,42 @@ class Always(Table):
         return self.answer
 
 
-def run(task: Any, batch_size: int = 4, model: nn.Module | None = None) -> dict[str, float]:
+def run(
+    task: Any, batch_size: int = 4, model: nn.Module | None = None, guard: Any = None
+) -> dict[str, float] | None:
     plan = Plan(N, batch_size)
     batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
-    return evaluate(config(), task, model or nn.Linear(1, 1), batches, plan, ALONE)
+    return evaluation(task, batches, plan, guard=guard)(model or nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 99])
 def test_means_count_every_sample_once_at_any_batch_size(batch_size: int) -> None:
     """A mean of the batches' means would be wrong at 3 and 4, whose last batch is smaller."""
     metrics = run(Table(loss=X, right=X > 3, label=torch.arange(N)), batch_size)
-    assert metrics == {"loss": X.double().mean().item(), "right": (X > 3).double().mean().item()}
+    right = (X > 3).double().mean().item()
+    assert metrics == {"val/loss": X.double().mean().item(), "val/right": right}
 
 
 def test_weights_are_those_of_samples() -> None:
     weight = torch.arange(N)  # one sample has weight 0
     metrics = run(Table(loss=X, right=X > 3, weight=weight))
     assert metrics == {
-        "loss": pytest.approx((X * weight).sum().item() / 45, rel=1e-6),
-        "right": pytest.approx(((X > 3) * weight).sum().item() / 45, rel=1e-6),
+        "val/loss": pytest.approx((X * weight).sum().item() / 45, rel=1e-6),
+        "val/right": pytest.approx(((X > 3) * weight).sum().item() / 45, rel=1e-6),
     }
 
 
 def test_summarize_gets_the_whole_split_in_order() -> None:
     rows = torch.randn(N, 3)
     task = Summed(loss=X, rows=rows, label=torch.arange(N))
-    assert run(task, 3)["largest"] == X.max().item()
+    assert run(task, 3)["val/largest"] == X.max().item()
     assert torch.equal(task.outputs["rows"], rows)
     assert torch.equal(task.outputs["label"], torch.arange(N))
 
 
 def test_float16_values_are_averaged_in_double_precision() -> None:
     x = torch.full((N,), 60_000.0, dtype=torch.float16)  # their sum is beyond float16
-    assert run(Table(loss=x))["loss"] == x[0].item()
+    assert run(Table(loss=x))["val/loss"] == x[0].item()
 
 
 @pytest.mark.parametrize(
@@ -115,28 +118,22 @@ def test_the_model_evaluates_without_gradients_and_is_put_back(training: bool) -
     assert model.training is training and torch.is_grad_enabled()
 
 
-class Shown(Sink):
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def show(self, media: Media) -> None:
-        self.names += media.names
-
-
 class Recording(Table):
-    """Shows and counts something in each batch, and asks to stop in the second if told to."""
+    """Shows and counts something in each batch, and is asked to stop in the second if told to."""
 
-    def __init__(self, runtime: Runtime, stops: bool) -> None:
+    def __init__(self, stops: bool) -> None:
         super().__init__(loss=X)
-        self.runtime, self.stops, self.sink, self.seen = runtime, stops, Shown(), 0
-        self.recorder = recording(runtime, self.sink)
+        self.stops, self.seen, self.shown = stops, 0, list[Media]()
+        self.guard = SimpleNamespace(enter=lambda phase: None, stop=None)
+        writer: Any = SimpleNamespace(show=self.shown.append, is_open=True)
+        self.recorder = Recorder(ALONE, Progress(), writer)
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
         self.seen += 1
         self.recorder.text("note", "x")
         self.recorder.scalar("seen", self.seen, weight=self.seen)
         if self.stops and self.seen == 2:
-            self.runtime.watch.stop = "asked to"
+            self.guard.stop = "asked to"
         return super().eval_step(model, batch)
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -146,18 +143,16 @@ class Recording(Table):
 
 
 def test_what_is_recorded_meanwhile_is_the_evaluations() -> None:
-    task = Recording(ALONE, stops=False)
+    task = Recording(stops=False)
     metrics = run(task)
-    assert (metrics["seen"], metrics["whole"]) == ((1 + 4 + 9) / 6, N)
-    assert task.sink.names == ["val/note", "val/end"]
-    assert task.recorder.split == "train" and task.recorder.recorder.state() == {}
+    assert metrics is not None
+    assert (metrics["val/seen"], metrics["val/whole"]) == ((1 + 4 + 9) / 6, N)
+    assert [name for media in task.shown for name in media.names] == ["val/note", "val/end"]
+    assert task.recorder.split == "train" and task.recorder.state() == {}
 
 
 def test_an_evaluation_that_is_given_up_shows_nothing() -> None:
     """It is done once more after the resume, at the same step, and shows it then."""
-    runtime = Runtime(ALONE.topology, ALONE.device, ALONE.cpu)
-    task = Recording(runtime, stops=True)
-    plan = Plan(N, 4)
-    batches = [slice(*plan.batch(k)) for k in range(plan.steps_per_epoch)]
-    assert evaluate(config(), task, nn.Linear(1, 1), batches, plan, runtime) is None
-    assert task.seen == 2 and task.sink.names == []
+    task = Recording(stops=True)
+    assert run(task, guard=task.guard) is None
+    assert task.seen == 2 and task.shown == []

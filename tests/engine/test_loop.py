@@ -1,73 +1,97 @@
-"""What the loop warns of: waiting for data, and a disk too small for the checkpoints."""
+"""What the loop does after each step: what is due, once, also where the scaler skips steps."""
 
-from __future__ import annotations
-
-import logging
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from torch import nn
 
-from launcher.config import defaults
-from launcher.engine.loop import Loop, StopWatch
+from launcher.callbacks import Callbacks
+from launcher.data.splits import GlobalBatch
+from launcher.engine.agreement import Agreement
+from launcher.engine.loop import Loop
+from launcher.engine.schedule import Schedule, constant
+from launcher.engine.step import TrainStep
 from launcher.errors import RunError
-from tests.engine.helpers import ALONE
+from tests.engine.helpers import ALONE, Regression, fresh
 
 
-def bare(**parts: object) -> Loop:
-    """A loop with nothing but the parts that a warning reads."""
-    loop = object.__new__(Loop)
-    loop.__dict__.update(parts)
-    return loop
+class Step(TrainStep):
+    """Does nothing."""
+
+    def __init__(self, skips: tuple[int, ...]) -> None:
+        self.skips, self.batches = skips, 0
+        self.schedule = Schedule(constant(), 9)
+        self.agreement = Agreement(ALONE.device, 1)
+
+    def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
+        list(batch.batches)
+        self.batches += 1
+        return self.batches - 1 in self.skips, frozenset()
 
 
-@pytest.mark.parametrize(("waited", "warned"), [(0.3, False), (0.5, True)])
-def test_a_run_that_waits_for_data_is_told_once(
-    waited: float, warned: bool, caplog: pytest.LogCaptureFixture
+class Scripted(Loop):
+    """A loop over steps that do nothing, some of them skipped; notes what it does when."""
+
+    def __init__(self, *words: object, skips: tuple[int, ...] = ()) -> None:
+        state = fresh(Regression(), "TRAIN.BATCH_SIZE", 8, "TRAIN.DURATION", "3ep", *words)
+        state.callbacks = Callbacks()
+        state.data.start(0, threads=1)
+        self.evaluations, self.records = list[int](), list[int]()
+        self.saves: list[tuple[int, bool, dict[str, float]]] = []
+        guard: Any = SimpleNamespace(enter=lambda phase: None, stop=None)
+        store = SimpleNamespace(is_best=lambda metrics, pending: False)
+        saver: Any = SimpleNamespace(store=store, pending=None, save=self.note_save)
+        evaluate: Any = self.evaluate_once
+        super().__init__(ALONE, guard, state, Step(skips), evaluate, saver)
+        self.note_records(state.recorder)
+
+    def note_records(self, recorder: Any) -> None:
+        recorder.write = lambda values: self.records.append(self.progress.step)
+
+    def evaluate_once(self, model: Any) -> dict[str, float]:
+        self.evaluations.append(self.state.progress.step)
+        return {"val/loss": 1.0}
+
+    def note_save(self, captured: Any, manifest: dict[str, Any], last: bool) -> None:
+        self.saves.append((manifest["step"], last, manifest["metrics"]))
+
+
+@pytest.mark.parametrize(
+    ("skips", "steps"), [((), [3, 6, 9]), ((2,), [3, 5, 8]), ((2, 3), [3, 4, 7]), ((8,), [3, 6, 8])]
+)
+def test_what_an_epochs_end_makes_due_is_done_at_the_next_step_where_its_own_is_skipped(
+    skips: tuple[int, ...], steps: list[int]
 ) -> None:
-    """Issue 3, item 9: more than a fifth of the time, with the numbers, one line."""
-    caplog.set_level(logging.WARNING, "launcher")
-    clock = StopWatch(started=0.0, data=waited, steps=4)
-    loop = bare(clock=clock, advised=False, data=SimpleNamespace(size=SimpleNamespace(reason="R")))
-    loop._advise(2.0)
-    loop._advise(2.0)
-    lines = [record.message for record in caplog.records]
-    assert len(lines) == int(warned)
-    if warned:
-        assert "25 %" in lines[0] and "0.1250 of perf/step_s 0.5000; R" in lines[0]
+    loop = Scripted(skips=skips)
+    assert loop.train() is None
+    assert loop.evaluations == steps
+    assert [(step, last) for step, last, _ in loop.saves] == [(s, s == steps[-1]) for s in steps]
+    assert all(metrics == {"val/loss": 1.0} for _, _, metrics in loop.saves)
 
 
-@pytest.mark.parametrize(("room", "warned"), [(3, True), (5, False)])
-def test_a_disk_too_small_for_the_checkpoints_is_told(
-    room: int,
-    warned: bool,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+def test_a_step_stands_once_and_keeps_its_metrics_where_the_last_batches_are_skipped() -> None:
+    words = ("LOG.EVERY", "7step", "EVAL.EVERY", "7step", "CHECKPOINT.EVERY", "7step")
+    loop = Scripted(*words, skips=(7, 8))
+    loop.train()
+    assert loop.records == [7, 7] and loop.evaluations == [7]  # a record, and the evaluation's
+    assert loop.saves == [(7, False, {"val/loss": 1.0}), (7, True, {"val/loss": 1.0})]
+
+
+def test_what_was_recorded_before_a_resume_is_not_recorded_again() -> None:
+    words = ("LOG.EVERY", "7step", "EVAL.EVERY", "7step")
+    loop = Scripted(*words, skips=(7, 8))
+    loop.state.recorded = loop.state.evaluated = 7  # as a checkpoint at step 7 says
+    loop.train()
+    assert loop.records == [] and loop.evaluations == []
+
+
+def test_a_run_is_not_complete_without_its_last_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Issue 4, item 3: KEEP_LAST 2, KEEP_BEST 1 and the one being written are four."""
-    caplog.set_level(logging.WARNING, "launcher")
-    model = nn.Linear(10, 10)
-    one = 2 * 4 * 110  # weights and momentum, four bytes each
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room * one))
-    loop = bare(
-        cfg=defaults(),
-        saver=object(),
-        state=SimpleNamespace(model=model, ema=None),
-        directory=SimpleNamespace(path=tmp_path),
-    )
-    loop._check_space()
-    assert bool(caplog.records) == warned
-
-
-def test_a_run_is_not_complete_without_its_last_checkpoint() -> None:
-    """Issue 4, item 3: where the records before it cannot be written, the run says so and fails."""
-    state = SimpleNamespace(
-        capture=lambda runtime: {}, recorder=SimpleNamespace(flush=lambda: False)
-    )
-    loop = bare(state=state, runtime=ALONE, saver=object())
+    """Where the records before it cannot be written, the run says so and fails."""
+    loop = Scripted()
+    monkeypatch.setattr(loop.state.recorder.writer, "flush", lambda: False)
     loop.save()  # a save under way is only skipped
+    assert loop.saves == []
     with pytest.raises(RunError, match="no last checkpoint"):
         loop.save(last=True)

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from launcher.checkpoint.store import CheckpointStore, Retention
-from launcher.engine.resume import check_config, check_length, choose_checkpoint, find
+from launcher.engine.resume import check_changes, choose_checkpoint, find
 from launcher.errors import RunError, UsageError
 from tests.engine.helpers import ALONE, config
 
 
-def check(*words: object, allow: str = "") -> None:
+def check(*words: object, allow: str = "", length: int = 9, saved: str = "") -> None:
     allowed = frozenset(allow.split(",")) - {""}
-    check_config(config().dump(), config(*words), allowed)
+    state = {"config": saved or config().dump(), "dataset_length": 9}
+    check_changes(state, config(*words), length, allowed)
 
 
 def test_the_same_config_may_go_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -45,7 +46,7 @@ def test_free_keys_are_told_and_never_stop_a_resume(
 ) -> None:
     caplog.set_level(logging.INFO, "launcher")
     check(key, value)
-    assert f"changed since the checkpoint: {key} " in caplog.text
+    assert f"changed since the checkpoint: {key}: " in caplog.text
 
 
 REFUSED = [
@@ -88,17 +89,14 @@ def test_keys_of_the_task_that_came_or_went_are_refused() -> None:
     saved = config().dump().replace("TASK:\n", "TASK:\n  WIDTH: 3\n")
     assert "WIDTH" in saved
     with pytest.raises(UsageError, match=r"TASK\.WIDTH: 3 -> None"):
-        check_config(saved, config(), frozenset())
+        check(saved=saved)
 
 
-@pytest.mark.parametrize(("now", "allow", "fine"), [(9, "", 1), (8, "", 0), (8, "X", 0), (8, 1, 1)])
-def test_a_data_set_of_another_length(now: int, allow: object, fine: int) -> None:
-    allowed = frozenset({"DATASET_LENGTH"} if allow == 1 else {str(allow)})
-    if fine:
-        check_length(9, now, allowed)
-        return
-    with pytest.raises(UsageError, match=r"has 8 samples.* with 9.*--allow DATASET_LENGTH"):
-        check_length(9, now, allowed)
+def test_a_data_set_of_another_length_is_refused_unless_allowed() -> None:
+    for allow in ("", "X"):
+        with pytest.raises(UsageError, match=r"DATASET_LENGTH: 9 -> 8\n.*--allow DATASET_LENGTH"):
+            check(length=8, allow=allow)
+    check(length=8, allow="DATASET_LENGTH")
 
 
 @pytest.fixture

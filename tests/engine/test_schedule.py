@@ -48,8 +48,9 @@ def test_warm_up_rises_and_the_rest_falls(
     assert all(0 <= value <= 1 for value in values)
     after = values[warmup:]
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
-    # Warm-up is no part of the schedule: after it the values are as without one.
-    assert after == [kind(final)(min(s / total, 1)) for s in range(warmup, total + 3)]
+    # Never multiplied: the schedule begins where the warm-up ends, at the full rate.
+    left = max(total - warmup, 1)
+    assert after == [kind(final)(min(s / left, 1)) for s in range(total + 3 - warmup)]
 
 
 def test_warm_up_is_linear_and_never_zero() -> None:
@@ -69,6 +70,11 @@ def test_warm_up_is_linear_and_never_zero() -> None:
         ),
         (["OPTIM.WARMUP", "1ep"], {0: 1 / 11, 9: 10 / 11, 10: 1}),
         (["OPTIM.WARMUP", "4step"], {0: 0.2, 3: 0.8, 4: 1}),
+        (["OPTIM.WARMUP", "1ep", "OPTIM.SCHEDULE", "cosine"], {9: 10 / 11, 10: 1, 25: 0.5, 40: 0}),
+        (
+            [*("OPTIM.WARMUP", "1ep", "OPTIM.SCHEDULE", "step", "OPTIM.MILESTONES", "[2ep]")],
+            {10: 1, 19: 1, 20: 0.1},
+        ),
     ],
 )
 def test_schedule_of_a_config(words: list[str], values: dict[int, float]) -> None:
@@ -82,7 +88,6 @@ def test_apply_keeps_the_ratio_of_the_groups() -> None:
     optimizer = torch.optim.SGD(groups)
     made = Schedule(schedule.linear(0), 10)
     for step in (0, 5, 9, 2):  # rates come from the step alone, in any order
-        first = made.apply(optimizer, step)
+        made.apply(optimizer, step)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([0.4 * (1 - step / 10), 0.1 * (1 - step / 10)])
-        assert first == rates[0]

@@ -3,13 +3,14 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from launcher.data.plan import Plan
 from launcher.errors import RunError
-from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, rows, take
+from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, evaluation, rows, take
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 
@@ -34,25 +35,13 @@ def test_recorded_values_are_means_over_the_large_batch(
 ) -> None:
     task = Regression(weighted)
     trainer = Trainer(task, batch_size=8, micro_batch_size=micro_batch_size)
-    written = collect(trainer)
     x, y, w = take(task.build_dataset(), rows(0, 0, 8))
     errors = ((trainer.state.model(x) - y) ** 2).squeeze(1)
     loss = ((errors * w).sum() / w.sum()).item()
     trainer.run(1)
-    trainer.state.recorder.record({"step": 1, "epoch": 0, "samples": 8}, {})
-    assert written[0]["train/loss"] == pytest.approx(loss, rel=1e-6)
-    assert written[0]["train/error"] == pytest.approx(loss, rel=1e-6)
-
-
-def collect(trainer: Trainer) -> list[dict[str, Any]]:
-    """The list in which the trainer's records arrive."""
-    written: list[dict[str, Any]] = []
-
-    class Kept(Sink):
-        write = staticmethod(written.append)
-
-    trainer.state.recorder.sink = Kept()
-    return written
+    recorded = trainer.recorded()
+    assert recorded["train/loss"] == pytest.approx(loss, rel=1e-6)
+    assert recorded["train/error"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_micro_batches_without_weight_do_not_count() -> None:
@@ -83,14 +72,13 @@ def test_clipping_is_torchs(clip: float) -> None:
     x, y, _ = take(task.build_dataset(), rows(0, 0, 8))
     ((model(x) - y) ** 2).mean().backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    written = collect(trainer)
     trainer.run(1)
     assert_close(
         trainer.weights, [p.detach() - p.grad for p in model.parameters() if p.grad is not None]
     )
-    trainer.state.recorder.record({"step": 1, "epoch": 0, "samples": 8}, {})
+    recorded = trainer.recorded()
     # What is recorded is the norm before clipping.
-    assert written[0]["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert recorded["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_average_of_the_weights() -> None:
@@ -151,10 +139,9 @@ def same(a: Any, b: Any) -> bool:
 
 def test_a_skipped_step_is_not_counted_into_the_norm() -> None:
     trainer = Trainer(Overflow({1}), "TRAIN.PRECISION", "fp16")
-    written = collect(trainer)
     trainer.run(3)
-    trainer.state.recorder.record({"step": 2, "epoch": 0, "samples": 24}, {})
-    assert 0 < written[0]["train/grad_norm"] < float("inf")
+    recorded = trainer.recorded()
+    assert 0 < recorded["train/grad_norm"] < float("inf")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
@@ -206,8 +193,34 @@ def test_requests_come_back_once() -> None:
     assert seen == [frozenset(), asked[1], asked[2], frozenset()]
 
 
-def test_the_model_is_in_training_mode_after_an_evaluation() -> None:
-    trainer = Trainer(Regression())
-    trainer.state.model.eval()
+def test_a_module_that_the_task_put_into_eval_mode_stays_there() -> None:
+    """A frozen batch-norm, say; a whole model in eval mode, as a pretrained one comes, trains."""
+
+    class Frozen(Regression):
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            model[1].eval()
+            return model
+
+    class Pretrained(Regression):
+        def build_model(self) -> nn.Module:
+            return super().build_model().eval()
+
+    for task, modes in ((Frozen(), [True, False, True]), (Pretrained(), [True, True, True])):
+        trainer = Trainer(task)
+        for _ in range(2):
+            trainer.run(1)
+            assert [module.training for module in trainer.state.model] == modes
+            evaluation(task, [take(trainer.data, range(23))], Plan(23, 23))(trainer.state.model)
+            assert [module.training for module in trainer.state.model] == modes
+
+
+@pytest.mark.parametrize("value", [3, np.float32(0.1), np.int64(2**53), 1 / 3])
+def test_numbers_of_python_and_numpy_are_recorded_exactly(value: Any) -> None:
+    class Counts(Regression):
+        def train_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+            return {**super().train_step(model, batch), "value": value}
+
+    trainer = Trainer(Counts(), batch_size=1)
     trainer.run(1)
-    assert trainer.state.model.training
+    assert trainer.recorded()["train/value"] == float(value)

@@ -8,15 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from launcher.callbacks.histograms import Histograms
 from launcher.engine import step
 from launcher.engine.agreement import Agreement
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
-from launcher.telemetry.histograms import Histograms
 from launcher.telemetry.media import spread
-from launcher.telemetry.recorder import Sink
-from tests.engine.helpers import Regression, Trainer, recording
+from tests.engine.helpers import Regression, Trainer
 
 META = Runtime(Topology(), torch.device("meta"), CpuBudget(1, 1, 1, ""))
 
@@ -52,18 +51,13 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_steps(weighted: bool) -> None:
     """Only a record reads: what all steps added, at once."""
-    task = Recording(weighted)
-    trainer = Trainer(task, "MODEL.EMA_DECAY", 0.9, runtime=META, micro_batch_size=3)
-    task.recorder = recording(META)
-    task.recorder.recorder = recorder = trainer.state.recorder
-    recorder.sink = Sink()
-    histograms = Histograms("1step", trainer.state.model, recorder)
-    histograms.due = True
-    trainer.step.observe = histograms.gradients
+    words = ("MODEL.EMA_DECAY", 0.9, "LOG.HISTOGRAMS", "1step")
+    trainer = Trainer(Recording(weighted), *words, runtime=META, micro_batch_size=3)
     trainer.run(5)
-    assert histograms.found and all(found.is_meta for found in histograms.found.values())
+    found = next(c.found for c in trainer.state.callbacks.all if isinstance(c, Histograms))
+    assert found and all(values.is_meta for values in found.values())
     with pytest.raises(NotImplementedError):
-        recorder.record({"step": 5, "epoch": 1, "samples": 40}, {})
+        trainer.recorded()
 
 
 def test_a_histogram_of_a_task() -> None:

@@ -34,6 +34,11 @@ def lines(records: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(one) + "\n" for one in records)
 
 
+def append(file: Path, text: str) -> None:
+    with file.open("a") as opened:
+        opened.write(text)
+
+
 def make_run(
     path: Path,
     records: list[dict[str, Any]] | None = None,

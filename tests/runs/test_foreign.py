@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 from launcher.errors import UsageError
 from launcher.runs import foreign, index
 from launcher.runs.run import find, open_run
-from tests.runs.made import make_run
+from tests.runs.made import append, make_run
 
 
 def detectron2(path: Path) -> Path:
@@ -106,6 +107,12 @@ def tensorboard(path: Path) -> Path:
     return events(path, "1700000000.host.1.0", points)
 
 
+MAKERS = {"d": detectron2, "m": mmengine, "l": lightning, "t": tensorboard}
+Make = Callable[[Path], Path]
+every = pytest.mark.parametrize("make", MAKERS.values())
+of_lines = pytest.mark.parametrize("make", [detectron2, mmengine, lightning])
+
+
 def points(path: Path, key: str, x: str = "step") -> list[tuple[float, float]]:
     at, values = open_run(path).table().in_order().series(key, x)
     return list(zip(at.tolist(), values.tolist(), strict=True))
@@ -175,10 +182,10 @@ def test_tensorboard_after_a_resume(tmp_path: Path) -> None:
     assert points(path, "loss")[1] == (25, 8.0)
 
 
-@pytest.mark.parametrize("make", [detectron2, mmengine, lightning, tensorboard])
-def test_the_index_follows(make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@every
+def test_the_index_follows(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second reading comes from the index, and a change of the file is seen."""
-    path = make(tmp_path / "old")  # type: ignore[operator]
+    path = make(tmp_path / "old")
     key = sorted(open_run(path).summary.series)[0]
     before = open_run(path).summary.series[key].count
     with monkeypatch.context() as patch:
@@ -193,16 +200,14 @@ def test_the_index_follows(make: object, tmp_path: Path, monkeypatch: pytest.Mon
         key = "val_loss"
         before = 1
     else:
-        with run.records.open("a") as file:
-            file.write(json.dumps({"iteration": 500, "step": 500, key: 1.0}) + "\n")
+        append(run.records, json.dumps({"iteration": 500, "step": 500, key: 1.0}) + "\n")
     assert open_run(path).summary.series[key].count == before + 1
 
 
-@pytest.mark.parametrize("make", [detectron2, mmengine, lightning])
-def test_torn_and_damaged_lines_are_told(make: object, tmp_path: Path) -> None:
-    path = make(tmp_path / "old")  # type: ignore[operator]
-    records = open_run(path).records
-    whole = open_run(path).summary.records
+@of_lines
+def test_torn_and_damaged_lines_are_told(make: Make, tmp_path: Path) -> None:
+    path = make(tmp_path / "old")
+    records, whole = open_run(path).records, open_run(path).summary.records
     data = records.read_bytes().splitlines(keepends=True)
     records.write_bytes(b"".join([*data[:3], b"\0\0\0\n", *data[3:], data[-1][:9]]))
     run = open_run(path)
@@ -218,7 +223,7 @@ def test_not_a_number_as_python_writes_it(tmp_path: Path) -> None:
 
 
 def test_all_of_them_below_one_root(tmp_path: Path) -> None:
-    for name, make in (("d", detectron2), ("m", mmengine), ("l", lightning), ("t", tensorboard)):
+    for name, make in MAKERS.items():
         make(tmp_path / name)
     make_run(tmp_path / "ours")
     (tmp_path / "data").mkdir()
@@ -234,16 +239,15 @@ def test_all_of_them_below_one_root(tmp_path: Path) -> None:
     }
 
 
-def test_their_names_do_not_matter(tmp_path: Path) -> None:
-    for name, make in (("d", detectron2), ("m", mmengine), ("l", lightning)):
-        run = open_run(make(tmp_path / name))
-        count = run.summary.records
-        run.records.rename(run.records.with_stem("log"))
+@of_lines
+def test_their_names_do_not_matter(make: Make, tmp_path: Path) -> None:
+    run = open_run(make(tmp_path / "old"))
+    count = run.summary.records
+    for name in ("log", *(["scalars"] if make is detectron2 else [])):
+        records = open_run(run.path).records
+        records.rename(records.with_stem(name))
         found = open_run(run.path)
         assert (found.kind, found.summary.records) == (run.kind, count)
-    records = open_run(tmp_path / "d").records
-    records.rename(records.with_name("scalars.json"))
-    assert open_run(tmp_path / "d").kind == "detectron2"
 
 
 def test_a_folder_of_many_files_is_not_read_through(

@@ -26,7 +26,7 @@ from launcher.runs.index import (
     summarize,
 )
 from launcher.runs.records import Place, read_table
-from tests.runs.made import lines, make_run, record, training
+from tests.runs.made import append, lines, make_run, record, training
 
 
 def plain(summary: Summary) -> dict[str, Any]:
@@ -86,8 +86,7 @@ def test_nothing_is_parsed_twice(path: Path, parsed: list[int]) -> None:
     first = plain(summarize(OURS, path))
     end = path.stat().st_size
     assert plain(summarize(OURS, path)) == first and parsed == [0]
-    with path.open("a") as file:
-        file.write(lines(training(1000)[60:]))
+    append(path, lines(training(1000)[60:]))
     assert plain(summarize(OURS, path)) == full(path)
     assert parsed == [0, end]
 
@@ -97,8 +96,7 @@ def test_a_torn_end_is_parsed_when_it_is_whole(path: Path, parsed: list[int]) ->
     end = path.stat().st_size
     text = lines([record(510, train__loss=0.5)])
     for part in (text[:20], text[20:-1], text[-1:]):
-        with path.open("a") as file:
-            file.write(part)
+        append(path, part)
         assert plain(summarize(OURS, path)) == full(path)
     assert parsed == [0, end, end, end]
     assert summarize(OURS, path).series["train/loss"].last == (510, 0.5)
@@ -131,22 +129,8 @@ def test_another_file_of_that_name_is_seen(path: Path) -> None:
     other = path.with_name("other")
     loss = '"train/loss": 0.1,'  # at step 1000
     other.write_text(path.read_text().replace(loss, '"train/loss": 9.9,'))
-    with other.open("a") as file:
-        file.write(lines([record(2010, train__loss=0.1)]))
+    append(other, lines([record(2010, train__loss=0.1)]))
     other.replace(path)
-    assert plain(summarize(OURS, path)) == full(path)
-
-
-def test_steps_that_go_back_count_once(path: Path) -> None:
-    again = [{**one, "train/loss": 7.0} for one in training(500)[40:] if "train/loss" in one]
-    with path.open("a") as file:
-        file.write(lines(again))
-    summary = summarize(OURS, path)
-    assert summary.series["train/loss"].count == 50
-    assert summary.series["train/loss"].last == (500, 7.0)
-    assert plain(summarize(OURS, path)) == full(path)
-    with path.open("a") as file:
-        file.write(lines([record(510, train__loss=6.0)]))
     assert plain(summarize(OURS, path)) == full(path)
 
 
@@ -154,20 +138,14 @@ def test_steps_that_go_back_count_once(path: Path) -> None:
 def test_a_damaged_index_is_made_anew(damage: str, path: Path, cache: Path) -> None:
     expected = plain(summarize(OURS, path))
     (file,) = (cache / "launcher" / "runs").iterdir()
-    data = bytearray(file.read_bytes())
-    if damage == "empty":
-        data = bytearray()
-    elif damage == "cut":
-        data = data[: len(data) // 2]
-    elif damage == "flipped":
-        data[data.index(b"records") + 10] ^= 1
-    elif damage == "other":  # of another file, under this name
-        other = make_run(path.parent.parent / "other") / "metrics.jsonl"
-        summarize(OURS, other)
-        data = bytearray(index_file(other).read_bytes())
-    elif damage == "text":
-        data = bytearray(b"hello\nworld\n")
-    file.write_bytes(data)
+    data = file.read_bytes()
+    other = make_run(path.parent.parent / "other") / "metrics.jsonl"
+    summarize(OURS, other)
+    flipped = bytearray(data)
+    flipped[data.index(b"records") + 10] ^= 1
+    contents = {"empty": b"", "cut": data[: len(data) // 2], "text": b"hello\nworld\n"}
+    contents |= {"flipped": flipped, "other": index_file(other).read_bytes()}
+    file.write_bytes(contents.get(damage, data))
     if damage == "version":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(index, "VERSION", index.VERSION + 1)
@@ -188,12 +166,6 @@ def test_without_a_place_for_it_the_file_is_parsed(
         monkeypatch.setattr(os.path, "expanduser", lambda text: text)
     assert plain(summarize(OURS, path)) == full(path)
     assert {p.name for p in tmp_path.iterdir()} == {"file", "run"}
-
-
-def test_it_is_kept_in_the_cache_directory_alone(path: Path, cache: Path) -> None:
-    summarize(OURS, path)
-    assert [p.name for p in path.parent.iterdir()] == ["metrics.jsonl"]
-    assert len(list((cache / "launcher" / "runs").iterdir())) == 1
 
 
 def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,14 +211,11 @@ def test_a_series_does_not_depend_on_its_parts(count: int, seed: int, data: st.D
             assert curve[place, 1:].tolist() == [bucket.min(), bucket.max()]
 
 
-CHANGE = st.one_of(
-    st.tuples(st.just("append"), st.integers(1, 40)),
-    st.tuples(st.just("torn"), st.integers(1, 60)),
-    st.tuples(st.just("damaged"), st.just(0)),
-    st.tuples(st.just("cut"), st.floats(0, 1)),
-    st.tuples(st.just("back"), st.integers(1, 10)),
-    st.tuples(st.just("empty"), st.just(0)),
-)
+AMOUNTS = {
+    **{"append": st.integers(1, 40), "torn": st.integers(1, 60), "back": st.integers(1, 10)},
+    **{"cut": st.floats(0, 1), "damaged": st.just(0), "empty": st.just(0)},
+}
+CHANGE = st.one_of(st.tuples(st.just(kind), amount) for kind, amount in AMOUNTS.items())
 
 
 @given(st.lists(CHANGE, min_size=1, max_size=8))

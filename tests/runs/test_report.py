@@ -13,7 +13,7 @@ import numpy as np
 from launcher.runs.plot import POINTS
 from launcher.runs.report import _curve, report
 from launcher.runs.run import open_runs
-from tests.runs.made import make_run, record, training
+from tests.runs.made import append, make_run, record, training
 
 
 class Page(HTMLParser):
@@ -46,8 +46,7 @@ def test_everything_is_in_it(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a")
     b = make_run(tmp_path / "b", training(50), "failed", {"OPTIM.LR": 0.01})
     (b / "failure.json").write_text('{"rank": 3, "exception": "ValueError"}')
-    with (b / "metrics.jsonl").open("a") as file:
-        file.write("torn\n")
+    append(b / "metrics.jsonl", "torn\n")
     page = Page(html := report(open_runs([a, b])))
     for word in ("val/accuracy", "OPTIM.LR", "0.01", "python train.py", "finish", "ValueError"):
         assert word in page.text
@@ -77,8 +76,7 @@ def test_whatever_a_run_is_called_it_is_text(tmp_path: Path) -> None:
     (path / "environment.json").write_text(json.dumps({"command": [bad]}))
     (path / "failure.json").write_text(json.dumps({bad: bad}))
     (path / "config.yaml").write_text(json.dumps({"A": bad, "B": {"{{data}}": "{{title}}"}}))
-    with (path / "history.jsonl").open("a") as file:
-        file.write(json.dumps({"event": bad, "step": bad, "why": bad}) + "\n")
+    append(path / "history.jsonl", json.dumps({"event": bad, "step": bad, "why": bad}) + "\n")
     html = report(open_runs([path]))
     page = Page(html)
     assert {"img"}.isdisjoint(tag for tag, _ in page.tags)

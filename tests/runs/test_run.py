@@ -12,7 +12,7 @@ import pytest
 
 from launcher.runs import run as module
 from launcher.runs.run import find, load_summaries, open_run, open_runs
-from tests.runs.made import START, lines, make_run, record, training
+from tests.runs.made import START, append, lines, make_run, record, training
 
 
 def edit(path: Path, **changed: Any) -> None:
@@ -95,8 +95,7 @@ def test_records_that_cannot_be_read_are_told(tmp_path: Path) -> None:
 def test_a_live_run_is_read_as_it_is(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a", training(50), "running", updated=time.time())
     edit(path / "status.json", step=57)
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 60, "ep')
+    append(path / "metrics.jsonl", '{"step": 60, "ep')
     run = open_run(path)
     assert (run.state, run.step, run.summary.records) == ("running", 57, 6)
     assert run.damaged == [f"{path}/metrics.jsonl:7: a torn last line"]

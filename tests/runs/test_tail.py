@@ -15,7 +15,7 @@ from launcher.errors import UsageError
 from launcher.runs import tail as module
 from launcher.runs.run import open_run
 from launcher.runs.tail import tail
-from tests.runs.made import lines, make_run, record, training
+from tests.runs.made import append, lines, make_run, record, training
 
 
 def steps(told: list[str]) -> list[int]:
@@ -41,8 +41,7 @@ def test_a_line_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     path = make_run(tmp_path / "a", [record(20, train__loss=0.123456, val__x=None)])
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write("{no record\n" + '{"step": 30, "torn')
+    append(path / "metrics.jsonl", "{no record\n" + '{"step": 30, "torn')
     told = list(tail(open_run(path), 5, False))
     assert told == [
         "22:13:40  step 20  epoch 0  train/loss 0.1235  val/x nan",
@@ -61,12 +60,10 @@ class Story:
         self.acts.pop(0)()
 
     def append(self, *records: dict[str, Any], torn: str = "") -> None:
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(lines(list(records)) + torn)
+        append(self.path / "metrics.jsonl", lines(list(records)) + torn)
 
     def event(self, name: str, step: int) -> None:
-        with (self.path / "history.jsonl").open("a") as file:
-            file.write(json.dumps({"event": name, "step": step, "time": 1.0}) + "\n")
+        append(self.path / "history.jsonl", lines([{"event": name, "step": step, "time": 1.0}]))
 
     def cut(self, count: int) -> None:
         kept = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:count]

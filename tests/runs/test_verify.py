@@ -12,9 +12,19 @@ import pytest
 from launcher.errors import UsageError
 from launcher.runs.run import open_run
 from launcher.runs.verify import MOST, verify
-from tests.runs.made import START, lines, make_run, record, training
+from tests.runs.made import START, append, lines, make_run, record, training
 
 OFF = {"LOG.TENSORBOARD": False, "CHECKPOINT.EVERY": ""}
+
+
+RECORDS = training(100)
+END = "the end of history.jsonl is finish at step 100"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A run in which nothing is wrong."""
+    return make_run(tmp_path / "a", RECORDS, config=OFF)
 
 
 def findings(path: Path) -> list[str]:
@@ -28,7 +38,7 @@ def rewritten(path: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def test_nothing_is_wrong(tmp_path: Path) -> None:
-    nulls = [*training(100)[:-2], record(100, train__loss=None, train__lr=0.1), training(100)[-1]]
+    nulls = [*RECORDS[:-2], record(100, train__loss=None, train__lr=0.1), RECORDS[-1]]
     assert findings(make_run(tmp_path / "a", nulls, config=OFF)) == []
     now = time.time()
     live = make_run(tmp_path / "b", training(57), "running", OFF, updated=now)
@@ -50,54 +60,48 @@ def test_nothing_is_wrong(tmp_path: Path) -> None:
         (json.dumps({**record(100), "time": None}), "time is None"),
     ],
 )
-def test_a_line_that_is_no_record(line: str, what: str, tmp_path: Path) -> None:
-    path = make_run(tmp_path / "a", config=OFF)
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write(line + "\n")
+def test_a_line_that_is_no_record(line: str, what: str, path: Path) -> None:
+    append(path / "metrics.jsonl", line + "\n")
     found = findings(path)
     assert found[0].startswith("metrics.jsonl:13: ") and what in found[0]
 
 
-def test_repeated_and_missing_records(tmp_path: Path) -> None:
-    records = training(100)
-    path = make_run(tmp_path / "a", records, config=OFF)
-    assert findings(rewritten(path, records[:3] + records[2:])) == [
-        "metrics.jsonl: step 30 stands twice for train/loss, train/lr"
-    ]
-    assert findings(rewritten(path, records[:3] + records[4:])) == [
-        "metrics.jsonl: no train/* record at step 40"
-    ]
-    assert findings(
-        rewritten(path, [r for r in records if "val/loss" not in r or r["step"] > 50])
-    ) == ["metrics.jsonl: no val/* record at step 50"]
-    swapped = [*records[:2], records[3], records[2], *records[4:]]
-    assert findings(rewritten(path, swapped)) == ["metrics.jsonl: step 30 after step 40"]
+@pytest.mark.parametrize(
+    ("records", "told"),
+    [
+        (RECORDS[:3] + RECORDS[2:], "step 30 stands twice for train/loss, train/lr"),
+        (RECORDS[:3] + RECORDS[4:], "no train/* record at step 40"),
+        (
+            [r for r in RECORDS if "val/loss" not in r or r["step"] > 50],
+            "no val/* record at step 50",
+        ),
+        ([*RECORDS[:2], RECORDS[3], RECORDS[2], *RECORDS[4:]], "step 30 after step 40"),
+    ],
+)
+def test_repeated_and_missing_records(records: list[Any], told: str, tmp_path: Path) -> None:
+    assert findings(make_run(tmp_path / "a", records, config=OFF)) == [f"metrics.jsonl: {told}"]
 
 
 def test_a_gap_is_one_finding(tmp_path: Path) -> None:
     """However wide: a step may be anything in a damaged file."""
-    records = [r for r in training(100) if r["step"] not in (20, 30, 40)]
+    records = [r for r in RECORDS if r["step"] not in (20, 30, 40)]
     path = make_run(tmp_path / "a", records, config={**OFF, "EVAL.EVERY": ""})
     assert findings(path) == ["metrics.jsonl: no train/* record at step 20 to 40"]
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write(lines([record(10**15, train__loss=1.0, train__lr=0.1)]))
+    append(path / "metrics.jsonl", lines([record(10**15, train__loss=1.0, train__lr=0.1)]))
     told = f"metrics.jsonl: no train/* record at step 110 to {10**15 - 10}"
     assert told in findings(path)
 
 
-def test_what_the_thread_that_writes_tells_after_the_end_is_no_end(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "a", config=OFF)
-    with (path / "history.jsonl").open("a") as file:
-        for event in ("checkpoint", "sink"):
-            file.write(json.dumps({"event": event, "step": 100, "time": START + 101}) + "\n")
+def test_what_the_thread_that_writes_tells_after_the_end_is_no_end(path: Path) -> None:
+    events = [{"event": e, "step": 100, "time": START + 101} for e in ("checkpoint", "sink")]
+    append(path / "history.jsonl", lines(events))
     assert findings(path) == []
 
 
 def test_a_line_under_way_is_no_damage(tmp_path: Path) -> None:
     for state, count in (("running", 0), ("completed", 1)):
         path = make_run(tmp_path / state, training(50), state, OFF, updated=time.time())
-        with (path / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 60, "ep')
+        append(path / "metrics.jsonl", '{"step": 60, "ep')
         assert len(findings(path)) == count
 
 
@@ -137,19 +141,13 @@ def test_a_resume_may_change_the_period(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        (
-            {"state": "stopped"},
-            "stopped at step 100; the end of history.jsonl is finish at step 100",
-        ),
-        ({"state": "failed"}, "failed at step 100; the end of history.jsonl is finish at step 100"),
-        ({"step": 90}, "completed at step 90; the end of history.jsonl is finish at step 100"),
+        ({"state": "stopped"}, f"stopped at step 100; {END}"),
+        ({"state": "failed"}, f"failed at step 100; {END}"),
+        ({"step": 90}, f"completed at step 90; {END}"),
         ({"state": "odd"}, "cannot be read"),
     ],
 )
-def test_a_status_that_is_not_what_happened(
-    changed: dict[str, Any], what: str, tmp_path: Path
-) -> None:
-    path = make_run(tmp_path / "a", config=OFF)
+def test_a_status_that_is_not_what_happened(changed: dict[str, Any], what: str, path: Path) -> None:
     status = json.loads((path / "status.json").read_text())
     (path / "status.json").write_text(json.dumps(status | changed))
     found = findings(path)
@@ -157,9 +155,8 @@ def test_a_status_that_is_not_what_happened(
 
 
 @pytest.mark.parametrize("step", [90, 110])
-def test_records_that_end_elsewhere(step: int, tmp_path: Path) -> None:
+def test_records_that_end_elsewhere(step: int, path: Path) -> None:
     """status.json and history.jsonl agree with each other, not with the records."""
-    path = make_run(tmp_path / "a", config=OFF)
     for name in ("status.json", "history.jsonl"):
         text = (path / name).read_text()
         (path / name).write_text(text.replace('"step": 100', f'"step": {step}'))
@@ -175,16 +172,13 @@ def test_records_that_end_elsewhere(step: int, tmp_path: Path) -> None:
         ("history.jsonl", "", "history.jsonl: does not begin with a start"),
     ],
 )
-def test_other_files(name: str, content: str, what: str, tmp_path: Path) -> None:
-    path = make_run(tmp_path / "a", config=OFF)
+def test_other_files(name: str, content: str, what: str, path: Path) -> None:
     (path / name).write_text(content)
     assert any(text.startswith(what) for text in findings(path))
 
 
-def test_a_long_list_is_cut(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "a", config=OFF)
-    with (path / "metrics.jsonl").open("a") as file:
-        file.write("[]\n" * 100)
+def test_a_long_list_is_cut(path: Path) -> None:
+    append(path / "metrics.jsonl", "[]\n" * 100)
     found = findings(path)
     assert len(found) == MOST + 1 and found[-1].endswith("and 80 more")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from launcher.runtime.cpu import CpuBudget, cgroup_cpu_quota, cpu_budget
+from launcher.runtime.cpu import CpuBudget, cgroup_cpu_quota, cpu_budget, threads_set_by_user
+from tests.runtime.groups import cgroup
 
 V2 = "0::/job/step\n"
 V1 = "4:memory:/job/step\n3:cpu,cpuacct:/job/step\n"
@@ -17,20 +18,12 @@ HYBRID = V1 + V2
 MS100 = 100_000
 
 
-def tree(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
 def v1(folder: str, quota: int) -> dict[str, str]:
     return {f"{folder}/cpu.cfs_quota_us": f"{quota}\n", f"{folder}/cpu.cfs_period_us": f"{MS100}\n"}
 
 
 def budget(local_world_size: int = 1, env: dict[str, str] | None = None, **more: Any) -> CpuBudget:
-    more = {"host": 64, "affinity": 64, "proc_cgroup": Path("/nonexistent"), **more}
+    more = {"host": 64, "affinity": 64, "root": Path("/nonexistent"), **more}
     return cpu_budget(local_world_size, env or {}, **more)
 
 
@@ -75,17 +68,15 @@ CASES: dict[str, tuple[str, dict[str, str], float | None]] = {
 def test_cgroup_quota(
     tmp_path: Path, proc: str, files: dict[str, str], quota: float | None
 ) -> None:
-    root = tree(tmp_path, {"proc": proc, **{f"cgroup/{k}": v for k, v in files.items()}})
-    assert cgroup_cpu_quota(root / "proc", root / "cgroup") == quota
+    assert cgroup_cpu_quota(cgroup(tmp_path, proc, files)) == quota
 
 
 def test_no_cgroups_at_all(tmp_path: Path) -> None:
-    assert cgroup_cpu_quota(tmp_path / "absent", tmp_path) is None
+    assert cgroup_cpu_quota(tmp_path) is None
 
 
 def with_quota(root: Path, quota: str) -> dict[str, Any]:
-    tree(root, {"proc": "0::/\n", "cgroup/cpu.max": f"{quota} 100000\n"})
-    return {"proc_cgroup": root / "proc", "cgroup_root": root / "cgroup"}
+    return {"root": cgroup(root, "0::/\n", {"cpu.max": f"{quota} 100000\n"})}
 
 
 def test_quota_is_shared_by_the_ranks_of_the_node(tmp_path: Path) -> None:
@@ -140,7 +131,7 @@ def test_real_affinity_is_seen() -> None:
     cpu = str(min(os.sched_getaffinity(0)))
     code = (
         "from launcher.runtime.cpu import cpu_budget as b; from pathlib import Path;"
-        "x = b(1, {}, proc_cgroup=Path('/nonexistent')); print(x.usable, x.reason)"
+        "x = b(1, {}, root=Path('/nonexistent')); print(x.usable, x.reason)"
     )
     done = subprocess.run(
         ["taskset", "-c", cpu, sys.executable, "-c", code],
@@ -149,3 +140,27 @@ def test_real_affinity_is_seen() -> None:
         check=True,
     )
     assert done.stdout.startswith("1 CPU affinity; host has ")
+
+
+UNDER_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+@pytest.mark.parametrize(
+    ("env", "parent", "by_user"),
+    [
+        ({}, b"OMP_NUM_THREADS=4\0", False),
+        ({"OMP_NUM_THREADS": "4"}, None, True),
+        (UNDER_TORCHRUN, b"HOME=/\0", False),
+        (UNDER_TORCHRUN, b"A=1\0OMP_NUM_THREADS=1\0", True),
+        (UNDER_TORCHRUN, b"OMP_NUM_THREADS=1\0A=1\0", True),
+        (UNDER_TORCHRUN, b"X_OMP_NUM_THREADS=1\0", False),
+        (UNDER_TORCHRUN, None, True),  # cannot be read
+    ],
+)
+def test_whose_threads(
+    tmp_path: Path, env: dict[str, str], parent: bytes | None, by_user: bool
+) -> None:
+    path = tmp_path / "environ"
+    if parent is not None:
+        path.write_bytes(parent)
+    assert threads_set_by_user(env, path) is by_user

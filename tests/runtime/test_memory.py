@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from launcher.runtime.memory import memory_budget, oom_kills, own_memory
+from launcher.runtime.memory import memory_budget, oom_kills
+from tests.runtime.groups import cgroup
 
 GIB = 2**30
 V2 = "0::/job/step\n"
@@ -20,14 +21,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
         psutil, "virtual_memory", lambda: SimpleNamespace(available=48 * GIB, total=64 * GIB)
     )
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(used=0, total=0))
-
-
-def tree(root: Path, proc: str, files: dict[str, str]) -> tuple[Path, Path]:
-    for name, text in {"proc": proc, **{f"cgroup/{k}": v for k, v in files.items()}}.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root / "proc", root / "cgroup"
 
 
 def v2(folder: str, limit: float | str, usage: float) -> dict[str, str]:
@@ -44,30 +37,31 @@ def v1(folder: str, limit: int, usage: float) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("proc", "files", "available", "total"),
+    ("proc", "files", "available"),
     [
-        (V2, v2("job/step/", 8, 3), 5, 8),
-        (V2, {**v2("job/step/", 8, 1), **v2("job/", 16, 12)}, 4, 16),
-        (V2, {**v2("job/step/", 6, 3), **v2("job/", 16, 2)}, 3, 6),
-        (V2, {**v2("job/step/", "max", 3), **v2("job/", 16, 12)}, 4, 16),
-        (V2, v2("job/step/", "max", 3), 48, 64),
-        (V2, v2("", 8, 2), 6, 8),  # a container that names a path of the host
-        (V2, v2("job/step/", 8, 9), 0, 8),  # over its limit, as just before a kill
-        (V2, v2("job/step/", 1000, 1), 48, 64),  # a limit beyond the machine
-        (V2, {"job/step/memory.max": f"{8 * GIB}\n"}, 48, 64),
-        (V2, {"job/step/memory.max": "what\n", "job/step/memory.current": "1\n"}, 48, 64),
-        (V1, v1("job/step/", 8 * GIB, 3), 5, 8),
-        (V1, {**v1("job/step/", 8 * GIB, 1), **v1("job/", 16 * GIB, 12)}, 4, 16),
-        (V1, v1("job/step/", 9223372036854771712, 3), 48, 64),  # v1's "no limit"
-        (V1 + V2, v1("job/step/", 8 * GIB, 3), 5, 8),
-        ("", {}, 48, 64),
+        (V2, v2("job/step/", 8, 3), 5),
+        (V2, {**v2("job/step/", 8, 1), **v2("job/", 16, 12)}, 4),
+        (V2, {**v2("job/step/", 6, 3), **v2("job/", 16, 2)}, 3),
+        (V2, {**v2("job/step/", "max", 3), **v2("job/", 16, 12)}, 4),
+        (V2, v2("job/step/", "max", 3), 48),
+        (V2, v2("", 8, 2), 6),  # a container that names a path of the host
+        (V2, v2("job/step/", 8, 9), 0),  # over its limit, as just before a kill
+        (V2, v2("job/step/", 1000, 1), 48),  # a limit beyond the machine
+        (V2, {"job/step/memory.max": f"{8 * GIB}\n"}, 48),
+        (V2, {"job/step/memory.max": "what\n", "job/step/memory.current": "1\n"}, 48),
+        (V1, v1("job/step/", 8 * GIB, 3), 5),
+        (V1, {**v1("job/step/", 8 * GIB, 1), **v1("job/", 16 * GIB, 12)}, 4),
+        (V1, v1("job/step/", 9223372036854771712, 3), 48),  # v1's "no limit"
+        (V1 + V2, v1("job/step/", 8 * GIB, 3), 5),
+        ("", {}, 48),
     ],
 )
 def test_the_tightest_group_counts(
-    tmp_path: Path, proc: str, files: dict[str, str], available: int, total: int
+    tmp_path: Path, proc: str, files: dict[str, str], available: int
 ) -> None:
-    found = memory_budget(*tree(tmp_path, proc, files), shm=tmp_path)
-    assert (found.available, found.total) == (available * GIB, total * GIB)
+    (tmp_path / "dev/shm").mkdir(parents=True)
+    found = memory_budget(cgroup(tmp_path, proc, files))
+    assert found.available == available * GIB
     assert found.reason == ("free memory" if available == 48 else "cgroup memory limit")
     assert found.shm is not None and found.shm > 0
 
@@ -85,14 +79,13 @@ def test_a_machine_that_swaps(
 ) -> None:
     swap = SimpleNamespace(used=int(used * GIB), total=int(total * GIB))
     monkeypatch.setattr(psutil, "swap_memory", lambda: swap)
-    assert memory_budget(*tree(tmp_path, "", {})).swapping is swapping
+    assert memory_budget(tmp_path).swapping is swapping
 
 
 def test_no_shared_memory_and_no_cgroups(tmp_path: Path) -> None:
-    absent = tmp_path / "absent"
-    found = memory_budget(absent, absent, absent)
+    found = memory_budget(tmp_path)
     assert found.shm is None and found.available == 48 * GIB
-    assert oom_kills(absent, absent) == 0
+    assert oom_kills(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -105,11 +98,4 @@ def test_no_shared_memory_and_no_cgroups(tmp_path: Path) -> None:
     ],
 )
 def test_kills_for_memory(tmp_path: Path, files: dict[str, str], kills: int) -> None:
-    assert oom_kills(*tree(tmp_path, V2, files)) == kills
-
-
-def test_own_memory_grows_with_what_is_held() -> None:
-    before = own_memory()
-    held = bytearray(b"x" * (64 << 20))
-    assert own_memory() - before > 32 << 20
-    assert len(held) == 64 << 20
+    assert oom_kills(cgroup(tmp_path, V2, files)) == kills

@@ -34,9 +34,9 @@ def test_each_generator_depends_on_seed_and_rank() -> None:
 @pytest.mark.parametrize(
     ("choice", "ranks", "gpus", "told"),
     [
-        ("auto", 4, 2, ["4 ranks", "2 CUDA devices", "--nproc-per-node=2", "DIST.DEVICE cpu"]),
-        ("cuda", 2, 1, ["2 ranks", "1 CUDA device:", "--nproc-per-node=1"]),
-        ("cuda", 1, 0, ["0 CUDA devices", "DIST.DEVICE cpu"]),
+        ("auto", 4, 2, ["4 ranks", "CUDA devices: 2", "--nproc-per-node=2", "DIST.DEVICE cpu"]),
+        ("cuda", 2, 1, ["2 ranks", "CUDA devices: 1", "--nproc-per-node=1"]),
+        ("cuda", 1, 0, ["CUDA devices: 0", "DIST.DEVICE cpu"]),
     ],
 )
 def test_more_ranks_than_devices(
@@ -68,6 +68,5 @@ def test_one_gpu_a_local_rank_bound_at_once(monkeypatch: pytest.MonkeyPatch, cho
 
 
 def test_collectives_of_one_process_give_back_what_they_get() -> None:
-    assert ALONE.gather("x") == ["x"] and ALONE.all_gather("x") == ["x"]
+    assert ALONE.gather("x") == ["x"]
     assert ALONE.broadcast("x") == "x"
-    assert ALONE.all_reduce(torch.ones(2)).tolist() == [1, 1]

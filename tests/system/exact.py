@@ -38,12 +38,18 @@ def scalars(run: Path) -> dict[tuple[str, int], list[float]]:
     }
 
 
-def assert_same(run: Path, reference: Path) -> None:
-    """Assert that two runs ended in the same bits and left the same records, each once."""
+def assert_same_weights(run: Path, reference: Path) -> None:
+    """Assert that two runs ended in the same weights, averaged ones included."""
     ours, theirs = jobs.state(run), jobs.state(reference)
     for part in ("model", "ema"):
         for name, tensor in theirs[part].items():
             assert torch.equal(ours[part][name], tensor), f"{part} {name} differs"
+
+
+def assert_same(run: Path, reference: Path) -> None:
+    """Assert that two runs ended in the same bits and left the same records, each once."""
+    assert_same_weights(run, reference)
+    ours, theirs = jobs.state(run), jobs.state(reference)
     assert ours["progress"] == theirs["progress"]
     momenta = zip(
         ours["optimizer"]["state"].values(), theirs["optimizer"]["state"].values(), strict=True

@@ -1,5 +1,8 @@
 """A task with everything that a resume may get wrong: dropout, random augmentation, buffers,
-and a model of several gradient buckets (DDP's first one holds 1 MiB)."""
+and a model of several gradient buckets (DDP's first one holds 1 MiB).
+
+LAUNCHER_TEST_SLEEP: seconds that every train_step takes longer; EVAL_SLEEP and BUILD_SLEEP likewise
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from torch import nn
 
 from launcher import CfgNode, Task
+from tests.system.leash import obey
 
 SLEEP = float(os.environ.get("LAUNCHER_TEST_SLEEP", "0"))
 EVAL_SLEEP = float(os.environ.get("LAUNCHER_TEST_EVAL_SLEEP", "0"))
@@ -73,6 +77,7 @@ class Exact(Task):
         return Noisy(self.cfg.TASK.SAMPLES if split == "train" else 17, 1 + (split == "val"))
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        obey(self.recorder.step)
         x, y = batch
         time.sleep(SLEEP)
         # Random draws of the step itself, on top of dropout.

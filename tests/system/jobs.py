@@ -12,13 +12,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import psutil
 
+from tests.waiting import wait_until
+
+T = TypeVar("T")
+R = TypeVar("R", bound="Running")
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tools/train.py"
 DIGITS = ROOT / "configs/digits.yaml"
@@ -50,14 +55,70 @@ class Ended:
         return self
 
 
-class Job:
-    """A run under way. Its output goes to files: a pipe would be held open by orphans."""
+class Running(ABC):
+    """A run under way, which the end of a `with` block ends. Its output goes to files: a pipe would
+    be held open by orphans."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], cwd: Path) -> None:
+    def __init__(self, command: list[str]) -> None:
         self.command = command
         self.began = time.monotonic()
-        self.out = tempfile.TemporaryFile("w+b")  # noqa: SIM115
-        self.err = tempfile.TemporaryFile("w+b")  # noqa: SIM115
+        self.out = tempfile.NamedTemporaryFile("w+b")  # noqa: SIM115
+        self.err = tempfile.NamedTemporaryFile("w+b")  # noqa: SIM115
+
+    @property
+    @abstractmethod
+    def pid(self) -> int: ...
+
+    @abstractmethod
+    def poll(self) -> int | None:
+        """The exit code of a run that has ended."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """SIGKILL to all its processes; does nothing to a run that has ended."""
+
+    def output(self) -> str:
+        return read(self.out) + read(self.err)
+
+    def until(self, condition: Callable[[], T], what: str, timeout: float = 120) -> T:
+        """`wait_until` for something that must come before the run ends."""
+
+        def met() -> T:
+            over = self.poll() is not None  # asked first: what a run does last counts
+            found = condition()
+            assert found or not over, f"the run has ended, without {what}"
+            return found
+
+        try:
+            return wait_until(met, timeout, what)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{' '.join(self.command)}\n{self.output()}") from None
+
+    def wait(self, timeout: float = 240) -> Ended:
+        """Wait for the end. A run that takes longer is killed, and the test fails with its
+        output."""
+        command = " ".join(self.command)
+        try:
+            wait_until(lambda: self.poll() is not None, timeout, f"the end of {command}")
+        except AssertionError as error:
+            self.kill()
+            raise AssertionError(f"{error}\n{self.output()}") from None
+        code, seconds = self.poll(), time.monotonic() - self.began
+        assert code is not None
+        return Ended(self.command, code, read(self.out), read(self.err), seconds)
+
+    def __enter__(self: R) -> R:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+
+class Job(Running):
+    """A command in a process of its own."""
+
+    def __init__(self, command: list[str], env: Mapping[str, str], cwd: Path) -> None:
+        super().__init__(command)
         self.process = subprocess.Popen(
             command,
             env=clean_environment(env),
@@ -68,30 +129,17 @@ class Job:
             start_new_session=True,
         )
 
-    def wait(self, timeout: float) -> Ended:
-        """Wait for the end. A run that takes longer is killed, and the test fails with its
-        output."""
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise AssertionError(
-                f"{' '.join(self.command)}\nwas still running after {timeout} s:\n"
-                f"{read(self.out)}{read(self.err)}"
-            ) from None
-        seconds = time.monotonic() - self.began
-        return Ended(self.command, code, read(self.out), read(self.err), seconds)
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.poll()
 
     def kill(self) -> None:
-        kill_family(self.process)
-        self.process.wait()
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.kill()
+        if self.poll() is None:
+            kill_family(self.process)
+            self.process.wait()
 
 
 def kill_family(process: subprocess.Popen[Any]) -> None:
@@ -111,15 +159,16 @@ def kill_family(process: subprocess.Popen[Any]) -> None:
 
 
 def read(file: IO[bytes]) -> str:
-    """All of a file, line ends as they were written."""
-    file.seek(0)
-    return file.read().decode(errors="replace")
+    """All of a file, line ends as they were written. It is opened anew: the position in it is the
+    run's too, which may be writing."""
+    return Path(file.name).read_bytes().decode(errors="replace")
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment without leftovers of the caller's, and with `extra`."""
+    """The environment without leftovers of the caller's, in which tasks can import from tests/, and
+    with `extra`."""
     env = {key: value for key, value in os.environ.items() if not LEFTOVERS.fullmatch(key)}
-    return {**env, **extra}
+    return {**env, "PYTHONPATH": str(ROOT), **extra}
 
 
 def start(
@@ -142,7 +191,7 @@ def train(
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    timeout: float = 150,
+    timeout: float = 240,
     options: Sequence[str] = (),
 ) -> Ended:
     """`start`, and wait for the end."""
@@ -213,28 +262,30 @@ def values(run: Path, key: str) -> dict[int, float]:
 
 
 def event_scalars(run: Path) -> dict[tuple[str, int], list[tuple[float, float]]]:
-    """(tag, step) -> its (value, wall time)s in the event files, however they were written."""
+    """(tag, step) -> its (value, wall time)s in the event files, as everybody reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     found: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag):
             found.setdefault((tag, event.step), []).append((event.value, event.wall_time))
-    for tag in events.Tags()["tensors"]:
-        if events.SummaryMetadata(tag).plugin_data.plugin_name != "scalars":
-            continue
-        for event in events.Tensors(tag):
-            value = make_ndarray(event.tensor_proto).item()
-            found.setdefault((tag, event.step), []).append((value, event.wall_time))
     return found
 
 
 def single(value: float | None) -> float:
     """A recorded value as TensorBoard's fast loader shows it: in single precision, NaN for null."""
     return struct.unpack("f", struct.pack("f", math.nan if value is None else value))[0]
+
+
+def expected_scalars(run: Path) -> dict[tuple[str, int], list[tuple[float, float]]]:
+    """What `event_scalars` must be by metrics.jsonl: every key is a tag, each value stands once."""
+    return {
+        (key, record["step"]): [(single(record[key]), record["time"])]
+        for record in metrics(run)
+        for key in measured(record)
+    }
 
 
 def state(run: Path, step: int | None = None) -> dict[str, Any]:
@@ -246,7 +297,46 @@ def state(run: Path, step: int | None = None) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+def whole_lines(file: Path) -> list[bytes]:
+    """Those of a file that is being written: it may be missing, or end in a torn line."""
+    return file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+
+
+def last_record(run: Path) -> dict[str, Any]:
+    """The last record of a run under way so far; one of step 0 where there is none."""
+    lines = whole_lines(run / "metrics.jsonl")
+    return strict_json(lines[-1].decode()) if lines else {"step": 0, "time": 0.0}
+
+
+def wait_for_step(run: Path, step: int, job: Running) -> None:
+    """Wait until a record of this step, or a later one, is written."""
+    job.until(lambda: last_record(run)["step"] >= step, f"a record of step {step}")
+
+
+def wait_for_save(run: Path, step: int, job: Running) -> None:
+    """Wait until the checkpoint of this step is committed and told of."""
+
+    def saved() -> bool:
+        for event in map(json.loads, whole_lines(run / "history.jsonl")):
+            if event["event"] == "checkpoint" and event["step"] == step and "failed" not in event:
+                return True
+        return False
+
+    job.until(saved, f"checkpoint {step}")
+
+
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the checkpoints in a run directory, oldest first."""
     names = [path.name for path in (run / "checkpoints").glob("step_*")]
     return sorted(int(name.removeprefix("step_")) for name in names)
+
+
+def assert_once(run: Path) -> None:
+    """Assert that each (key, step) stands once in metrics.jsonl."""
+    keys = [(key, record["step"]) for record in metrics(run) for key in measured(record)]
+    assert len(keys) == len(set(keys))
+
+
+def measured(record: dict[str, Any]) -> list[str]:
+    """The keys of a record that are neither its position nor about other keys."""
+    return [k for k in record if k not in ("step", "epoch", "samples", "time", "nonfinite")]

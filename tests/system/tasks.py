@@ -5,6 +5,7 @@ The environment says what to do, so that two runs with different wishes have the
 LAUNCHER_TEST_NOTES      folder for the notes: which samples each rank saw and loaded, what it wrote
 LAUNCHER_TEST_SLEEP      seconds that every train_step takes longer
 LAUNCHER_TEST_FAIL_RANK  the rank whose third train_step fails
+LAUNCHER_TEST_LEASH      how far the run may go (leash.py)
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from launcher import CfgNode, Task
+from tests.system.leash import obey
 
 NOTES = os.environ.get("LAUNCHER_TEST_NOTES", "")
 SLEEP = float(os.environ.get("LAUNCHER_TEST_SLEEP", "0"))
@@ -121,6 +123,7 @@ class Noted(Task):
         return Numbered(keys.VAL_SAMPLES, 2, split)
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        obey(self.recorder.step)
         x, y, number = batch
         self.note_samples(number.tolist())
         self.calls += 1

@@ -3,12 +3,13 @@
 LAUNCHER_TEST_STUCK  the records' files can be written only after this training step
 LAUNCHER_TEST_FAIL   NAME:COUNT, so many writes to files whose path holds NAME fail, half written
 LAUNCHER_TEST_SLOW   NAME:SECONDS, so much longer takes a write to files whose path holds NAME
-LAUNCHER_TEST_WARN   train_step and collate (in workers) warn: on all ranks alike, and on one alone
+LAUNCHER_TEST_WARN   train_step and collate (in workers) warn, and log an error, on all ranks
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -18,18 +19,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.telemetry import append
+from launcher.telemetry import sinks
 from tests.system.exact_task import Exact
 
 STUCK = int(os.environ.get("LAUNCHER_TEST_STUCK", "0"))
 NAME, _, COUNT = os.environ.get("LAUNCHER_TEST_FAIL", "").partition(":")
 SLOW, _, SECONDS = os.environ.get("LAUNCHER_TEST_SLOW", "").partition(":")
 WARN = bool(os.environ.get("LAUNCHER_TEST_WARN"))
+logger = logging.getLogger(__name__)
 reached, failures = threading.Event(), [int(COUNT or 0)]
-_write = append.AppendFile._write
+_write = sinks.AppendFile._write
 
 
-def misbehave(self: append.AppendFile, file: Any, data: bytes) -> None:
+def misbehave(self: sinks.AppendFile, file: Any, data: bytes) -> None:
     recording = any(name in str(self.path) for name in ("metrics.jsonl", "tfevents"))
     if STUCK and recording and not reached.wait(60):
         raise AssertionError("the training waited for the file")
@@ -42,7 +44,12 @@ def misbehave(self: append.AppendFile, file: Any, data: bytes) -> None:
     _write(self, file, data)
 
 
-append.AppendFile._write = misbehave  # type: ignore[method-assign]
+sinks.AppendFile._write = misbehave  # type: ignore[method-assign]
+
+
+def speak(who: str) -> None:
+    warnings.warn(f"warning of {who}", stacklevel=1)
+    logger.error("error of %s", who)
 
 
 class Telling(Exact):
@@ -50,9 +57,7 @@ class Telling(Exact):
 
     def collate(self, samples: list[Any]) -> Any:
         if WARN:
-            warnings.warn("of all workers", stacklevel=1)
-            if os.environ["RANK"] == "2":
-                warnings.warn("of one worker", stacklevel=1)
+            speak("a worker")
         return torch.utils.data.default_collate(samples)
 
     def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -67,9 +72,7 @@ class Telling(Exact):
         if self.calls >= STUCK:
             reached.set()
         if WARN:
-            warnings.warn("of all ranks", stacklevel=1)
-            if os.environ["RANK"] == "1":
-                warnings.warn("of one rank", stacklevel=1)
+            speak("a rank")
         if step % 2:
             self.recorder.scalar("odd_steps", step, weight=len(batch[0]))
         if step % 5 == 0:

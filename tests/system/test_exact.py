@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -14,21 +16,15 @@ import pytest
 
 from tests.system import jobs
 from tests.system.exact import COMMON, assert_same
+from tests.system.jobs import wait_for_step
+from tests.waiting import wait_until
 
+WORKERS, ACCUMULATING = ("DATALOADER.NUM_WORKERS",), ("TRAIN.MICRO_BATCH_SIZE", "1")
 MATRIX = [
-    pytest.param(1, ["DATALOADER.NUM_WORKERS", "0"], id="1 rank", marks=pytest.mark.slow),
-    pytest.param(
-        3,
-        ["DATALOADER.NUM_WORKERS", "1", "TRAIN.MICRO_BATCH_SIZE", "1"],
-        id="3 ranks, workers, accumulation",
-    ),
-    pytest.param(2, ["DATALOADER.NUM_WORKERS", "2"], id="2 ranks", marks=pytest.mark.slow),
-    pytest.param(
-        4,
-        ["OPTIM.NAME", "sgd", "TRAIN.MICRO_BATCH_SIZE", "1"],
-        id="4 ranks",
-        marks=pytest.mark.slow,
-    ),
+    pytest.param(1, [*WORKERS, "0"], id="1 rank", marks=pytest.mark.slow),
+    pytest.param(3, [*WORKERS, "1", *ACCUMULATING], id="3 ranks, workers, accumulation"),
+    pytest.param(2, [*WORKERS, "2"], id="2 ranks", marks=pytest.mark.slow),
+    pytest.param(4, ACCUMULATING, id="4 ranks", marks=pytest.mark.slow),
 ]
 
 
@@ -38,20 +34,8 @@ def family(job: jobs.Job) -> list[psutil.Process]:
     return [p for p in torchrun.children() if "train.py" in " ".join(p.cmdline())] or [torchrun]
 
 
-def wait_for_step(run: Path, step: int, job: jobs.Job, timeout: float = 120) -> None:
-    """Wait until a record of this step, or a later one, is written."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline and job.process.poll() is None:
-        text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
-        lines = text.splitlines()[:-1]
-        if lines and jobs.strict_json(lines[-1])["step"] >= step:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"no step {step}: {jobs.read(job.out)}{jobs.read(job.err)}")
-
-
 @pytest.mark.parametrize(("ranks", "options"), MATRIX)
-def test_a_killed_run_resumes_exactly(ranks: int, options: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(ranks: int, options: Sequence[str], tmp_path: Path) -> None:
     """Invariants 1 and 2: SIGKILL to torchrun and to a rank, mid-epoch and mid-period."""
     args = [*COMMON, *options]
     reference, run = tmp_path / "reference", tmp_path / "run"
@@ -59,16 +43,13 @@ def test_a_killed_run_resumes_exactly(ranks: int, options: list[str], tmp_path: 
     jobs.train(*args, "OUTPUT_DIR", reference, ranks=launch).ok()
     draw = random.Random(ranks)
     for victim, step in (("torchrun", 6), ("rank", 15)):
-        job = jobs.start(
-            *args, "--resume", "OUTPUT_DIR", run, ranks=launch, env={"LAUNCHER_TEST_SLEEP": "0.02"}
-        )
-        wait_for_step(run, step, job)
-        time.sleep(draw.random() * 0.1)
-        if victim == "torchrun":
-            job.kill()
-        else:
-            draw.choice(family(job)).send_signal(signal.SIGKILL)
-            assert job.wait(60).code != 0
+        slow = {"LAUNCHER_TEST_SLEEP": "0.02"}
+        with jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=launch, env=slow) as job:
+            wait_for_step(run, step, job)
+            time.sleep(draw.random() * 0.1)
+            if victim == "rank":
+                draw.choice(family(job)).send_signal(signal.SIGKILL)
+                assert job.wait().code != 0
     jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=launch).ok()
     assert_same(run, reference)
     events = [record["event"] for record in jobs.history(run)]
@@ -90,18 +71,11 @@ def saving(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").glob(".tmp_*")}
 
 
-def wait_for_own_record(run: Path, since: float, job: jobs.Job, timeout: float = 120) -> bool:
-    """Wait for a record written since a moment, so by this attempt after its first step; False
-    where the job ended before."""
-    deadline = time.monotonic() + timeout
-    while job.process.poll() is None:
-        assert time.monotonic() < deadline, f"no step: {jobs.read(job.out)}{jobs.read(job.err)}"
-        path = run / "metrics.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        if lines and jobs.strict_json(lines[-1])["time"] > since:
-            return True
-        time.sleep(0.005)
-    return False
+def wait_for_own_step(job: jobs.Job, run: Path, began: float) -> None:
+    """Wait for a record written since a moment: by this attempt then, after its first step."""
+    wait_until(
+        lambda: jobs.last_record(run)["time"] > began or job.poll() is not None, what="a first step"
+    )
 
 
 def strike(job: jobs.Job, run: Path, victim: str, in_save: bool, draw: random.Random) -> bool:
@@ -114,9 +88,7 @@ def strike(job: jobs.Job, run: Path, victim: str, in_save: bool, draw: random.Ra
         "all ranks": ranks,
     }[victim]
     if in_save:
-        deadline = time.monotonic() + 20
-        while not saving(run) and job.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
+        wait_until(lambda: saving(run) or job.poll() is not None, what="a save")
         time.sleep(draw.random() * 0.03)
     else:
         time.sleep(draw.random() * 1.2)
@@ -151,21 +123,15 @@ def test_killed_at_random_instants(
         attempts += 1
         assert attempts < 4 * wanted + 10, f"kills come too late: {landed}, {late} late"
         began = time.time()
-        job = jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=launch, env=SLEEP)
-        try:
-            hit = False
-            if alive := wait_for_own_record(run, began, job):
-                try:
-                    hit = strike(job, run, victim, in_save, draw)
-                except psutil.NoSuchProcess:
-                    alive = False
+        with jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=launch, env=SLEEP) as job:
+            hit = alive = False
+            wait_for_own_step(job, run, began)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                hit, alive = strike(job, run, victim, in_save, draw), True
             if victim == "torchrun" and alive:
                 job.process.wait(60)  # its ranks may still be ending when the next attempt starts
             else:
-                job.wait(60)
-        finally:
-            if job.process.poll() is None:
-                job.kill()
+                job.wait()
         if not alive or jobs.status(run)["state"] == "completed":
             late += 1
             assert_same(run, reference)
@@ -177,14 +143,11 @@ def test_killed_at_random_instants(
         jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=launch).ok()
         assert_same(run, reference)
     inside = sum(count for (_, hit), count in landed.items() if hit)
+    victims = Counter(victim for victim, _ in landed.elements())
     with capsys.disabled():
-        told = ", ".join(
-            f"{victim} {sum(landed[victim, hit] for hit in (True, False))}"
-            for victim in ("torchrun", "rank", "all ranks")
-        )
         print(
-            f"\n{ranks} ranks, seed {seed}: {sum(landed.values())} kills ({told}), {inside} of "
-            f"them inside a save; {late} too late, not counted; {finished + run.exists()} runs "
-            "equal to the uninterrupted one"
+            f"\n{ranks} ranks, seed {seed}: {sum(landed.values())} kills ({dict(victims)}), "
+            f"{inside} of them inside a save; {late} too late, not counted; "
+            f"{finished + run.exists()} runs equal to the uninterrupted one"
         )
     assert inside * 5 >= wanted, f"{inside} of {wanted} kills fell inside a save"

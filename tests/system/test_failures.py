@@ -160,7 +160,7 @@ def test_a_killed_rank_and_max_restarts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("length", "train 80, val 80"),
+        ("length", "the data sets' length is {'train': 80, 'val': 80}"),
         pytest.param("model", "the model's layout is", marks=pytest.mark.slow),
     ],
 )

@@ -1,9 +1,8 @@
-"""torchrun starts a failed run again: with several agents, with fewer and with more ranks, and not
-for ever (issue 5, item 3)."""
+"""torchrun starts a failed run again: with several agents, with fewer and with more ranks (issue 5,
+item 3)."""
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -124,60 +123,18 @@ def test_fewer_and_more_nodes(started: list[Agents], tmp_path: Path) -> None:
     assert_like(run, whole, exactly=False)
 
 
-HOST = socket.gethostname()
-FINAL = "another try would end the same way: torchrun is asked to end"
-ENDED = "the attempt before failed likewise, before its first step: torchrun is asked to end"
-
-
-def test_a_failure_at_the_start_is_not_repeated_for_ever(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    args = [*COMMON, "TASK.FAILURE", "start", "OUTPUT_DIR", run]
-    ended = jobs.train(*args, ranks=2, options=["--max-restarts=100"], timeout=90)
-    assert ended.code == 1 and ENDED in ended.err
-    assert ended.err.count("failed first, 0 steps done: FileNotFoundError: no data here") == 2
-    assert not run.exists()
-
-
-@pytest.mark.parametrize(
-    ("failure", "told", "why", "attempts"),
-    [
-        pytest.param(
-            *("start", "FileNotFoundError: no data here", ENDED, 2),
-            id="failure",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            *("usage", "UsageError: no data for you", FINAL, 1), id="usage", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_every_agent_ends(
-    failure: str, told: str, why: str, attempts: int, started: list[Agents], tmp_path: Path
-) -> None:
-    """Also that of the node where nothing is wrong; rank 0, which is there, tells of it."""
-    agents = Agents("2", [*COMMON, "TASK.FAILURE", failure, "OUTPUT_DIR", tmp_path / "run"])
-    started.append(agents)
-    # Rank 0's torchrun ends first. If it kept the rendezvous, the other would end for want of that.
-    both = [agents.start(1), agents.start(2, host=True)]
-    for job in both:
-        ended = job.wait(90)
-        assert ended.code == 1 and ended.err.count(why) == 1, agents.output()
-    assert agents.output().count(f"rank 1 on {HOST} failed first, 0 steps done: {told}") == attempts
-
-
 @pytest.mark.parametrize(
     ("args", "told"),
     [(["OPTIM.LRR", "1"], "did you mean OPTIM.LR?"), ([], "already holds a run")],
     ids=["config", "directory"],
 )
-def test_a_mistake_is_not_tried_again(args: list[str], told: str, tmp_path: Path) -> None:
-    """Nor does the restart, which implies --resume, go on with a run that was refused."""
+def test_a_mistake_stays_one(args: list[str], told: str, tmp_path: Path) -> None:
+    """torchrun's next try, which implies --resume, does not go on with a run that was refused."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").touch()
     before = jobs.snapshot(run)
-    options = ["--max-restarts=100"]
+    options = ["--max-restarts=1"]
     ended = jobs.train(*COMMON, *args, "OUTPUT_DIR", run, ranks=2, options=options, timeout=60)
-    assert ended.code == 1 and ended.err.count(told) == 1
-    assert FINAL in ended.err
+    assert ended.code == 1 and ended.err.count(told) == 2
     assert jobs.snapshot(run) == before

@@ -18,10 +18,13 @@ import pytest
 
 from launcher import cli
 from tests.system import jobs
+from tests.system.browser import CHROMIUM, Browser
+from tests.system.forked import Forked, launch
+from tests.system.leash import Leash
 
-ARGS = ("--config-file", jobs.ROOT / "configs" / "digits.yaml", "TRAIN.DURATION", "3ep")
+DIGITS = f"{jobs.ROOT / 'tests/system/leash.py'}:LeashedDigits"
+ARGS = ("train", "--config-file", jobs.DIGITS, "TRAIN.DURATION", "3ep", "TASK.NAME", DIGITS)
 CHANGED = ("CHECKPOINT.EVERY", "LOG.EVERY", "LOG.HISTOGRAMS")  # in the run that is resumed
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -31,28 +34,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(folder: Path) -> Path:
-    """A run that was killed after a checkpoint and resumed to its end, with `tail -f` watching. It
-    has pictures, texts and histograms in two event files."""
-    run = folder / "real" / "resumed"
+    """A run that was killed after a checkpoint and a record, and resumed to its end, with `tail -f`
+    watching. It has pictures, texts and histograms in two event files."""
+    run, leash = folder / "real" / "resumed", Leash(folder, 27)
     more = ("CHECKPOINT.EVERY", "10step", "LOG.EVERY", "5step", "LOG.HISTOGRAMS", "1ep")
-    job = jobs.start(*ARGS, *more, "OUTPUT_DIR", run)
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    with tailing(folder, run, "-n", "1000") as tail:
-        while not list(run.glob("checkpoints/step_*")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        seen = len((run / "metrics.jsonl").read_bytes().splitlines())
-        while (
-            len((run / "metrics.jsonl").read_bytes().splitlines()) == seen
-            and time.monotonic() < deadline
-        ):
-            time.sleep(0.002)
-        job.kill()
-        jobs.train(*ARGS, *more, "OUTPUT_DIR", run, "--resume").ok()
-        told, _ = tail.communicate(timeout=60)
-    assert tail.returncode == 0
-    (folder / "told").write_text(told)
+    args = (*ARGS, *more, "OUTPUT_DIR", run)
+    with Forked(*args, **leash.env) as job:
+        jobs.wait_for_step(run, 25, job)
+        jobs.wait_for_save(run, 20, job)
+        with tailing(folder, run, "-n", "1000") as tail:
+            assert tail.stdout is not None
+            told = [tail.stdout.readline() for _ in range(6)]  # what is cut off is among them
+            job.kill()
+            # A sign of life of late: tail waits only so long for somebody to resume a dead run.
+            dead = json.dumps(jobs.status(run) | {"updated": time.time() + 600})
+            (run / "status.new").write_text(dead)
+            (run / "status.new").replace(run / "status.json")
+            launch(*args, "--resume").ok()
+            told += tail.stdout.readlines()
+            assert tail.wait(60) == 0
+    (folder / "told").write_text("".join(told))
     assert [e["event"] for e in jobs.history(run)].count("resume") == 1
     assert len(list(run.glob("tensorboard/*tfevents*"))) == 2
     return run
@@ -62,7 +63,7 @@ def done(folder: Path) -> Path:
 def other(folder: Path) -> Path:
     """The same with another rate, uninterrupted."""
     run = folder / "real" / "other"
-    jobs.train(*ARGS, "OPTIM.LR", "0.01", "OUTPUT_DIR", run).ok()
+    launch(*ARGS, "OPTIM.LR", "0.01", "OUTPUT_DIR", run).ok()
     return run
 
 
@@ -70,9 +71,7 @@ def other(folder: Path) -> Path:
 def tailing(folder: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """`launcher runs tail -f --json`, ended in any case."""
     command = [sys.executable, "-m", "launcher", "runs", "tail", "-f", "--json", *words, str(run)]
-    tail = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=jobs.clean_environment(reading(folder))
-    )
+    tail = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=reading(folder))
     try:
         yield tail
     finally:
@@ -82,58 +81,42 @@ def tailing(folder: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[s
 
 def reading(folder: Path) -> dict[str, str]:
     """What `launcher runs` needs of an environment."""
-    return {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(jobs.ROOT), "TZ": "UTC"}
+    return jobs.clean_environment({"XDG_CACHE_HOME": str(folder / "cache"), "TZ": "UTC"})
 
 
-def runs(folder: Path, *words: object, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """`launcher runs ...`, as it answers in a pipe."""
-    env = jobs.clean_environment(reading(folder))
+def runs(folder: Path, *words: object, code: int = 0) -> str:
+    """What `launcher runs ...` prints in a pipe; asserts its exit code."""
     command = [sys.executable, "-m", "launcher", "runs", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=reading(folder))
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_all_commands_over_real_runs(folder: Path, done: Path, other: Path) -> None:
     """They agree with each other and with the files, and change nothing in a run."""
     before = jobs.snapshot(folder / "real")
-    listed = runs(folder, "list", folder / "real", "--json")
-    rows = {row["run"]: row for row in json.loads(listed.stdout)}
+    rows = {row["run"]: row for row in json.loads(runs(folder, "list", folder / "real", "--json"))}
     assert set(rows) == {"resumed", "other"}
-    best = {run.name: max(jobs.values(run, "val/accuracy").values()) for run in (done, other)}
-    for name, row in rows.items():
-        assert (row["state"], row["metric"], row["best"]) == (
-            "completed",
-            "val/accuracy",
-            best[name],
-        )
+    for run in (done, other):
+        row, best = rows[run.name], max(jobs.values(run, "val/accuracy").values())
+        assert (row["state"], row["metric"], row["best"]) == ("completed", "val/accuracy", best)
         assert row["step"] == row["total"] == 69
+        runs(folder, "verify", run)
 
     shown = runs(folder, "show", done)
-    assert shown.returncode == 0 and "checkpoint" in shown.stdout and "█" in shown.stdout
-    compared = json.loads(runs(folder, "compare", done, other, "--json").stdout)
+    assert "checkpoint" in shown and "█" in shown
+    compared = json.loads(runs(folder, "compare", done, other, "--json"))
     assert compared["config"]["OPTIM.LR"] == [0.05, 0.01]
     assert compared["config"].keys() == {"OPTIM.LR", *CHANGED}
 
-    assert runs(folder, "export", done, other, "-o", folder / "x.jsonl").returncode == 0
+    runs(folder, "export", done, other, "-o", folder / "x.jsonl")
     exported = [json.loads(line) for line in (folder / "x.jsonl").read_text().splitlines()]
     assert [r for r in exported if r.pop("run") == "resumed"] == jobs.metrics(done)
-    for run in (done, other):
-        verified = runs(folder, "verify", run)
-        assert verified.returncode == 0, verified.stdout + verified.stderr
     assert jobs.snapshot(folder / "real") == before
 
 
-def lines(run: Path, change: Callable[[list[str]], list[str]], name: str = "metrics.jsonl") -> None:
-    """Rewrite a file of lines in a copy of a run."""
-    file = run / name
-    file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
-
-
-def status(run: Path, **changed: object) -> None:
-    found = json.loads((run / "status.json").read_text())
-    (run / "status.json").write_text(json.dumps(found | changed))
-
-
-def flip(file: Path) -> None:
+def flip(run: Path) -> None:
+    file = run / "checkpoints/step_69/state.pt"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
@@ -155,60 +138,25 @@ def manifest(run: Path) -> None:
     file.write_text(json.dumps({**found, "digest": _digest(found)}))
 
 
-def another_value(rows: list[str]) -> list[str]:
-    return [*rows[:2], re.sub(r'("train/loss": )\d', r"\g<1>7", rows[2]), *rows[3:]]
+def another_value(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    text = file.read_text()
+    file.write_text(re.sub(r'("train/loss": ?)\d', r"\g<1>7", text, count=1))
+
+
+def cut(run: Path) -> None:
+    os.truncate(events(run), events(run).stat().st_size * 2 // 3)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a record is gone": (
-        lambda run: lines(run, lambda rows: rows[:3] + rows[4:]),
-        r"metrics.jsonl: no train/\* record at step \d+",
-    ),
-    "an evaluation is gone": (
-        lambda run: lines(
-            run, lambda rows: [r for r in rows if '"step": 46' not in r or "val" not in r]
-        ),
-        r"metrics.jsonl: no val/\* record at epoch 2",
-    ),
-    "a record stands twice": (
-        lambda run: lines(run, lambda rows: rows[:3] + rows[2:]),
-        r"metrics.jsonl: step \d+ stands twice for train/loss",
-    ),
-    "a torn line": (
-        lambda run: lines(run, lambda rows: [*rows, rows[-1][:40]]),
-        "metrics.jsonl:.* a torn last line",
-    ),
-    "a damaged line": (
-        lambda run: lines(run, lambda rows: [*rows[:2], rows[2][:50] + "\n", *rows[3:]]),
-        "metrics.jsonl:3: no JSON",
-    ),
-    "NaN": (
-        lambda run: lines(run, lambda rows: [rows[0].replace("}", ', "x": NaN}'), *rows[1:]]),
-        "metrics.jsonl:1: no JSON: NaN is no JSON",
-    ),
-    "another value": (
-        lambda run: lines(run, another_value),
-        "tensorboard: train/loss at step .* is",
-    ),
+    "another value": (another_value, "tensorboard: train/loss at step .* is"),
     "events are gone": (lambda run: events(run).unlink(), "tensorboard: no train/loss.* at step"),
-    "events are cut": (
-        lambda run: os.truncate(events(run), events(run).stat().st_size * 2 // 3),
-        "tensorboard: no .* at step",
-    ),
-    "a bit of a checkpoint": (
-        lambda run: flip(run / "checkpoints/step_69/state.pt"),
-        "checkpoints/step_69: state.pt: its sha256",
-    ),
+    "events are cut": (cut, "tensorboard: no .* at step"),
+    "a bit of a checkpoint": (flip, "checkpoints/step_69: state.pt: its sha256"),
     "a checkpoint's metric": (manifest, "checkpoints/step_69: val/accuracy is 0.123"),
     "the last checkpoint is gone": (
         lambda run: shutil.rmtree(run / "checkpoints/step_69"),
         "checkpoints: none of the last step, 69",
-    ),
-    "the status": (lambda run: status(run, state="stopped"), "status.json: stopped at step 69"),
-    "the status's step": (lambda run: status(run, step=60), "status.json: completed at step 60"),
-    "the history's end": (
-        lambda run: lines(run, lambda rows: rows[:-1], "history.jsonl"),
-        "status.json: completed at step 69; the end of history.jsonl is",
     ),
 }
 
@@ -221,7 +169,8 @@ def test_verify_finds_the_damage(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Exit 1 and what is wrong; and the other commands read what is left."""
+    """Exit 1 and what is wrong, of what only a real run has (tests/runs/test_verify.py damages the
+    rest); and the other commands read what is left."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = tmp_path / "damaged"
     shutil.copytree(done, run, symlinks=True)
@@ -246,101 +195,37 @@ def test_tail_follows_a_run_through_a_resume(folder: Path, done: Path) -> None:
     assert kept == jobs.metrics(done)
 
 
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[tuple[Path, jobs.Job]]:
-    """A run that goes on until it is killed."""
+def test_a_live_run(tmp_path: Path) -> None:
+    """It is running, grows from one look to the next, is as promised, and can be followed until
+    one has seen enough; when it is killed it is lost."""
     run = tmp_path / "live"
     more = ("TRAIN.DURATION", "1000000step", "EVAL.EVERY", "", "LOG.EVERY", "5step")
-    job = jobs.start(*ARGS, *more, "CHECKPOINT.EVERY", "", "OUTPUT_DIR", run)
-    try:
-        deadline = time.monotonic() + 120
-        metrics = run / "metrics.jsonl"
-        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert metrics.exists(), jobs.read(job.err)
-        yield run, job
-    finally:
-        job.kill()
+
+    def look() -> dict[str, object]:
+        (row,) = json.loads(runs(tmp_path, "list", run, "--json"))
+        return row
+
+    with Forked(*ARGS, *more, "CHECKPOINT.EVERY", "", "OUTPUT_DIR", run) as job:
+        jobs.wait_for_step(run, 5, job)
+        seen = look()
+        assert (seen["state"], seen["total"]) == ("running", 1_000_000)
+        job.until(lambda: look()["step"] > seen["step"], "a later step")
+        runs(tmp_path, "verify", run)
+        with tailing(tmp_path, run, "-n", "1") as tail:
+            assert tail.stdout is not None
+            followed = [json.loads(tail.stdout.readline())["step"] for _ in range(20)]
+            assert followed == list(range(followed[0], followed[0] + 100, 5))
+            # While the run goes on: where it does not, tail ends by itself after a while.
+            tail.send_signal(signal.SIGINT)
+            tail.communicate(timeout=60)
+            assert tail.returncode == 130
+    assert json.loads(runs(tmp_path, "status", run, "--json", code=75))["state"] == "lost"
+    assert look()["state"] == "lost"
 
 
-def test_a_live_run(live: tuple[Path, jobs.Job], tmp_path: Path) -> None:
-    """It is running, grows from one look to the next, is as promised, and can be followed to its
-    end; when it is killed it is lost."""
-    run, job = live
-    steps = []
-    for _ in range(3):
-        (row,) = json.loads(runs(tmp_path, "list", run, "--json").stdout)
-        assert (row["state"], row["total"]) == ("running", 1_000_000)
-        steps.append(row["step"])
-        time.sleep(0.3)
-    assert steps[0] < steps[-1]
-    verified = runs(tmp_path, "verify", run)
-    assert verified.returncode == 0, verified.stdout
-
-    with tailing(tmp_path, run, "-n", "1") as tail:
-        assert tail.stdout is not None
-        followed = [json.loads(tail.stdout.readline())["step"] for _ in range(20)]
-        assert followed == list(range(followed[0], followed[0] + 100, 5))
-        job.kill()
-        told = json.loads(runs(tmp_path, "status", run, "--json").stdout)
-        assert told["state"] == "lost"
-        (row,) = json.loads(runs(tmp_path, "list", run, "--json").stdout)
-        assert row["state"] == "lost"
-        tail.send_signal(signal.SIGINT)
-        tail.communicate(timeout=30)
-        assert tail.returncode == 130
-
-
-def browse(page: Path, folder: Path, *options: str) -> str:
-    """What headless Chromium makes of a page: the document after its scripts have run."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000"]
-    process = subprocess.Popen(
-        [*map(str, command), *options, page.as_uri()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "HOME": str(folder)},
-    )
-    try:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-2000:]
-        return out
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or google-chrome here")
-def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path: Path) -> None:
-    """Every metric is a figure with a curve a run, of as many points as it has records; zooming
-    and smoothing draw it anew."""
-    page = tmp_path / "report.html"
-    assert runs(folder, "report", done, other, "-o", page).returncode == 0
-    html = browse(page, tmp_path, "--dump-dom")
-    drawn: dict[str, dict[str, int]] = {}
-    for figure in re.findall(r"<figure>.*?</figure>", html, re.DOTALL):
-        caption = re.search(r"<figcaption>(.*?)</figcaption>", figure)
-        assert caption is not None
-        drawn[caption[1]] = {
-            name: int(points)
-            for name, points in re.findall(
-                r'class="curve" d="M[^"]+L[^"]+"[^>]* data-run="(\w+)" data-points="(\d+)"', figure
-            )
-        }
-    records = {"resumed": jobs.metrics(done), "other": jobs.metrics(other)}
-    keys = {k for r in records["other"] for k in r} - {"step", "epoch", "samples", "time"}
-    assert {"val/accuracy", "train/loss", "perf/step_s"} <= keys
-    assert drawn == {
-        key: {name: sum(key in r for r in rows) for name, rows in records.items()} for key in keys
-    }
-    for word in ("OPTIM.LR", "checkpoint", "versions: launcher"):
-        assert word in html
-
-    # The same page with somebody who smooths and zooms.
-    acts = """
+# A person who smooths, zooms, and goes back.
+ACTS = """
+(() => {
     const svg = charts[0].svg, box = svg.getBoundingClientRect(), before = svg.innerHTML;
     const at = (kind, share) => svg.dispatchEvent(new PointerEvent(kind,
         {bubbles: true, clientX: box.left + share * box.width, clientY: box.top + 50}));
@@ -349,14 +234,36 @@ def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path
     at("pointerdown", .3); at("pointermove", .7); at("pointerup", .7);
     const zoomed = charts[0].zoom;
     svg.dispatchEvent(new MouseEvent("dblclick"));
-    document.title = JSON.stringify({smoothed: smooth !== before && smooth.includes('class="raw"'),
-        zoomed, tip: charts[0].tip.textContent, back: svg.innerHTML === smooth});
-    """
-    acted = tmp_path / "acted.html"
-    acted.write_text(page.read_text().replace("</body>", f"<script>{acts}</script></body>"))
-    title = re.search(r"<title>(.*?)</title>", browse(acted, tmp_path, "--dump-dom"))
-    assert title is not None
-    found = json.loads(title[1])
+    return {smoothed: smooth !== before && smooth.includes('class="raw"'),
+        zoomed, tip: charts[0].tip.textContent, back: svg.innerHTML === smooth};
+})()
+"""
+# figure -> run -> points of its curve
+DRAWN = """
+Object.fromEntries([...document.querySelectorAll("figure")].map(figure => [
+    figure.querySelector("figcaption").textContent,
+    Object.fromEntries([...figure.querySelectorAll('.curve[d^="M"][d*="L"]')].map(
+        curve => [curve.dataset.run, Number(curve.dataset.points)]))]))
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium or Chrome here")
+def test_the_report_in_a_browser(folder: Path, done: Path, other: Path, tmp_path: Path) -> None:
+    """Every metric is a figure with a curve a run, of as many points as it has records; zooming
+    and smoothing draw it anew."""
+    page = tmp_path / "report.html"
+    runs(folder, "report", done, other, "-o", page)
+    records = {"resumed": jobs.metrics(done), "other": jobs.metrics(other)}
+    keys = {key for record in records["other"] for key in jobs.measured(record)}
+    assert {"val/accuracy", "train/loss", "perf/step_s"} <= keys
+    with Browser() as browser:
+        browser.go(page.as_uri())
+        browser.wait_for("OPTIM.LR", "checkpoint", "versions: launcher")
+        assert browser.run(DRAWN) == {
+            key: {name: sum(key in r for r in rows) for name, rows in records.items()}
+            for key in keys
+        }
+        found = browser.run(ACTS)
     assert found["smoothed"] and found["back"] and "resumed" in found["tip"]
     low, high = found["zoomed"]
     assert 23 < low < high < 69

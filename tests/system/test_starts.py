@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.system.forked import launch
 from tests.system.jobs import (
-    DIGITS,
-    LEFTOVERS,
     TASKS,
     TRAIN,
+    Job,
+    clean_environment,
     event_scalars,
+    expected_scalars,
     free_port,
     metrics,
-    single,
     start,
     state,
     status,
@@ -32,6 +32,7 @@ from tests.system.jobs import (
     train,
     values,
 )
+from tests.waiting import wait_until
 
 
 def noted(run: Path, *more: Any) -> list[Any]:
@@ -46,19 +47,13 @@ def test_srun(tmp_path: Path) -> None:
         **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"},
         **{"SLURM_JOB_ID": "4711", "MASTER_PORT": str(free_port())},
     }
-    jobs = [
-        start(
-            *noted(run, "TRAIN.DURATION", "2ep", "TRAIN.BATCH_SIZE", 16),
-            env={**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    try:
-        for job in jobs:
-            job.wait(120).ok()
-    finally:
-        for job in jobs:
-            job.kill()
+    words = noted(run, "TRAIN.DURATION", "2ep", "TRAIN.BATCH_SIZE", 16)
+    with ExitStack() as stack:
+        for job in [
+            stack.enter_context(start(*words, env={**step, "SLURM_PROCID": k, "SLURM_LOCALID": k}))
+            for k in "01"
+        ]:
+            job.wait().ok()
     assert status(run)["state"] == "completed"
     assert status(run)["epoch"] == 2
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank0.log", "rank1.log"]
@@ -72,7 +67,7 @@ def test_a_batch_script_without_srun_is_one_process(tmp_path: Path) -> None:
     """Inside a Slurm job but not in an srun step nobody else was started: one process."""
     run = tmp_path / "run"
     env = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
-    train(*noted(run, "TRAIN.DURATION", "1step"), env=env, timeout=60).ok()
+    launch("train", *noted(run, "TRAIN.DURATION", "1step"), **env).ok()
     assert status(run)["state"] == "completed"
 
 
@@ -85,7 +80,9 @@ def test_precision(tmp_path: Path, precision: str, ranks: int | None) -> None:
     run = tmp_path / "run"
     words = ["TRAIN.PRECISION", precision, "TRAIN.DURATION", "4ep", "TRAIN.BATCH_SIZE", 16]
     more = ["OPTIM.LR", 0.02, "TRAIN.MICRO_BATCH_SIZE", 4, "MODEL.EMA_DECAY", 0.9]
-    train(*noted(run, *words, *more), ranks=ranks).ok()
+    words = noted(run, *words, *more)
+    ended = train(*words, ranks=ranks) if ranks else launch("train", *words)
+    ended.ok()
     losses = values(run, "train/loss")
     assert losses and all(math.isfinite(loss) for loss in losses.values())
     assert status(run)["state"] == "completed"
@@ -101,16 +98,13 @@ def test_precision(tmp_path: Path, precision: str, ranks: int | None) -> None:
 def test_values_that_are_no_numbers(tmp_path: Path) -> None:
     """Contract, section 5: NaN becomes null, its key is listed, and the JSON stays strict."""
     run = tmp_path / "run"
-    train(*noted(run, "TASK.NAN", True, "TRAIN.BATCH_SIZE", 35, "TRAIN.DURATION", "4step")).ok()
+    words = noted(run, "TASK.NAN", True, "TRAIN.BATCH_SIZE", 35, "TRAIN.DURATION", "4step")
+    launch("train", *words).ok()
     records = [record for record in metrics(run) if "train/odd" in record]
     assert [record["train/odd"] for record in records] == [None, 1.0, None, 1.0]
     assert [record.get("nonfinite") for record in records] == [["train/odd"], None] * 2
-    shown = event_scalars(run)
-    for record in metrics(run):
-        for key in set(record) - {"step", "epoch", "samples", "time", "nonfinite"}:
-            ((value, when),) = shown.pop((key, record["step"]))
-            assert repr(value) == repr(single(record[key])) and when == record["time"]
-    assert not shown
+    found, expected = (sorted(f(run).items()) for f in (event_scalars, expected_scalars))
+    assert repr(found) == repr(expected)  # NaN is not equal to itself
 
 
 def test_the_module_and_the_default_run_directory(tmp_path: Path) -> None:
@@ -118,12 +112,9 @@ def test_the_module_and_the_default_run_directory(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         f"TASK:\n  NAME: {TASKS}:Noted\nTRAIN:\n  DURATION: 1step\nLOG:\n  TENSORBOARD: false\n"
     )
-    env = {key: value for key, value in os.environ.items() if not LEFTOVERS.fullmatch(key)}
     command = [sys.executable, "-m", "launcher", "train", "--config-file", "mine.yaml"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
+    with Job(command, {}, tmp_path) as job:
+        job.wait().ok()
     assert status(tmp_path / "runs/mine")["state"] == "completed"
     assert not (tmp_path / "runs/mine/tensorboard").exists()
 
@@ -133,8 +124,7 @@ class Terminal:
 
     def __init__(self, command: str) -> None:
         self.server = f"launcher-test-{uuid.uuid4().hex[:8]}"
-        env = {key: value for key, value in os.environ.items() if not LEFTOVERS.fullmatch(key)}
-        self.env = {**env, "LC_ALL": "C.UTF-8", "TERM": "xterm"}
+        self.env = clean_environment({"LC_ALL": "C.UTF-8", "TERM": "xterm"})
         self.env.pop("TMUX", None)
         self("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "50", "sh")
         self("send-keys", f"export TERM=xterm PS1='$ '; clear; {command}; echo ended: $?", "Enter")
@@ -161,14 +151,14 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     terminal = Terminal("LAUNCHER_TEST_SLEEP=0.1 " + shlex.join(map(str, command)))
     bar = re.compile(r"^step +(\d+)/42 [━╸╺─ ]+.*loss", re.MULTILINE)
     seen: list[str] = []
-    try:
-        deadline = time.monotonic() + 120
-        while "ended: " not in (screen := terminal.screen()) or "$?" in screen.split("ended: ")[-1]:
-            assert time.monotonic() < deadline, screen
-            if bar.search(screen):
-                seen.append(screen)
-            time.sleep(0.1)
+
+    def ended() -> str | None:
         screen = terminal.screen()
+        seen.extend([screen] if bar.search(screen) else [])
+        return screen if re.search(r"^ended: \d", screen, re.MULTILINE) else None
+
+    try:
+        screen = wait_until(ended, what="the end of the run")
     finally:
         terminal.close()
     print(screen)
@@ -181,14 +171,3 @@ def test_a_progress_bar_on_a_terminal(tmp_path: Path) -> None:
     log = (run / "logs/rank0.log").read_text()
     assert "\x1b" not in log and "\r" not in log and "━" not in log
     assert log.count("grad_norm") == 42, "the log file has the lines that the bar stands for"
-
-
-def test_check_prints_the_config_and_makes_nothing(tmp_path: Path) -> None:
-    """Contract, section 1: --check; overrides in any order and both forms, the last one wins."""
-    before = ["OPTIM.LR=1", "--check", "TRAIN.DURATION", "5ep"]
-    after = ["OPTIM.LR", "1e-3", "TRAIN.DURATION=20ep"]
-    ended = train(*before, "--config-file", DIGITS, *after, cwd=tmp_path).ok()
-    assert re.search(r"^  LR: 0\.001$", ended.out, re.MULTILINE)
-    assert re.search(r"^  DURATION: 20ep$", ended.out, re.MULTILINE)
-    assert re.search(r"^OUTPUT_DIR: runs/digits$", ended.out, re.MULTILINE)
-    assert list(tmp_path.iterdir()) == []

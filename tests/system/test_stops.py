@@ -20,6 +20,8 @@ from tests.system.exact import COMMON, assert_same
 from tests.system.test_exact import family, saving, wait_for_step
 
 SLEEP = {"LAUNCHER_TEST_SLEEP": "0.05"}
+# As many workers, and so threads, in all runs that are compared.
+ONE_WORKER = [*COMMON, "DATALOADER.NUM_WORKERS", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int | None, Path
     runs = {}
     for ranks in (None, 2):
         runs[ranks] = tmp_path_factory.mktemp("reference") / "run"
-        jobs.train(*COMMON, "OUTPUT_DIR", runs[ranks], ranks=ranks).ok()
+        jobs.train(*ONE_WORKER, "OUTPUT_DIR", runs[ranks], ranks=ranks).ok()
     return runs
 
 
@@ -92,7 +94,7 @@ def test_a_signal(
 ) -> None:
     """One checkpoint, the right exit code, no process left, and the run goes on exactly."""
     run = tmp_path / "run"
-    args = [*COMMON, "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run]
+    args = [*ONE_WORKER, "OUTPUT_DIR", run]
     with jobs.start(*args, ranks=ranks, env=SLEEP) as job:
         wait_for_step(run, 6, job)
         left = descendants(job)
@@ -212,7 +214,7 @@ def test_other_reasons_to_stop(
     tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
-    args = [*COMMON, "OUTPUT_DIR", run]
+    args = [*ONE_WORKER, "OUTPUT_DIR", run]
     # From now on, in Unix seconds; half a minute is spared for the job file.
     env = {name: str(int(time.time()) + int(seconds)) for name, seconds in env.items()}
     slow = {"LAUNCHER_TEST_SLEEP": "0.4"}

@@ -19,20 +19,24 @@ ARGS = [*COMMON, "TASK.NAME", f"{TASK}:Telling", "DATALOADER.NUM_WORKERS", "0"]
 ARGS += ["LOG.HISTOGRAMS", "4step", "TASK.WIDTH", "64"]
 # The task imports from tests.
 PATH = {"PYTHONPATH": str(jobs.ROOT)}
-SHOWN = ("images", "histograms", "text")
+SHOWN = ("images", "histograms", "tensors")
 
 
-def media(run: Path) -> dict[tuple[str, str, int], list[bytes]]:
-    """(plugin, tag, step) -> contents of what TensorBoard holds beside scalars and the config."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0})
+def media(run: Path) -> dict[tuple[str, str, int], list[Any]]:
+    """(kind, tag, step) -> contents of what TensorBoard holds beside scalars and the config."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance=dict.fromkeys(SHOWN, 0))
     events.Reload()
-    found: dict[tuple[str, str, int], list[bytes]] = {}
-    for tag in events.Tags()["tensors"]:
-        kind = events.SummaryMetadata(tag).plugin_data.plugin_name
-        if kind in SHOWN and tag != "config":
-            for event in events.Tensors(tag):
-                content = event.tensor_proto.SerializeToString(deterministic=True)
-                found.setdefault((kind, tag, event.step), []).append(content)
+    found: dict[tuple[str, str, int], list[Any]] = {}
+    for kind, read in {
+        "images": lambda tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)],
+        "histograms": lambda tag: [(e.step, e.histogram_value) for e in events.Histograms(tag)],
+        "tensors": lambda tag: [
+            (e.step, e.tensor_proto.string_val[:]) for e in events.Tensors(tag)
+        ],
+    }.items():
+        for tag in events.Tags()[kind]:
+            for step, content in read(tag) if not tag.startswith(("config", "_hparams_")) else ():
+                found.setdefault((kind, tag, step), []).append(content)
     return found
 
 
@@ -63,7 +67,7 @@ def test_what_a_task_records(whole: Path) -> None:
         steps[kind, tag].add(step)
     assert steps["histograms", "train/inputs"] == {5, 10, 15, 20, 25}
     assert steps["images", "train/inputs_as_image"] == {5, 10, 15, 20, 25}
-    assert steps["text", "train/note"] == {7, 14, 21, 28}
+    assert steps["tensors", "train/note"] == {7, 14, 21, 28}
     assert steps["images", "val/split"] == {5, 10, 15, 20, 25, 28}
     for tag in ("weights/0.weight", "gradients/0.weight", "gradients/8.bias"):
         assert steps["histograms", tag] == {4, 8, 12, 16, 20, 24, 28}
@@ -142,20 +146,18 @@ def test_a_stuck_file_stops_no_step(whole: Path, tmp_path: Path) -> None:
 def test_a_slow_file_and_one_that_fails_end_nothing_and_miss_nothing(
     whole: Path, tmp_path: Path
 ) -> None:
-    """One takes 50 ms a write, and half of what is written to the other fails six times: each is
-    told of once, on the console and in the history, and in the end every number stands once in
-    both. How little the steps notice is in benchmarks/recording.py."""
+    """One takes 50 ms a write, and half of what is written to the other fails three times, which is
+    told of once, on the console and in the history. In the end every number stands once in both.
+    How little the steps notice is in benchmarks/recording.py."""
     run = tmp_path / "run"
-    env = {"LAUNCHER_TEST_SLOW": "metrics.jsonl:0.05", "LAUNCHER_TEST_FAIL": "tfevents:6"}
+    env = {"LAUNCHER_TEST_SLOW": "metrics.jsonl:0.05", "LAUNCHER_TEST_FAIL": "tfevents:3"}
     env |= {**PATH, "LAUNCHER_TEST_SLEEP": "0.1"}
     ended = jobs.train(*ARGS, "LOG.EVERY", "1step", "OUTPUT_DIR", run, env=env).ok()
-    slow, failed = "metrics.jsonl is slow: 0.0", "event file cannot be written: OSError"
-    assert (ended.err.count(slow), ended.err.count(failed)) == (1, 1), ended.err
-    assert "event file is written again" in ended.err
-    told = {r["sink"]: r for r in jobs.history(run) if r["event"] == "sink"}
-    assert len(told) == 2 == sum(r["event"] == "sink" for r in jobs.history(run))
-    assert told[str(run / "metrics.jsonl")]["slow_s"] >= 0.05
-    assert "No space left on device" in told["TensorBoard's event file"]["failed"]
+    failed, again = "event file cannot be written: OSError", "event file is written again"
+    assert (ended.err.count(failed), ended.err.count(again)) == (1, 1), ended.err
+    told = [r for r in jobs.history(run) if r["event"] == "sink"]
+    assert {r["sink"] for r in told} == {"TensorBoard's event file"} and len(told) == 2
+    assert "No space left on device" in told[0]["failed"] and told[1]["recovered"]
     assert [r["step"] for r in jobs.metrics(run) if "train/loss" in r] == [*range(1, 29)]
     assert_equal_to_tensorboard(run)
     assert media(run) == media(whole)
@@ -163,22 +165,22 @@ def test_a_slow_file_and_one_that_fails_end_nothing_and_miss_nothing(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_warnings_of_all_ranks_are_seen_once(tmp_path: Path) -> None:
-    """Issue 6, item 1."""
+def test_what_ranks_and_their_workers_say(tmp_path: Path) -> None:
+    """Warnings of rank 0 and errors of all are on the console, all of it in each rank's own file;
+    Python drops a warning's repeats, once a process."""
     run = tmp_path / "run"
     args = (*ARGS, "TRAIN.DURATION", "1ep", "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run)
-    env = {**PATH, "LAUNCHER_TEST_WARN": "1", "PYTHONWARNINGS": "always"}
-    ended = jobs.train(*args, ranks=3, env=env).ok()
-    lines = [line for line in ended.err.splitlines() if "UserWarning: of" in line]
-    for who, rank in {"all ranks": 0, "all workers": 0, "one rank": 1, "one worker": 2}.items():
-        shown, *counts = [line for line in lines if f"of {who}" in line]
-        assert ("rank " in shown, f"rank {rank}: " in shown) == (rank > 0, rank > 0), lines
-        # Who shows it counts it.
-        assert len(counts) == 1 and "(repeated " in counts[0], lines
-        assert f"rank {rank}: " in counts[0] or rank == 0, lines
-        for other in range(3):
-            log = (run / f"logs/rank{other}.log").read_text()
-            assert (f"UserWarning: of {who}" in log) == (rank in (0, other))
+    ended = jobs.train(*args, ranks=2, env={**PATH, "LAUNCHER_TEST_WARN": "1"}).ok()
+    lines = ended.err.splitlines()
+    for who, processes in {"a rank": 1, "a worker": 3}.items():  # one tries the data out
+        warned, failed = f"UserWarning: warning of {who}", f"error of {who}"
+        assert not [line for line in lines if warned in line and "rank 1: " in line]
+        for rank in range(2):
+            log = (run / f"logs/rank{rank}.log").read_text()
+            shown = [line for line in lines if failed in line and ("rank 1: " in line) == rank]
+            assert log.count(failed) == len(shown) >= 7
+            assert 1 <= log.count(warned) <= processes
+            assert rank or log.count(warned) == ended.err.count(warned)
 
 
 @pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=TWO_RANKS)])

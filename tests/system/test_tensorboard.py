@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,9 @@ from typing import Any
 import pytest
 
 from tests.system import jobs
-from tests.system.test_checkpoints import ARGS, Process
+from tests.system.forked import Forked, launch
+from tests.system.leash import Leash
+from tests.system.test_checkpoints import ARGS
 
 KILLS = (7, 19)  # shortly after a record that no checkpoint holds: it is written twice
 POSITION = ("step", "epoch", "samples", "time", "nonfinite")
@@ -31,8 +32,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tensorboard")
     args = (*ARGS, "--resume", "OUTPUT_DIR", folder / "run")
     for at in KILLS:
-        assert Process(folder, args, {}, at, True).wait().code == -signal.SIGKILL
-    Process(folder, args, {}, 0, False).wait().ok()
+        leash = Leash(folder, at)
+        with Forked(*args, **leash.env) as job:
+            leash.wait(job)
+            jobs.wait_for_step(folder / "run", at - 1, job)
+    launch(*args).ok()
     assert (folder / "run/metrics.rewound.jsonl").stat().st_size > 0
     return folder / "run"
 

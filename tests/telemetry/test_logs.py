@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -15,17 +16,16 @@ from typing import Any
 import pytest
 
 from launcher.runtime.topology import Topology
-from launcher.telemetry.logfile import LogFile
 from launcher.telemetry.logs import Logs
 
 logger = logging.getLogger("launcher.test")
+KIB = 1 / 1024  # in MiB
 
 
 def state() -> dict[str, Any]:
     """What Logs changes in this process."""
     return {
         "handlers": list(logging.getLogger().handlers),
-        "excepthook": sys.excepthook,
         "threading.excepthook": threading.excepthook,
         "showwarning": warnings.showwarning,
     }
@@ -35,23 +35,25 @@ Opener = Callable[..., Logs]
 
 
 @pytest.fixture
-def logs() -> Iterator[Opener]:
-    """Makes a rank's Logs and puts everything back afterwards, whatever close() does."""
-    before, made = state(), []
+def logs(tmp_path: Path) -> Iterator[Opener]:
+    """Starts a rank's Logs, in this directory unless it is not to be opened; all is ended, and put
+    back, afterwards."""
+    hook, made = threading.excepthook, list[Logs]()
     level = logging.getLogger("launcher").level
 
-    def make(rank: int = 0, level: str = "INFO") -> Logs:
+    def make(rank: int = 0, level: str = "INFO", open: bool = True, **options: Any) -> Logs:
         topology = Topology(rank, rank, 4, 4, launched_by="torchrun")
-        made.append(Logs(topology, level, ["mine"]))
+        made.append(Logs(topology, level, ["mine"], **options).__enter__())
+        if open:
+            made[-1].open(tmp_path / "logs")
         return made[-1]
 
     yield make
     for one in made:
-        one.close()
+        one.__exit__()
     logging.getLogger("launcher").setLevel(level)
     logging.getLogger("mine").setLevel(logging.NOTSET)
-    sys.excepthook = before["excepthook"]
-    threading.excepthook = before["threading.excepthook"]
+    threading.excepthook = hook
 
 
 def file_of(folder: Path, rank: int = 0) -> str:
@@ -59,7 +61,7 @@ def file_of(folder: Path, rank: int = 0) -> str:
 
 
 def test_early_lines_reach_the_file_in_order(logs: Opener, tmp_path: Path) -> None:
-    made = logs()
+    made = logs(open=False)
     logger.info("before there was a directory")
     assert not (tmp_path / "logs").exists()
     made.open(tmp_path / "logs")
@@ -73,20 +75,21 @@ def test_early_lines_reach_the_file_in_order(logs: Opener, tmp_path: Path) -> No
 def test_console_and_file_of_a_rank(
     logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int
 ) -> None:
-    made = logs(rank)
-    made.open(tmp_path / "logs")
+    """Rank 0 speaks; of another rank errors are heard, the rest is in its file."""
+    logs(rank)
     logger.info("all is well")
     logging.getLogger("mine").info("my own task")
     logging.getLogger("some.package").info("chatter")
     logger.warning("look here")
-    made.close()  # a warning of another rank waits for a moment before
+    logger.error("it is broken")
     out, err = capsys.readouterr()
     assert out == "" and "\r" not in err
-    for text, shown in (("all is well", rank == 0), ("my own task", rank == 0), ("chatter", False)):
-        assert (text in err) is shown
-    assert ("rank 2: look here" if rank else " W look here") in err
+    for text in ("all is well", "my own task", "look here"):
+        assert (text in err) is (rank == 0)
+    assert ("rank 2: it is broken" if rank else " E it is broken") in err
     written = file_of(tmp_path, rank)
-    assert all(text in written for text in ("all is well", "my own task", "look here"))
+    assert all(text in written for text in ("all is well", "my own task", "look here", "broken"))
+    assert "chatter" not in err + written
     assert [p.name for p in (tmp_path / "logs").iterdir()] == [f"rank{rank}.log"]
 
 
@@ -106,7 +109,7 @@ def test_level_of_the_console(
 def test_file_only_lines_stay_off_the_console(
     logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logs().open(tmp_path / "logs")
+    logs()
     logger.info("for the file", extra={"file_only": True})
     assert "for the file" not in capsys.readouterr().err
     assert "for the file" in file_of(tmp_path)
@@ -119,15 +122,14 @@ def test_warnings_are_logged(logs: Opener, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             made = logs()
-            made.open(tmp_path / "logs")
             warnings.warn("this is deprecated", stacklevel=1)
-            made.close()
+            made.__exit__()
     assert "WARNING py.warnings: " in file_of(tmp_path)
     assert "this is deprecated" in file_of(tmp_path)
 
 
 def test_an_exception_in_a_thread_is_logged(logs: Opener, tmp_path: Path) -> None:
-    logs().open(tmp_path / "logs")
+    logs()
     thread = threading.Thread(target=lambda: 1 / 0, name="saver")
     thread.start()
     thread.join()
@@ -136,123 +138,79 @@ def test_an_exception_in_a_thread_is_logged(logs: Opener, tmp_path: Path) -> Non
     assert "ZeroDivisionError: division by zero" in text
 
 
-def test_an_uncaught_exception_is_logged(logs: Opener, tmp_path: Path) -> None:
-    logs(1).open(tmp_path / "logs")
-    error = ValueError("nobody caught this")
-    sys.excepthook(ValueError, error, None)
-    assert "CRITICAL launcher: uncaught exception" in file_of(tmp_path, 1)
-    assert "ValueError: nobody caught this" in file_of(tmp_path, 1)
-
-
 @pytest.mark.parametrize("opened", [True, False])
-def test_close_puts_everything_back(
+def test_the_end_puts_everything_back(
     logs: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: bool
 ) -> None:
-    """Also hooks that were not Python's own: a notebook, a debugger and pytest have theirs."""
-    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    """Also a hook that was not Python's own: a notebook, a debugger and pytest have theirs."""
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     before = state()
-    made = logs()
-    if opened:
-        made.open(tmp_path / "logs")
-    made.close()
+    made = logs(open=opened)
+    assert all(state()[key] != value for key, value in before.items())
+    made.__exit__()
     assert state() == before
-
-
-def test_a_closed_file_gets_no_more_lines(logs: Opener, tmp_path: Path) -> None:
-    made = logs()
-    made.open(tmp_path / "logs")
-    made.close()
     logger.warning("too late")
-    assert "too late" not in file_of(tmp_path)
-
-
-def test_a_repeat_is_counted_and_the_count_is_seen(
-    logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = logs()
-    made.open(tmp_path / "logs")
-    for _ in range(5):
-        logger.warning("again")
-        logger.info("between")
-    made.close()
-    for text in (capsys.readouterr().err, file_of(tmp_path)):
-        lines = [line for line in text.splitlines() if "again" in line]
-        assert len(lines) == 2
-        assert "(repeated 4 times in 0 s) again" in lines[1]
+    assert not opened or not (tmp_path / "logs/rank0.log").exists()
 
 
 def test_the_file_is_rotated_and_nothing_is_lost(logs: Opener, tmp_path: Path) -> None:
-    topology = Topology(1, 1, 4, 4, launched_by="torchrun")
-    made = Logs(topology, "INFO", [], "text", file_mb=1000 / 2**20, files_kept=2)
-    try:
-        made.open(tmp_path / "logs")
-        for number in range(60):
-            logger.info("line %d", number)
-    finally:
-        made.close()
+    logs(1, file_mb=KIB, files_kept=2)
+    for number in range(60):
+        logger.info("line %d", number)
     folder = tmp_path / "logs"
-    assert sorted(p.name for p in folder.iterdir()) == ["rank1.log", "rank1.log.1", "rank1.log.2"]
-    assert all(p.stat().st_size <= 1000 for p in folder.iterdir())
-    text = "".join(
-        (folder / name).read_text() for name in ("rank1.log.2", "rank1.log.1", "rank1.log")
-    )
+    names = ["rank1.log.2", "rank1.log.1", "rank1.log"]
+    assert sorted(p.name for p in folder.iterdir()) == names[::-1]
+    assert all(900 < (folder / name).stat().st_size <= 1024 for name in names[:2])
+    text = "".join((folder / name).read_text() for name in names)
     numbers = [int(line.rpartition(" ")[2]) for line in text.splitlines()]
     assert numbers == list(range(numbers[0], 60)) and numbers[0] < 40
 
 
+@pytest.mark.parametrize("options", [{"file_mb": 0.0}, {"file_mb": KIB, "files_kept": 0}])
+def test_without_a_limit_or_older_files_one_file_grows(
+    options: dict[str, Any], logs: Opener, tmp_path: Path
+) -> None:
+    logs(**options)
+    for number in range(60):
+        logger.info("line %d", number)
+    assert len(file_of(tmp_path).splitlines()) == 60
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+
+
 def test_a_line_of_json(logs: Opener, tmp_path: Path) -> None:
-    made = Logs(Topology(), "INFO", [], form="json")
+    logs(form="json")
     try:
-        made.open(tmp_path / "logs")
-        try:
-            raise ValueError("größer\nas thought")
-        except ValueError:
-            logger.exception("two\nlines")
-    finally:
-        made.close()
+        raise ValueError("größer\nas thought")
+    except ValueError:
+        logger.exception("two\nlines")
     (line,) = file_of(tmp_path).splitlines()
     entry = json.loads(line)
     assert entry["message"] == "two\nlines" and entry["level"] == "ERROR"
     assert "ValueError: größer" in entry["exception"] and entry["time"] > 1e9
 
 
-def test_a_full_disk_loses_lines_and_nothing_else(
-    logs: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also while the file is rotated, where closing the old one fails."""
-    made = Logs(Topology(), "INFO", [], file_mb=300 / 2**20, files_kept=1)
-    try:
-        made.open(tmp_path / "logs")
-        assert isinstance(made.file, LogFile)
+# Its files may be so large: a write beyond that fails, as on a full disk.
+FULL = """
+import logging, resource, signal, sys
+from pathlib import Path
+from launcher.runtime.topology import Topology
+from launcher.telemetry.logs import Logs
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+with Logs(Topology(), "INFO", [], file_mb=0.0) as logs:
+    logs.open(Path(sys.argv[1]))
+    for number in range(60):
+        logging.getLogger("launcher").info("line %d %s", number, "x" * 60)
+print("done")
+"""
 
-        class Full:
-            """A stream on a disk without a byte left."""
 
-            closed = False
-
-            def __init__(self, stream: Any) -> None:
-                self.stream = stream
-
-            def write(self, text: str) -> None:
-                raise OSError(28, "No space left on device")
-
-            def close(self) -> None:
-                self.stream.close()
-                raise OSError(28, "No space left on device")
-
-            flush = write
-
-            def __getattr__(self, name: str) -> Any:
-                return getattr(self.stream, name)
-
-        logger.info("first %s", "x" * 200)
-        made.file.stream = Full(made.file.stream)
-        logger.info("second %s", "x" * 200)  # rotated on the way
-        logger.info("third")
-    finally:
-        made.close()
-    assert "third" in file_of(tmp_path)
+def test_a_full_disk_loses_lines_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "done\n" and "Error" not in ended.stderr
+    assert ended.stderr.count("line ") == 60
+    assert 10 < (tmp_path / "rank0.log").read_text().count("line ") < 60
 
 
 def in_workers(count: int, work: Callable[[], None]) -> None:
@@ -272,26 +230,10 @@ def in_workers(count: int, work: Callable[[], None]) -> None:
 
 
 def test_workers_lines_are_the_ranks(
-    logs: Opener, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    logs: Opener, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Their repeats are counted together, and the rank rotates the file that holds them."""
-    made = Logs(Topology(), "INFO", [], file_mb=370 / 2**20, files_kept=1)
-    try:
-        made.open(tmp_path / "logs")
-        logger.info("of the rank %s", "x" * 200)
-        in_workers(3, lambda: logger.warning("a bad sample %s", "x" * 100))
-    finally:
-        made.close()
-    lines = [line for line in capsys.readouterr().err.splitlines() if "bad sample" in line]
-    assert len(lines) == 2 and "(repeated 2 times in 0 s) a bad sample" in lines[1]
-    assert file_of(tmp_path).count("WARNING launcher.test: ") == 2
-    assert "of the rank" in (tmp_path / "logs/rank0.log.1").read_text()
-
-
-def test_a_worker_can_log_whatever_it_likes(logs: Opener, tmp_path: Path) -> None:
-    """More than a pipe takes, and lines that are too long."""
-    made = logs()
-    made.open(tmp_path / "logs")
+    """Of any length. The rank alone rotates the file that holds them."""
+    logs(file_mb=KIB, files_kept=1)
 
     def work() -> None:
         logger.info("größer %s", "ö" * 100_000)
@@ -300,18 +242,53 @@ def test_a_worker_can_log_whatever_it_likes(logs: Opener, tmp_path: Path) -> Non
         except ValueError:
             logger.exception("it failed")
 
-    def flood() -> None:
-        for number in range(2000):
-            logger.info("%d %s", number, "x" * 2000)
+    in_workers(2, work)
+    assert "ö" * 100_000 in (text := file_of(tmp_path))
+    assert text.count("ValueError: in a worker") == 2
+    assert capfd.readouterr().err.count("ValueError: in a worker") == 2
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+    logger.info("of the rank")
+    assert "of the rank" in file_of(tmp_path) and "größer" not in file_of(tmp_path)
 
-    in_workers(1, work)
-    made.funnel.acquire()  # the rank itself is stuck in a log line
-    in_workers(1, flood)
-    made.funnel.release()
-    in_workers(1, lambda: logger.info("the last"))
-    made.close()
-    text = file_of(tmp_path)
-    assert "größer ööö" in text and "ValueError: in a worker" in text and "the last" in text
+
+def test_a_worker_that_was_forked_before_the_file_was_opened(logs: Opener, tmp_path: Path) -> None:
+    made = logs(open=False)
+    logger.info("of the rank")
+    (read, write), (back, told) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        logger.info("not yet")
+        os.write(told, b"x")
+        os.read(read, 1)
+        logger.info("of the worker")
+        os._exit(0)
+    os.read(back, 1)
+    made.open(tmp_path / "logs")
+    os.write(write, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    lines = [line.rpartition(": ")[2] for line in file_of(tmp_path).splitlines()]
+    assert lines == ["of the rank", "not yet", "of the worker"]
+    for descriptor in (read, write, back, told):
+        os.close(descriptor)
+
+
+class InUse(io.StringIO):
+    """A stream that another thread was writing to when the process was forked."""
+
+    def write(self, text: str) -> int:
+        threading.Event().wait()
+        return 0
+
+
+def test_a_worker_waits_for_no_lock_of_its_rank(
+    logs: Opener, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = logs()
+    made.console.setStream(InUse())
+    with made.file.lock or threading.Lock(), made.console.lock or threading.Lock():
+        in_workers(1, lambda: logger.error("of the worker"))
+    assert "of the worker" in file_of(tmp_path) and "of the worker" in capfd.readouterr().err
 
 
 def test_a_broken_log_call_ends_nothing(
@@ -319,11 +296,11 @@ def test_a_broken_log_call_ends_nothing(
 ) -> None:
     """As with Python's own handlers: it is told of on stderr."""
     made = logs()
-    made.open(tmp_path / "logs")
     # pytest's own handler would raise.
-    made.funnel.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",)}))
+    for handler in (made.console, made.file):
+        handler.handle(logging.makeLogRecord({"msg": "%d", "args": ("no number",), "levelno": 40}))
+        assert "Logging error" in capsys.readouterr().err
     logger.info("after")
-    assert "Logging error" in capsys.readouterr().err
     assert "after" in file_of(tmp_path)
 
 
@@ -336,12 +313,10 @@ def test_loggers_of_libraries_are_left_alone(
     theirs.addHandler(own)
     try:
         before = theirs.level, theirs.propagate, list(theirs.handlers), root.level
-        made = logs(level="DEBUG")
-        made.open(tmp_path / "logs")
+        logs(level="DEBUG")
         theirs.info("chatter")
         theirs.warning("look here")
         assert (theirs.level, theirs.propagate, list(theirs.handlers), root.level) == before
-        made.close()
     finally:
         theirs.removeHandler(own)
     assert stream.getvalue() == "look here\n"
@@ -377,10 +352,8 @@ def test_colour_on_a_terminal_only(
         monkeypatch.setenv(name, value)
     stream = Terminal() if terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    made = logs()
-    made.open(tmp_path / "logs")
+    logs()
     logger.warning("look here")
-    made.close()
     assert ("\x1b[33m" in stream.getvalue()) is coloured
     assert "look here" in stream.getvalue()
     assert "\x1b" not in file_of(tmp_path)

@@ -1,152 +1,240 @@
-"""The recorder: weighted means over micro-batches, steps and ranks, in one record."""
+"""The recorder: weighted means over micro-batches, steps and ranks in one record; what a task shows
+from rank 0, once a step."""
 
 import math
-from typing import Any
+import os
+import pickle
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.runtime.cpu import CpuBudget
-from launcher.runtime.process import Runtime
-from launcher.runtime.topology import Topology
-from launcher.telemetry.recorder import Recorder, Sink, _means
+from launcher.engine.evaluate import on_host
+from launcher.tasks import Task, make_task
+from launcher.tasks import recorder as for_tasks
+from launcher.telemetry.media import OnHost
+from launcher.telemetry.recorder import Recorder, means
+from tests.telemetry.helpers import recording
 
-ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
-HERE = {"step": 3, "epoch": 1, "samples": 24}
 law = settings(deadline=None, max_examples=50)
 values = st.floats(-1e6, 1e6, width=32)
 weighted = st.lists(st.tuples(values, st.floats(0.125, 100, width=32)), min_size=1, max_size=8)
+Pairs = list[tuple[float, float]]
 
 
-class Kept(Sink):
-    """A sink that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-        self.flushed = True
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.records.append(record)
-
-    def flush(self) -> bool:
-        return self.flushed
+def with_sums(*pairs: tuple[float, float]) -> Recorder:
+    return add(recording()[0], list(pairs))
 
 
-def recorder(sink: Kept | None = None) -> Recorder:
-    return Recorder(ALONE, sink)
-
-
-def add(to: Recorder, pairs: list[tuple[float, float]]) -> None:
+def add(to: Recorder, pairs: Pairs) -> Recorder:
     for value, weight in pairs:
         to.add({"loss": torch.tensor(value), "double": torch.tensor(2 * value)}, weight)
+    return to
 
 
-def mean(pairs: list[tuple[float, float]]) -> float:
+def mean(pairs: Pairs) -> float:
     return math.fsum(v * w for v, w in pairs) / math.fsum(w for _, w in pairs)
+
+
+def found(recorder: Recorder) -> dict[str, float]:
+    gathered = recorder.gather()
+    assert gathered is not None
+    return gathered[0]
 
 
 @law
 @given(weighted)
-def test_means_are_weighted(pairs: list[tuple[float, float]]) -> None:
-    sink = Kept()
-    made = recorder(sink)
-    add(made, pairs)
-    made.add_step({"grad_norm": torch.tensor(4.0)})
-    made.add_step({"grad_norm": torch.tensor(5.0)})
-    made.record(HERE, {"train/lr": 0.1})
-    (record,) = sink.records
-    assert record["train/loss"] == pytest.approx(mean(pairs), rel=1e-9, abs=1e-6)
-    assert record["train/double"] == pytest.approx(2 * mean(pairs), rel=1e-6, abs=1e-5)
-    assert record["train/grad_norm"] == 4.5
-    assert record["train/lr"] == 0.1
-    assert {key: record[key] for key in HERE} == HERE and record["time"] > 1e9
+def test_means_are_weighted_and_start_anew(pairs: Pairs) -> None:
+    recorder = with_sums(*pairs)
+    for norm in (4.0, 5.0):
+        recorder.add({"grad_norm": torch.tensor(norm)}, 1.0)
+    read = found(recorder)
+    assert read["train/loss"] == pytest.approx(mean(pairs), rel=1e-9, abs=1e-6)
+    assert read["train/double"] == pytest.approx(2 * mean(pairs), rel=1e-6, abs=1e-5)
+    assert read["train/grad_norm"] == 4.5
+    assert found(recorder) == {}
 
 
-def test_a_record_starts_the_means_anew() -> None:
-    sink = Kept()
-    made = recorder(sink)
-    for value in (1.0, 5.0):
-        add(made, [(value, 8)])
-        made.record(HERE, {})
-    made.record(HERE, {})
-    assert [r.get("train/loss") for r in sink.records] == [1.0, 5.0, None]
+def test_a_record_has_the_present_progress() -> None:
+    recorder, kept = recording(step=3)
+    recorder.progress.samples = 24
+    recorder.write({"val/loss": 0.5})
+    (record,) = kept.records
+    assert record.pop("time") > 1e9
+    assert record == {"step": 3, "epoch": 0, "samples": 24, "val/loss": 0.5}
+
+
+def test_what_is_local_to_a_rank_comes_with_the_means() -> None:
+    assert with_sums((1.0, 1.0)).gather(0.25) == ({"train/loss": 1.0, "train/double": 2.0}, [0.25])
 
 
 def test_the_weight_may_be_a_tensor_on_the_device() -> None:
-    sink = Kept()
-    made = recorder(sink)
-    made.add({"loss": torch.tensor(1.0, requires_grad=True)}, torch.tensor(3.0))
-    made.add({"loss": torch.tensor(5.0)}, torch.tensor(1.0))
-    made.record(HERE, {})
-    assert sink.records[0]["train/loss"] == 2.0
+    recorder, _ = recording()
+    recorder.add({"loss": torch.tensor(1.0, requires_grad=True)}, torch.tensor(3.0))
+    recorder.add({"loss": torch.tensor(5.0)}, torch.tensor(1.0))
+    assert found(recorder) == {"train/loss": 2.0}
 
 
 def test_steps_with_different_values_have_means_of_their_own() -> None:
-    sink = Kept()
-    made = recorder(sink)
-    made.add({"loss": torch.tensor(1.0)}, 1)
-    made.add({"loss": torch.tensor(4.0), "extra": torch.tensor(7.0)}, 2)
-    made.add({"extra": torch.tensor(1.0), "loss": torch.tensor(4.0)}, 1)
-    made.record(HERE, {})
-    assert sink.records[0]["train/loss"] == 13 / 4
-    assert sink.records[0]["train/extra"] == 5
+    recorder, _ = recording()
+    recorder.add({"loss": torch.tensor(1.0)}, 1)
+    recorder.add({"loss": torch.tensor(4.0), "extra": torch.tensor(7.0)}, 2)
+    recorder.add({"extra": torch.tensor(1.0), "loss": torch.tensor(4.0)}, 1)
+    assert found(recorder) == {"train/loss": 13 / 4, "train/extra": 5}
 
 
 def test_integers_and_half_precision_are_summed_in_double() -> None:
-    made = recorder()
-    made.add({"n": torch.tensor(2**40), "x": torch.tensor(60_000, dtype=torch.float16)}, 3)
-    made.add({"n": torch.tensor(2**40 + 1), "x": torch.tensor(60_000, dtype=torch.float16)}, 1)
-    assert _means([made.state()])["n"] == 2**40 + 0.25
-    assert 0 < _means([made.state()])["x"] == 59_968 or _means([made.state()])["x"] == 60_000
+    recorder, half = recording()[0], torch.tensor(60_000, dtype=torch.float16)
+    recorder.add({"n": torch.tensor(2**40), "x": half}, 3)
+    recorder.add({"n": torch.tensor(2**40 + 1), "x": half}, 1)
+    assert found(recorder) == {"train/n": 2**40 + 0.25, "train/x": half.item()}
 
 
 @law
 @given(weighted, weighted)
-def test_two_ranks_merge_into_the_mean_of_all(
-    one: list[tuple[float, float]], two: list[tuple[float, float]]
-) -> None:
-    a, b = recorder(), recorder()
-    add(a, one)
-    add(b, two)
-    merged = _means([a.state(), b.state()])
-    assert merged["loss"] == pytest.approx(mean(one + two), rel=1e-9, abs=1e-6)
-
-
-def test_a_rank_without_samples_adds_nothing() -> None:
-    a = recorder()
-    add(a, [(3.0, 2)])
-    assert _means([{}, a.state(), {}]) == {"loss": 3.0, "double": 6.0}
+def test_two_ranks_merge_into_the_mean_of_all(one: Pairs, two: Pairs) -> None:
+    both = recording()[0]
+    for state in ({}, with_sums(*one).state(), with_sums(*two).state()):
+        both.add_state(state)
+    assert found(both)["train/loss"] == pytest.approx(mean(one + two), rel=1e-9, abs=1e-6)
 
 
 @law
 @given(weighted, weighted)
-def test_state_goes_on_where_it_was_taken(
-    before: list[tuple[float, float]], after: list[tuple[float, float]]
-) -> None:
+def test_state_goes_on_where_it_was_taken(before: Pairs, after: Pairs) -> None:
     """To the last bit: a resumed run's first record is that of the uninterrupted one."""
-    whole, resumed = recorder(), recorder()
-    add(whole, before)
+    whole, resumed = with_sums(*before), recording()[0]
     resumed.add_state(whole.state())
     assert resumed.state() == whole.state()
-    for made in (whole, resumed):
-        add(made, after)
-    assert resumed.state() == whole.state()
+    assert add(resumed, after).state() == add(whole, after).state()
 
 
-def test_states_of_two_ranks_can_be_added_to_one() -> None:
-    a, b, both = recorder(), recorder(), recorder()
-    add(a, [(1.0, 1)])
-    add(b, [(5.0, 3)])
-    for made in (a, b):
-        both.add_state(made.state())
-    assert _means([both.state()]) == _means([a.state(), b.state()])
+def test_scalars_of_a_task_are_weighted_means() -> None:
+    recorder, _ = recording()
+    recorder.scalar("gate", torch.tensor(2.0, requires_grad=True), weight=3)
+    recorder.scalar("gate", 6, weight=1)
+    recorder.scalar("other", 0.5)
+    assert found(recorder) == {"train/gate": 3.0, "train/other": 0.5}
 
 
-def test_flush_says_whether_all_is_written() -> None:
-    sink = Kept()
-    assert recorder(sink).flush() is True
-    sink.flushed = False
-    assert recorder(sink).flush() is False
-    assert recorder().flush() is True  # another rank has nothing to write
+def test_what_is_no_scalar_is_refused() -> None:
+    recorder, told = recording()[0], r"'gate' is no scalar: its shape is \(2,\)"
+    with pytest.raises(ValueError, match=told):
+        recorder.scalar("gate", torch.ones(2))
+    with pytest.raises(ValueError, match=told), recorder.evaluating():
+        recorder.scalar("gate", torch.ones(2))
+
+
+def test_media_carry_the_step_under_way_and_the_phase() -> None:
+    recorder, kept = recording(step=4)
+    assert recorder.step == 5
+    recorder.text("note", "training")
+    recorder.image("picture", torch.rand(3, 4))
+    recorder.histogram("spread", [1.0, 2.0])
+    recorder.histogram("nothing", [])
+    with recorder.evaluating():
+        assert recorder.step == 4
+        recorder.text("note", "evaluation")
+    recorder.show_held()
+    assert [(m.kind, m.names, m.step) for m in kept.media] == [
+        ("text", ["train/note"], 5),
+        ("image", ["train/picture"], 5),
+        ("histogram", ["train/spread"], 5),
+        ("text", ["val/note"], 4),
+    ]
+
+
+def test_a_name_stands_once_a_step() -> None:
+    """Micro-batches call train_step several times, and a step that the scaler skips comes again."""
+    recorder, kept = recording()
+    for step in (4, 4, 5):
+        recorder.progress.step = step
+        for text in ("first", "second"):
+            recorder.text("note", text)
+    assert [(m.value, m.step) for m in kept.media] == [("first", 5), ("first", 6)]
+
+
+def test_other_ranks_show_and_write_nothing() -> None:
+    recorder, kept = recording(is_main=False)
+    recorder.text("note", "x")
+    recorder.image("picture", torch.rand(3, 4))
+    recorder.figure("figure", object())  # not even drawn
+    recorder.write({"x": 1.0})
+    assert (kept.media, kept.records) == ([], [])
+
+
+def test_a_figure_is_drawn_at_once() -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    recorder, kept = recording()
+    figure = figures.Figure(figsize=(2, 1), dpi=50)
+    figure.add_axes((0, 0, 1, 1), facecolor="red").set_axis_on()
+    recorder.figure("figure", figure)
+    figure.clear()
+    (media,) = kept.media
+    assert isinstance(media.value, OnHost) and media.kind == "image"
+    pixels = media.value.read()
+    assert pixels.shape == (1, 3, 50, 100) and (pixels[0, 0] > 200).mean() > 0.5
+    assert (pixels[0, 1] < 50).mean() > 0.5
+
+
+def test_scalars_of_an_evaluation_are_means_in_the_order_of_its_batches() -> None:
+    recorder, _ = recording()
+    with recorder.evaluating():
+        recorder.scalar("gate", torch.tensor(1.0), weight=2)
+        first = recorder.take()
+        recorder.scalar("gate", 4)
+        recorder.scalar("other", 5)
+        second = recorder.take()
+    assert means(on_host([*first, *second])) == {"gate": 2.0, "other": 5.0}
+    assert recorder.state() == {}
+
+
+def test_an_evaluation_that_fails_is_over() -> None:
+    recorder, _ = recording()
+    with pytest.raises(RuntimeError), recorder.evaluating():
+        raise RuntimeError
+    assert recorder.step == 5
+
+
+def test_a_loader_worker_records_nothing() -> None:
+    """Forked or spawned."""
+    recorder, kept = recording()
+    assert type(pickle.loads(pickle.dumps(recorder))) is for_tasks.Recorder
+    child = os.fork()
+    if child == 0:
+        recorder.scalar("gate", 1.0)
+        recorder.text("note", "x")
+        os._exit(len(kept.media) + len(recorder.state()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_task_outside_of_a_run_can_call_it() -> None:
+    recorder = Task.recorder
+    recorder.scalar("a", 1)
+    recorder.image("a", None)
+    recorder.histogram("a", None)
+    recorder.text("a", "")
+    recorder.figure("a", None)
+    assert recorder.step == 0
+
+
+class Early(Task):
+    def __init__(self, cfg: object) -> None:
+        self.cfg = cfg
+        self.recorder.scalar("early", 1.0)
+
+
+class Chosen(Early):
+    def __new__(cls, cfg: object) -> "Chosen":
+        assert cfg == "config"
+        return super().__new__(cls)
+
+
+@pytest.mark.parametrize("kind", [Early, Chosen])
+def test_a_task_has_its_recorder_when_it_is_made(kind: type) -> None:
+    recorder, _ = recording()
+    task = make_task(kind, "config", recorder)  # type: ignore[arg-type]
+    assert (task.recorder, task.cfg) == (recorder, "config")
+    assert found(recorder) == {"train/early": 1.0}
+    assert type(Task.recorder) is for_tasks.Recorder

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launcher.errors import UsageError
-from launcher.runtime import hang
-from launcher.telemetry.rundir import RunDirectory, replace_json
+from launcher.runtime.member import Member
+from launcher.telemetry.rundir import BEAT_S, STALE_S, RunDirectory, replace_json
 
 HERE = {"step": 3, "epoch": 1, "samples": 24}
 
@@ -51,44 +52,6 @@ def test_set_aside_twice_within_a_second_loses_nothing(run: RunDirectory) -> Non
     assert [(aside / "config.yaml").read_text() for aside in asides] == list("0123")
     assert all(aside.name.startswith("run.old-2") for aside in asides)
     assert all(aside.parent == run.path.parent for aside in asides)
-
-
-def snapshot(folder: Path) -> list[str]:
-    return sorted(str(p) for p in folder.rglob("*"))
-
-
-@pytest.mark.parametrize("name", ["new", "new/er/still", "there"])
-def test_a_writable_place_is_not_touched(tmp_path: Path, name: str) -> None:
-    (tmp_path / "there").mkdir()
-    before = snapshot(tmp_path)
-    RunDirectory(tmp_path / name).check_writable()
-    assert snapshot(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "name", ["file", "file/run", "file/run/deeper", "/proc/run", "/proc/sys/a/b", "n" * 300]
-)
-def test_an_impossible_place_is_told(tmp_path: Path, name: str) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="OUTPUT_DIR") as caught:
-        RunDirectory(tmp_path / name).check_writable()
-    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
-    assert (tmp_path / "file").is_file()
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root alone changes its user")
-@pytest.mark.parametrize("mode", [0o755, 0o700], ids=["not writable", "not readable"])
-def test_a_place_of_another_user_is_told(tmp_path: Path, mode: int) -> None:
-    # pytest's own folders are closed to other users, so this one lies elsewhere.
-    place = Path("/tmp") / f"launcher-test-{os.getpid()}-{mode}"
-    place.mkdir(mode=mode)
-    try:
-        os.seteuid(65534)
-        with pytest.raises(UsageError, match="OUTPUT_DIR"):
-            RunDirectory(place / "run").check_writable()
-    finally:
-        os.seteuid(0)
-        place.rmdir()
 
 
 def test_a_claim_tells_why_it_cannot(tmp_path: Path) -> None:
@@ -147,8 +110,7 @@ OWNER = """
 import os, sys, time
 from launcher.telemetry.rundir import RunDirectory
 run = RunDirectory(sys.argv[1])
-run.claim()
-run.sign()
+run.begin()
 child = 0
 if len(sys.argv) > 2 and (child := os.fork()) == 0:
     time.sleep(60)
@@ -177,8 +139,7 @@ def test_a_live_owner_is_named_and_a_dead_ones_claim_is_taken_over(run: RunDirec
     finally:
         owner.send_signal(signal.SIGKILL)
         owner.communicate()
-    run.claim()
-    run.sign()
+    run.begin()
     assert json.loads((run.path / ".lock").read_text())["pid"] == os.getpid()
     run.claim()  # what one has, one may claim
     run.release()
@@ -282,21 +243,6 @@ def test_an_evaluation_is_a_file_of_its_own(run: RunDirectory) -> None:
     assert json.loads(path.read_text()) == {"step": 3, "metrics": {"val/loss": 0.5}}
 
 
-@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
-def test_a_save_is_told_in_the_history_and_the_log(
-    run: RunDirectory, error: OSError | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "launcher")
-    run.saved({"step": 40}, 0.25, error)
-    (told,) = map(json.loads, run.history.read_text().splitlines())
-    assert (told["event"], told["step"], told["path"]) == ("checkpoint", 40, "step_40")
-    if error is None:
-        assert told["seconds"] == 0.25 and "failed" not in told
-    else:
-        assert "No space left" in told["failed"]
-        assert "could not be saved" in caplog.text and "No space left" in caplog.text
-
-
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system without locks."""
@@ -312,21 +258,89 @@ def test_without_locks_a_process_that_took_anothers_number_is_not_the_owner(
     run: RunDirectory,
 ) -> None:
     """As in a container that takes another's place: the same host name, and the same pids."""
-    owner = hang.myself()
-    (run.path / ".lock").write_text(json.dumps(owner))
-    with pytest.raises(UsageError, match="in use by another job"):
+    owner = asdict(Member.here())
+    run.lock.write_text(json.dumps(owner))
+    with pytest.raises(UsageError, match=f"in use by another job .*pid {os.getpid()}"):
         run.claim()
-    (run.path / ".lock").write_text(json.dumps({**owner, "created": owner["created"] - 100}))
+    run.lock.write_text(json.dumps({**owner, "created": owner["created"] - 100}))
     run.claim()
 
 
-def test_the_end_of_an_owner_is_told_of_once(run: RunDirectory) -> None:
-    """By a rank of its own, and by none beside a successor."""
-    owner = {**hang.myself(), "pid": 1}
-    status = {"state": "running", "host": owner["host"], "pid": owner["pid"]}
-    (run.path / "status.json").write_text(json.dumps({**status, "pid": 2}))
-    assert not run.take_over(owner)  # another attempt's by now
-    (run.path / "status.json").write_text(json.dumps(status))
-    assert run.take_over(owner)
-    run.write_status("failed", {"step": 1, "epoch": 0}, "told")
-    assert not run.take_over(owner)
+@pytest.mark.usefixtures("no_locks")
+def test_without_locks_an_owner_on_another_host_is_dead_when_it_is_silent(
+    run: RunDirectory,
+) -> None:
+    run.lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "created": 1.0}))
+    for updated, free in ((time.time(), False), (time.time() - STALE_S - 1, True)):
+        run.status.write_text(json.dumps({"state": "running", "updated": updated}))
+        if free:
+            run.claim()
+        else:
+            with pytest.raises(UsageError, match="host elsewhere, pid 1"):
+                run.claim()
+
+
+def test_a_heartbeat_is_written_now_and_then_while_the_run_goes_on(run: RunDirectory) -> None:
+    run.heartbeat(HERE)
+    assert run.read_status() == {}  # it has not begun
+    run.write_status("running", HERE)
+    run.heartbeat({**HERE, "step": 4})
+    assert run.read_status()["step"] == 3  # too soon
+    run._status["updated"] -= BEAT_S
+    run.heartbeat({**HERE, "step": 5})
+    assert (run.read_status()["step"], run.read_status()["state"]) == (5, "running")
+    run.write_status("completed", HERE)
+    run._status["updated"] -= BEAT_S
+    run.heartbeat(HERE)
+    assert run.read_status()["state"] == "completed"
+
+
+FAILURE = {"rank": 1, "exception": "ValueError: x"}
+
+
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_failure_stays(
+    run: RunDirectory, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a file system without hard links."""
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    assert run.create_failure(FAILURE) is True
+    assert run.create_failure({"rank": 2}) is False
+    assert json.loads(run.failure.read_text()) == FAILURE
+    assert os.listdir(run.path) == ["failure.json"]
+
+
+def test_many_ranks_fail_and_one_of_them_is_the_first(run: RunDirectory) -> None:
+    children = []
+    for rank in range(16):
+        if (child := os.fork()) == 0:
+            os._exit(run.create_failure({"rank": rank, "log": ["x" * 1000] * 100}))
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sum(codes) == 1
+    assert json.loads(run.failure.read_text())["rank"] == codes.index(1)
+    assert os.listdir(run.path) == ["failure.json"]
+
+
+def test_a_failure_that_cannot_be_written_is_told(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.path.rmdir()
+    assert run.create_failure(FAILURE) is True
+    assert "failure.json could not be written" in caplog.text
+
+
+def test_what_was_an_earlier_attempts_is_none_of_the_next(run: RunDirectory) -> None:
+    """Its request to stop is gone, its failure stands aside."""
+    for number in range(2):
+        run.stop.touch()
+        assert run.create_failure({"rank": number})
+        run.begin()
+        assert not run.stop.exists() and not run.failure.exists()
+    old = run.path.glob("failure-2*.json")
+    assert {json.loads(path.read_text())["rank"] for path in old} == {0, 1}

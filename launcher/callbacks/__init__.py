@@ -1,0 +1,221 @@
+"""Optional parts of a run, one file each, over one protocol.
+
+A callback is any object made as `Class(run, **arguments)` that has some of the methods below; it
+needs no base class. A method that is not there costs nothing. All are called on every rank alike:
+
+    on_start()                  before an attempt's first step
+    before_step(samples)        before a step in which this rank has so many samples
+    on_backward(loss)           before the backward pass of each micro-batch
+    on_gradients()              before each update, with the batch's gradients, not yet clipped
+    on_step()                   after an update, before anything is saved; not after a skipped one
+    on_record(record)           after a record; the record on rank 0, None elsewhere
+    on_evaluation(metrics)      after an evaluation, with its metrics
+    on_checkpoint()             before a checkpoint is taken
+    on_saved(seconds)           one is written; on rank 0, in the thread that did it
+    on_end()                    the run is complete
+    state_dict(), load_state_dict(state)    plain values and tensors, one a rank, saved with the run
+
+A hook may return a request: "stop" (now, to be resumed), "finish" (the run is complete here),
+"evaluate" or "checkpoint"; after the next step all ranks do it together.
+
+Three methods give figures to the record:
+
+    local_figures() -> dict             on every rank, right before a record; travels with it
+    figures(record, ranks) -> dict      on rank 0: more values, from the record and from what
+                                        local_figures gave, by rank
+    late_figures() -> dict              on rank 0, in the thread that writes: what takes its time
+
+One gives a place where records go:
+
+    sink() -> Sink              on rank 0, once the run directory is open: records and media go to
+                                it, in the thread that writes (see launcher/telemetry/sinks.py)
+"""
+
+from __future__ import annotations
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from launcher.errors import RunError, UsageError
+from launcher.runtime.progress import Every, Progress
+from launcher.tasks.resolve import resolve_class
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from launcher.config import CfgNode
+    from launcher.data.splits import Data
+    from launcher.runtime.process import Runtime
+    from launcher.telemetry.recorder import Recorder
+    from launcher.telemetry.sinks import Sink
+
+REQUESTS = ("stop", "finish", "evaluate", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a callback may look at, and not change."""
+
+    cfg: CfgNode
+    task: Any
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    recorder: Recorder
+    data: Data
+    runtime: Runtime  # device, rank, world size
+    directory: Path
+
+    @property
+    def progress(self) -> Progress:
+        """Steps, epochs and samples done."""
+        return self.recorder.progress
+
+    def is_due(self, every: Every) -> bool:
+        """Whether a period ends with the step under way, unless it is skipped."""
+        plan, after = self.data.train_plan, self.progress.copy()
+        start, stop = plan.batch(plan.batches_in(after.samples) % plan.steps_per_epoch)
+        after.advance(stop - start, plan.samples_per_epoch, skipped=False)
+        return every.due(self.progress, after)
+
+
+class Callbacks:
+    """All callbacks of a run: calls them, and keeps what they ask for until the ranks agree."""
+
+    def __init__(self, callbacks: Sequence[Any] = ()) -> None:
+        self.all = list(callbacks)
+        self.asked: dict[str, str] = {}  # request -> who asks; sent with the next step
+        self.reasons: dict[str, str] = {}  # of all that was asked for in this attempt
+        self._methods: dict[str, list[Callable[..., Any]]] = {}
+
+    def methods(self, name: str) -> list[Callable[..., Any]]:
+        """The methods of this name of those that have one."""
+        if name not in self._methods:
+            self._methods[name] = [getattr(c, name) for c in self.all if hasattr(c, name)]
+        return self._methods[name]
+
+    def call(self, hook: str, *arguments: Any) -> None:
+        for method in self.methods(hook):
+            if (request := method(*arguments)) is not None:
+                name = type(method.__self__).__name__  # type: ignore[attr-defined]
+                if request not in REQUESTS:
+                    raise RunError(
+                        f"{name}.{hook} returned {request!r}; a request is one of "
+                        f"{', '.join(REQUESTS)}, or None"
+                    )
+                self.asked.setdefault(request, name)
+
+    def take(self) -> frozenset[str]:
+        """What is asked for; it travels with the step to come."""
+        taken, self.asked = self.asked, {}
+        self.reasons |= taken
+        return frozenset(taken)
+
+    def figures(self, record: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> dict:
+        found: dict[str, float] = {}
+        for method in self.methods("figures"):
+            found |= method({**record, **found}, ranks)
+        return found
+
+    def local_figures(self) -> dict[str, Any]:
+        return self._merged("local_figures")
+
+    def late_figures(self) -> dict[str, float]:
+        return self._merged("late_figures")
+
+    def sinks(self) -> list[Sink]:
+        return [method() for method in self.methods("sink")]
+
+    def _merged(self, name: str) -> dict[str, Any]:
+        return {key: value for method in self.methods(name) for key, value in method().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: callback.state_dict() for name, callback in self._with_state()}
+
+    def load_state_dict(self, states: Mapping[str, Any]) -> None:
+        """Each callback gets what it saved; one that is new to the run starts afresh."""
+        for name, callback in self._with_state():
+            if name in states:
+                callback.load_state_dict(states[name])
+
+    def _with_state(self) -> list[tuple[str, Any]]:
+        """Those that have a state, each with its name in a checkpoint: those without one, which
+        come and go with the config and the terminal, change no name."""
+        found = [callback for callback in self.all if hasattr(callback, "state_dict")]
+        return [(f"{i} {type(callback).__name__}", callback) for i, callback in enumerate(found)]
+
+
+Made = tuple[type, dict[str, Any]]  # a callback's class, and the arguments given to it
+
+
+def resolve(entries: Sequence[str], search: list[Path]) -> list[Made]:
+    """The entries of CALLBACKS: `name`, `package.module:Class` or `file.py:Class` (sought in the
+    folders of `search`), then arguments as `key=value` words, values as in YAML. Raises UsageError.
+    """
+    found = []
+    for entry in entries:
+        name, arguments = parse(entry)
+        made = resolve_class(name, {}, "callback", search)
+        try:
+            inspect.signature(made).bind(None, **arguments)
+        except TypeError as error:
+            raise UsageError(f"CALLBACKS: {entry!r}: {error}") from None
+        found.append((made, arguments))
+    return found
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the arguments of an entry. Raises UsageError."""
+    try:
+        name, *words = shlex.split(text)
+        pairs = [word.split("=", 1) for word in words]
+        return name, {key: yaml.safe_load(value) for key, value in pairs}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"CALLBACKS: {text!r} is not a name with key=value arguments ({error})"
+        ) from None
+
+
+def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
+    """The classes of the launcher's own optional parts that this config asks for, on this rank.
+
+    They are imported here, before any loader worker is forked: one that is forked while another
+    thread imports a module cannot import it.
+    """
+    from launcher.callbacks.data_advice import DataAdvice
+    from launcher.callbacks.disk_space import DiskSpace
+    from launcher.callbacks.system import SystemFigures
+
+    classes: list[type] = [DataAdvice, DiskSpace, SystemFigures]
+    if runtime.distributed:
+        from launcher.callbacks.stragglers import Stragglers
+
+        classes.append(Stragglers)
+    if runtime.topology.launched_by == "torchrun":
+        from launcher.callbacks.shutdown_advice import ShutdownAdvice
+
+        classes.append(ShutdownAdvice)
+    if cfg.LOG.COUNT_FLOPS or hasattr(task, "flops"):
+        from launcher.callbacks.throughput import Throughput
+
+        classes.append(Throughput)
+    if cfg.LOG.HISTOGRAMS and cfg.LOG.TENSORBOARD:
+        from launcher.callbacks.histograms import Histograms
+
+        classes.append(Histograms)
+    if cfg.LOG.TENSORBOARD and runtime.is_main:
+        from launcher.callbacks.tensorboard import TensorBoard
+
+        classes.append(TensorBoard)
+    if runtime.is_main and sys.stderr.isatty():
+        from launcher.callbacks.progress_bar import ProgressBar
+
+        classes.append(ProgressBar)
+    return classes

@@ -1,0 +1,83 @@
+"""A progress bar on the terminal, below the log lines."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from launcher.callbacks import Run
+from launcher.runtime.progress import in_steps
+from launcher.telemetry.logs import ConsoleHandler
+from launcher.telemetry.media import Media
+from launcher.telemetry.sinks import Record, Sink
+
+
+class ProgressBar:
+    """Where stderr is a terminal: a bar over the run's steps with the values of the last record."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def sink(self) -> Sink:
+        run = self.run
+        steps = in_steps(run.cfg.TRAIN.DURATION, run.data.train_plan.steps_per_epoch)
+        return Bar(steps, run.progress.step)
+
+
+class Bar(Sink):
+    """Shows training records, whose lines are then left to the log file. The log's other lines on
+    the console are printed above the bar.
+
+    What else is printed to stderr is not (rich's `redirect_stderr` would see to it): a loader
+    worker, forked while the bar is drawn, would wait for its lock.
+    """
+
+    name = "the progress bar"
+
+    def __init__(self, total_steps: int, step: int) -> None:
+        """`step` of `total_steps` are done."""
+        console = Console(stderr=True, soft_wrap=True)
+        self.bar = Progress(
+            "step",
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            "{task.fields[values]}",
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self.task = self.bar.add_task("train", total=total_steps, completed=step, values="")
+        self.bar.start()
+        above: Any = FileProxy(console, sys.stderr)
+        handlers = logging.getLogger().handlers
+        # Each handler of the console's, and the stream that it had.
+        self.below = [(h, h.setStream(above)) for h in handlers if isinstance(h, ConsoleHandler)]
+        for handler, _ in self.below:
+            handler.addFilter(_is_no_training)
+
+    def write(self, items: Sequence[Record | Media]) -> None:
+        for record in items:
+            if isinstance(record, dict) and "train/loss" in record:
+                loss, rate = record["train/loss"], record.get("train/lr", 0.0)
+                speed = record.get("perf/samples_per_s", 0.0)
+                values = f"epoch {record['epoch']}  loss {loss:.4g}  lr {rate:.3g}"
+                values += f"  {speed:.0f} samples/s"
+                self.bar.update(self.task, completed=record["step"], values=values)
+
+    def close(self, completed: bool) -> None:
+        self.bar.stop()
+        for handler, stream in self.below:
+            handler.removeFilter(_is_no_training)
+            handler.setStream(stream)
+
+
+def _is_no_training(line: logging.LogRecord) -> bool:
+    return not getattr(line, "training", False)

@@ -1,0 +1,53 @@
+"""The ranks of a run make themselves known to each other, and find out before the first step where
+they disagree: later it would be a hang, or a run that nobody can repeat."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.config import CfgNode, flatten
+from launcher.errors import UsageError
+from launcher.runtime.member import Member
+from launcher.runtime.process import Runtime
+from launcher.telemetry.environment import versions
+
+
+def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:
+    """The process of every rank. A collective.
+
+    Raises UsageError where ranks have another config, other versions or other code.
+    """
+    found = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(cfg).items()}
+    found |= {f"version of {name}": version for name, version in versions().items()}
+    found[f"code of {task_class.__module__}"] = _code([inspect.getsourcefile(task_class)])
+    found["code of launcher"] = _code(sorted(Path(launcher.__file__).parent.rglob("*.py")))
+    # A collective, the run's first: nothing is built yet.
+    return compare(found, runtime)
+
+
+def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
+    """The process of every rank; raises UsageError where ranks have found different things. A
+    collective."""
+    everywhere = runtime.broadcast(runtime.gather((Member.here(), dict(found))))
+    ours, lines = everywhere[0][1], []
+    for rank, (member, theirs) in enumerate(everywhere):
+        keys = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        if keys:
+            told = (f"{k} is {theirs.get(k)!r}, on rank 0 {ours.get(k)!r}" for k in keys[:8])
+            lines.append(f"  rank {rank} on {member.host}: {'; '.join(told)}")
+    if lines:
+        raise UsageError(
+            "The ranks disagree, so nothing was started. Do all nodes have the same files, "
+            "packages and command line?\n" + "\n".join(lines)
+        )
+    return [member for member, _ in everywhere]
+
+
+def _code(files: Iterable[str | Path | None]) -> str:
+    whole = b"".join(Path(file).read_bytes() for file in files if file is not None)
+    return hashlib.sha256(whole).hexdigest()[:12]

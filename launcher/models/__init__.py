@@ -1,0 +1,1 @@
+"""The model before it is trained: weights from elsewhere."""

@@ -1,0 +1,106 @@
+"""Starting from weights: a checkpoint, an exported file, or somebody else's state_dict."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.checkpoint.store import DamagedCheckpoint, load_file
+from launcher.errors import UsageError
+
+logger = logging.getLogger(__name__)
+# What wrappers put before the names of weights, and where files keep them.
+PREFIXES = ("module.", "_orig_mod.", "model.")
+NESTED = ("model", "state_dict", "model_state", "model_state_dict")
+
+Weights = dict[str, torch.Tensor]
+
+
+def read_weights(path: Path, ema: bool = False) -> tuple[Weights, int | None]:
+    """The weights in a checkpoint directory, a `.safetensors` file, or a file that torch wrote; and
+    the step they are of, for a checkpoint of this launcher.
+
+    With `ema`, its averaged weights. Raises UsageError.
+    """
+    if not path.exists():
+        raise UsageError(f"there is no file or checkpoint {path}")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file as load_safetensors
+
+            return load_safetensors(path), None
+        except ImportError as error:
+            raise UsageError(f"{path} needs safetensors: pip install 'launcher[export]'") from error
+        except Exception as error:  # safetensors' own error type is not public
+            raise UsageError(f"{path} is no safetensors file: {error}") from error
+    try:
+        content: Any = load_file(path)
+    except DamagedCheckpoint as error:
+        raise UsageError(str(error)) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no state_dict but a {type(content).__name__}")
+    progress = content.get("progress")
+    step = progress.get("step") if isinstance(progress, dict) else None
+    if ema:
+        if not isinstance(content.get("ema"), dict):
+            raise UsageError(f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0")
+        averaged = content["ema"]
+        return {
+            k.removeprefix("module."): v for k, v in averaged.items() if k != "n_averaged"
+        }, step
+    content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
+    if not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise UsageError(f"{path} holds no state_dict: names and tensors are needed")
+    return content, step
+
+
+def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
+    """The weights that fit the model, and a report of those that do not ("" where all fit).
+
+    A prefix that all names share (`module.` from DDP) is taken off where that fits better.
+    """
+    wanted, candidates = model.state_dict(), [weights]
+    for prefix in PREFIXES:
+        for known in list(candidates):
+            if known and all(name.startswith(prefix) for name in known):
+                candidates.append({k.removeprefix(prefix): v for k, v in known.items()})
+    weights = max(candidates, key=lambda known: len(known.keys() & wanted.keys()))
+    mismatched = {
+        name: f"{name} {tuple(weights[name].shape)}, the model has {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in weights and weights[name].shape != value.shape
+    }
+    groups = {
+        "missing": sorted(wanted.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - wanted.keys()),
+        "of another shape": list(mismatched.values()),
+    }
+    report = "\n".join(
+        f"  {len(names)} {what}: {'; '.join(names[:8])}{'; ...' if len(names) > 8 else ''}"
+        for what, names in groups.items()
+        if names
+    )
+    return {k: v for k, v in weights.items() if k in wanted and k not in mismatched}, report
+
+
+def load_weights(
+    path: Path, model: nn.Module, strict: bool = True, ema: bool = False
+) -> int | None:
+    """Load weights into the model, with `ema` the averaged ones; the step they are of, if the file
+    tells. Raises UsageError where they do not fit and `strict` says that they must."""
+    weights, step = read_weights(path, ema)
+    fitting, report = match(weights, model)
+    if report and (strict or not fitting):
+        raise UsageError(
+            f"the weights of {path} do not fit the model:\n{report}\n"
+            "MODEL.WEIGHTS_STRICT False loads what fits."
+        )
+    if report:
+        logger.warning("the weights of %s fit in part:\n%s", path, report)
+    model.load_state_dict(fitting, strict=False)
+    logger.info("loaded %d tensors from %s", len(fitting), path)
+    return step

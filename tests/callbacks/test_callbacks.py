@@ -1,0 +1,113 @@
+"""The protocol: requests are kept until they are sent, and state is each callback's own."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.callbacks import Callbacks, parse
+from launcher.data.plan import Plan
+from launcher.errors import RunError, UsageError
+from launcher.runtime.progress import Every, Progress
+from tests.callbacks.helpers import view
+
+
+class Patient:
+    """Asks for something at its third step."""
+
+    def __init__(self, request: str = "finish") -> None:
+        self.request, self.steps = request, 0
+
+    def on_step(self) -> str | None:
+        self.steps += 1
+        return self.request if self.steps == 3 else None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.steps = state["steps"]
+
+
+class Measuring:
+    def __init__(self, name: str) -> None:
+        self.name, self.records = name, list[Any]()
+
+    def local_figures(self) -> dict[str, int]:
+        return {self.name: 1}
+
+    def figures(self, record: dict[str, float], ranks: list[dict[str, int]]) -> dict[str, float]:
+        return {f"perf/{self.name}": record["perf/step_s"] + sum(rank[self.name] for rank in ranks)}
+
+    def on_record(self, record: dict[str, float] | None) -> None:
+        self.records.append(record)
+
+
+def test_a_request_is_kept_until_it_is_taken_and_its_author_until_the_end() -> None:
+    callbacks = Callbacks([Patient(), Measuring("a")])
+    for step in range(1, 4):
+        callbacks.call("on_step")
+        assert callbacks.asked == ({"finish": "Patient"} if step == 3 else {})
+    callbacks.call("on_gradients")  # nobody has one
+    assert callbacks.take() == {"finish"} and callbacks.take() == frozenset()
+    assert callbacks.reasons == {"finish": "Patient"}
+
+
+def test_a_request_that_is_none_is_an_error_with_the_names_there_are() -> None:
+    callbacks = Callbacks([Patient("quit")])
+    callbacks.call("on_step")
+    callbacks.call("on_step")
+    with pytest.raises(RunError, match=r"Patient\.on_step returned 'quit'.*stop, finish, evaluate"):
+        callbacks.call("on_step")
+
+
+def test_figures_of_all_ranks_come_together_in_a_record() -> None:
+    callbacks = Callbacks([Measuring("a"), Patient(), Measuring("b")])
+    assert callbacks.local_figures() == {"a": 1, "b": 1}
+    assert callbacks.late_figures() == {}
+    ranks = [{"a": 1, "b": 1}, {"a": 5, "b": 7}]
+    assert callbacks.figures({"perf/step_s": 0.5}, ranks) == {"perf/a": 6.5, "perf/b": 8.5}
+
+
+def test_each_callback_gets_its_own_state_and_a_new_one_none() -> None:
+    first, second = Patient(), Patient()
+    first.steps, second.steps = 1, 2
+    saved = Callbacks([first, Measuring("a"), second]).state_dict()
+    # What has no state comes and goes, with the config or the terminal.
+    again = [Measuring("b"), Patient(), Patient(), Patient()]
+    Callbacks(again).load_state_dict(saved)
+    assert [c.steps for c in again if isinstance(c, Patient)] == [1, 2, 0]
+
+
+def test_a_callback_may_take_the_records_where_it_wants() -> None:
+    callbacks = Callbacks([Measuring("a"), SimpleNamespace(sink=lambda: "a sink")])
+    assert callbacks.sinks() == ["a sink"]
+
+
+def test_an_entry_of_the_config() -> None:
+    assert parse("early_stop") == ("early_stop", {})
+    name, arguments = parse("my.py:Mine patience=3 metric=val/loss names='[x, y]' on=true")
+    assert name == "my.py:Mine"
+    assert arguments == {"patience": 3, "metric": "val/loss", "names": ["x", "y"], "on": True}
+
+
+@pytest.mark.parametrize("text", ["name 3", "name 'open", "name x=[1"])
+def test_an_entry_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(UsageError, match=r"CALLBACKS: .*is not a name with key=value arguments"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("every", "progress", "due"),
+    [
+        ("3step", Progress(step=2, samples=16), True),
+        ("3step", Progress(step=1, samples=8), False),
+        ("1ep", Progress(step=1, samples=8), False),
+        ("1ep", Progress(step=2, samples=16), True),  # the epoch's last, smaller batch
+        ("", Progress(step=2, samples=16), False),
+    ],
+)
+def test_whether_the_step_under_way_is_due(every: str, progress: Progress, due: bool) -> None:
+    look = view(plan=Plan(20, 8))
+    look.progress.__dict__.update(vars(progress))
+    assert look.is_due(Every(every)) == due

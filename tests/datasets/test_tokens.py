@@ -1,0 +1,90 @@
+"""TokenFile: samples from one long file of tokens."""
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.data.fetch import Fetcher
+from launcher.data.plan import Request
+from launcher.datasets import TokenFile
+from launcher.errors import UsageError
+
+
+def tokens(path: Path, count: int, dtype: str = "uint16") -> Path:
+    np.arange(count, dtype=dtype).tofile(path)
+    return path
+
+
+def test_samples_are_shifted_by_one_token(tmp_path: Path) -> None:
+    dataset = TokenFile(tokens(tmp_path / "t.bin", 11), length=5)
+    assert len(dataset) == 2
+    for i in range(2):
+        inputs, targets = dataset[i]
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.tolist() == list(range(5 * i, 5 * i + 5))
+        assert targets.tolist() == list(range(5 * i + 1, 5 * i + 6))
+    # The last sample needs the token after it.
+    assert len(TokenFile(tokens(tmp_path / "t.bin", 10), length=5)) == 1
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+def test_large_tokens_and_npy(tmp_path: Path) -> None:
+    np.array([65_535, 70_000, 2], np.uint32).tofile(tmp_path / "t.bin")
+    assert TokenFile(tmp_path / "t.bin", 2, "uint32")[0][1].tolist() == [70_000, 2]
+    np.save(tmp_path / "t.npy", np.array([7, -8, 9], np.int32))
+    dataset = TokenFile(tmp_path / "t.npy", 2)
+    assert dataset.dtype == np.int32 and dataset[0][0].tolist() == [7, -8]
+
+
+def test_a_batch_is_fetched_in_one_call_and_needs_no_seeds(tmp_path: Path) -> None:
+    dataset = TokenFile(tokens(tmp_path / "t.bin", 101), length=10)
+    fetcher = Fetcher(dataset, None, seed=0)
+    assert fetcher.whole is not None and fetcher.seed is None
+    inputs, targets = fetcher[Request(0, [9, 0, 3])]
+    assert inputs[:, 0].tolist() == [90, 0, 30] and torch.equal(inputs + 1, targets)
+
+
+def test_it_is_mapped_late_and_survives_pickling_and_forks(tmp_path: Path) -> None:
+    dataset = TokenFile(tokens(tmp_path / "t.bin", 100_001), length=10)
+    dataset[0]
+    text = pickle.dumps(dataset)
+    assert len(text) < 1000
+    assert pickle.loads(text)[9_999][1][-1] == 100_000 % 65_536
+    for context in ("fork", "spawn"):
+        with multiprocessing.get_context(context).Pool(1) as pool:
+            assert pool.apply(_first, (dataset, 5_000)) == 50_000
+
+
+def _first(dataset: TokenFile, index: int) -> int:
+    return int(dataset[index][0][0])
+
+
+def test_mistakes_in_token_files(tmp_path: Path) -> None:
+    path = tokens(tmp_path / "t.bin", 5)
+    with pytest.raises(UsageError, match="has 5 tokens; one sample of length 5 needs 6"):
+        TokenFile(path, 5)
+    path.write_bytes(b"12345")
+    with pytest.raises(UsageError, match="5 bytes, no multiple of the 2 of uint16"):
+        TokenFile(path, 1)
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match="has 0 tokens"):
+        TokenFile(path, 1)
+    with pytest.raises(UsageError, match="integers, not float32"):
+        TokenFile(path, 1, "float32")
+    with pytest.raises(UsageError, match="no type 'tokens'"):
+        TokenFile(path, 1, "tokens")
+    with pytest.raises(UsageError, match="length must be at least 1"):
+        TokenFile(path, 0)
+    with pytest.raises(UsageError, match=r"none\.bin: No such file"):
+        TokenFile(tmp_path / "none.bin", 1)
+    np.save(tmp_path / "t.npy", np.zeros((2, 3), np.int64))
+    with pytest.raises(UsageError, match=r"shape \(2, 3\)"):
+        TokenFile(tmp_path / "t.npy", 1)
+    (tmp_path / "t.npy").write_bytes(b"no numpy file")
+    with pytest.raises(UsageError, match=r"t\.npy is no \.npy file"):
+        TokenFile(tmp_path / "t.npy", 1)
