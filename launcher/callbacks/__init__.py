@@ -1,7 +1,8 @@
 """Optional parts of a run, one file each, over one protocol.
 
 A callback is any object made as `Class(run, **arguments)` that has some of the methods below; it
-needs no base class. A method that is not there costs nothing. All are called on every rank alike:
+needs no base class. A method that is not there costs nothing. These are called on every rank
+alike, but for `on_saved`:
 
     on_start()                  before an attempt's first step
     before_step(samples)        before a step in which this rank has so many samples

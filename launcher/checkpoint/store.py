@@ -193,7 +193,8 @@ class CheckpointStore:
 
     def clean(self, damaged: Iterable[int] = ()) -> None:
         """Remove what a crash left half written, and move damaged checkpoints out of the way as
-        `damaged_step_<N>`, so that they count for nothing; for the run's live owner only."""
+        `damaged_step_<N>`, so that they count for nothing; for the run's live owner only, and after
+        `newest`, which puts back what a crash left between two names."""
         if not self.directory.is_dir():
             return
         for path in self.directory.glob(".tmp_*"):

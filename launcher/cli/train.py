@@ -117,7 +117,7 @@ def _train(argv: list[str], signals: Signals) -> int:
         resume_from=options.resume_from,
         allow=frozenset(key for text in options.allow for key in text.split(",")),
         callbacks=resolve(cfg.CALLBACKS, [*search, Path.cwd()]),
-        evaluate=options.checkpoint,
+        checkpoint=options.checkpoint,
     )
     log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
     with (

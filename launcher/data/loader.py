@@ -156,7 +156,7 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     for batch in batches:
         with torch.cuda.stream(side):
             ahead.append((moved(batch), side.record_event()))
-        if len(ahead) > 1:
+        if len(ahead) > 1:  # a batch is handed out when the next one has come
             yield _ready(*ahead.pop(0), device)
     for last in ahead:
         yield _ready(*last, device)

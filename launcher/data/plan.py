@@ -90,7 +90,7 @@ def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -
     """A rank's micro-batches of global batches [first, last), counted over all epochs."""
     while first < last:
         epoch, k = divmod(first, plan.steps_per_epoch)
-        # As many global batches as make one good numpy call, up to the end of the epoch.
+        # As many global batches as make one good numpy call, up to the epoch's end, or to `last`.
         many = max(1, POSITIONS_AT_ONCE * plan.world_size // plan.batch_size)
         stop = min(k + many, plan.steps_per_epoch, k + last - first)
         cuts = [cut for i in range(k, stop) for cut in plan.micro_batches(i, rank)]

@@ -78,7 +78,8 @@ class Data:
         self.waited = 0.0
         self._first = self._last = 0  # global batches, counted over all epochs
         self._training: Iterator[Any] = iter(())
-        self._stream_states: deque[dict[str, Any] | None] = deque([None], maxlen=4)  # newest last
+        # Newest last: it may be ahead of the training, by the batches that were prefetched.
+        self._stream_states: deque[dict[str, Any] | None] = deque([None], maxlen=4)
 
     def _length(self, split: str) -> int:
         dataset = self.datasets[split]
@@ -211,7 +212,6 @@ class Data:
         """Batches, with the states that come along put aside."""
         for answer in answers:
             if isinstance(answer, Stated):
-                # The newest may be ahead of the training by the batches prefetched to the device.
                 self._stream_states.append(answer.state)
                 answer = answer.batch
             yield answer

@@ -69,6 +69,7 @@ class Evaluation:
         if parts is not None and None not in parts:
             self.guard.enter("summarize")
             plan = self.data.val_plan
+            # The inverse of data/plan.py's eval_requests: whole batches, dealt in turn.
             whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
             metrics = means(note for _, noted in whole for note in noted)
             metrics |= _metrics(task, [output for output, _ in whole], plan.length)

@@ -181,7 +181,8 @@ class Loop:
         self.guard.enter("save")
         state = self.state
         state.agreed = self.step.agreement.on_their_way()
-        # A checkpoint says how long the files are up to it: the records must be in them.
+        # A checkpoint says how long the files are up to it: the records must be in them, and nobody
+        # records anything until `capture` has taken their lengths.
         written = state.recorder.writer.flush()
         captured = state.capture(self.runtime)
         if captured is not None and self.saver is not None:

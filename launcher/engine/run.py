@@ -56,7 +56,7 @@ class Job:
     resume_from: Path | None = None
     allow: frozenset[str] = field(default_factory=frozenset)
     callbacks: Sequence[Made] = ()  # those of CALLBACKS
-    evaluate: str = "last"  # "last", "best" or a path: the checkpoint of --eval-only
+    checkpoint: str = "last"  # "last", "best" or a path; for --eval-only
 
 
 def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
@@ -232,7 +232,7 @@ def write_end(directory: RunDirectory, state: TrainingState, stopped: str | None
 
 
 def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
-    """Evaluate `job.evaluate` and write evaluations/<UTC time>.json; False where it was asked to
+    """Evaluate `job.checkpoint`, and write evaluations/<UTC time>.json; False where it was asked to
     stop before that was done.
 
     Raises UsageError where there is no such checkpoint.
@@ -245,7 +245,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     data.set_threads()
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     # Collectives: rank 0 alone need see the checkpoints.
-    path = runtime.on_main(lambda: choose_checkpoint(store, job.evaluate))
+    path = runtime.on_main(lambda: choose_checkpoint(store, job.checkpoint))
     strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0
     saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
     # A collective a tensor: the model of rank 0 is everybody's.

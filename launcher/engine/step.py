@@ -129,8 +129,7 @@ class TrainStep:
         for i, samples in enumerate(batch.sizes or [0]):
             micro_batch = next(batch.batches) if samples else None
             # Gradients cross the ranks once a step: with the last micro-batch.
-            held, module = i < len(batch.sizes) - 1, self.module
-            with module.no_sync() if held and isinstance(module, DDP) else contextlib.nullcontext():
+            with self._held_back() if i < len(batch.sizes) - 1 else contextlib.nullcontext():
                 out = self.module(micro_batch, samples, batch.count, requests)
                 loss = self.scaler.scale(out.loss) + out.term
                 self.callbacks.call("on_backward", loss)
@@ -144,12 +143,15 @@ class TrainStep:
         self.module.zero_grad()
         return skipped, seen
 
+    def _held_back(self) -> contextlib.AbstractContextManager[None]:
+        return self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
+
     def _normalise(self, count: int, weighted: bool, idle: bool) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""
         self.scaler.unscale_(self.optimizer)
         if idle:
-            # A rank without samples has no output of the task to tell by: it has to ask, which
-            # waits for the device, in the rare steps that have fewer samples than ranks.
+            # A task weighs all of its batches or none. A rank without samples cannot tell which: it
+            # asks, which waits for the device, in the rare steps with fewer samples than ranks.
             weighted = self.agreement.any_weighted()
         if weighted:
             total = self.agreement.total_weight
@@ -166,7 +168,7 @@ class TrainStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
         skipped = False
         if self.scaler.is_enabled():
-            # The scaler itself reads a flag back from the device to decide, once a step.
+            # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = self.scaler.get_scale()
             self.scaler.step(self.optimizer)
             self.scaler.update()
