@@ -73,7 +73,7 @@ class Board:
 
     def close(self) -> None:
         self._calls.put(None)
-        self.thread.join(1.0)  # a hanging call is left to the process's end
+        self.thread.join(5.0)  # a hanging call is left to the process's end, which it may abort
 
     def _call(self, function: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()

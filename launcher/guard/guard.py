@@ -222,7 +222,7 @@ class Guard:
     def _close(self) -> None:
         self._closed.set()
         self._signals.wake()
-        self._thread.join(2 * TICK_S)
+        self._thread.join(5.0)
         self.board.close()
         faulthandler.cancel_dump_traceback_later()
         if self._timer_file is not None:
