@@ -1,11 +1,10 @@
 """Coercion: nothing is lost on the way from text to a key's type, or it is a mistake."""
 
-import math
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.config.coerce import coerce
@@ -26,10 +25,9 @@ def from_yaml(text: str, default: object, **more: Any) -> Any:
 
 
 @given(st.booleans() | st.integers() | finite | st.text())
+@example(-0.0)
 def test_the_text_of_a_value_gives_the_value_back(value: object) -> None:
-    result = from_text(str(value), value)
-    assert type(result) is type(value)
-    assert result == value
+    assert repr(from_text(str(value), value)) == repr(value)
 
 
 @given(
@@ -46,15 +44,12 @@ def test_lists_and_tuples_survive_yaml(value: list[object]) -> None:
 
 @given(st.none() | st.booleans() | st.integers() | finite | st.lists(st.text() | st.integers()))
 def test_a_default_of_none_takes_any_plain_value(value: object) -> None:
-    result = from_yaml(yaml.safe_dump(value), None)
-    assert result == value
-    assert type(result) is type(value)
+    assert repr(from_yaml(yaml.safe_dump(value), None)) == repr(value)
 
 
 @given(st.integers())
 def test_a_whole_number_is_a_float_only_where_exact(value: int) -> None:
-    exact = abs(value) < 2**1000 and int(float(value)) == value
-    if exact:
+    if abs(value) < 2**1000 and int(float(value)) == value:
         assert from_text(str(value), 0.0) == value
     else:
         with pytest.raises(Mistake):
@@ -96,8 +91,7 @@ def test_a_number_is_whole_only_where_nothing_is_cut_off(value: float) -> None:
 )
 def test_yaml_lands_in_the_type_of_the_default(text: str, default: object, value: object) -> None:
     result = from_yaml(text, default, element="" if default == [] else None)
-    assert result == value
-    assert type(result) is type(value)
+    assert repr(result) == repr(value)  # 1 == 1.0 == True
 
 
 @pytest.mark.parametrize(
@@ -129,10 +123,6 @@ def test_yaml_lands_in_the_type_of_the_default(text: str, default: object, value
 def test_what_would_lose_something_is_a_mistake(text: str, default: object, says: str) -> None:
     with pytest.raises(Mistake, match=says):
         from_yaml(text, default)
-
-
-def test_a_signed_zero_keeps_its_sign() -> None:
-    assert math.copysign(1, from_text("-0.0", 1.0)) == -1
 
 
 def test_a_word_of_the_command_line_is_not_cut_at_a_comment() -> None:
