@@ -1,6 +1,5 @@
 """The command: help, exit codes, refusals, and what answers without importing torch."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,18 +7,10 @@ import pytest
 
 from launcher import __version__, cli
 from launcher.errors import RunError, UsageError
-from tests.cli.imports import ROOT, imported_by
+from tests.cli.launched import imported_by
+from tests.system.jobs import DIGITS, Job
 
-CONFIG = str(ROOT / "configs" / "digits.yaml")
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No launcher's variables, and no run directory in the checkout."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], []])
@@ -46,11 +37,51 @@ def test_version(capsys: Captured) -> None:
 @pytest.mark.parametrize(("name", "hint"), [("trian", " (did you mean train?)"), ("zzz", "")])
 def test_an_unknown_command(name: str, hint: str, capsys: Captured) -> None:
     assert cli.main([name]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == (
-        "",
-        f"launcher: there is no command {name!r}{hint}; see launcher --help\n",
-    )
+    told = f"launcher: there is no command {name!r}{hint}; see launcher --help\n"
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("config", "arguments are required: command"),
+        ("config sing", "invalid choice: 'sing'"),
+        ("config keys --markdown SEED 1", "--markdown shows the defaults; give it alone"),
+        ("config diff one", "arguments are required: B"),
+        ("train --bogus", "unrecognized arguments: --bogus"),
+        ("train --res", "--res"),  # no abbreviations: a later option would change their meaning
+        ("train --config-file", "expected one argument"),
+        ("train SEED 1 --config-file", "expected one argument"),
+        ("train --resume=yes", "--resume"),
+        ("runs plot a --smooth 1 -o p.svg", "--smooth"),
+        ("runs plot a --smooth -0.1 -o p.svg", "--smooth"),
+        ("runs plot a --smooth nan -o p.svg", "--smooth"),
+        ("runs plot a --smooth much -o p.svg", "--smooth"),
+    ],
+)
+def test_bad_options_exit_with_2(words: str, told: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("config keys LR 1", "did you mean OPTIM.LR"),
+        ("config diff empty empty", "no run directory"),
+        ("config diff gone.yaml gone.yaml", "no such file"),
+        ("tune-loader --seconds 0", "--seconds"),
+        ("tune-loader --seconds nan", "--seconds"),
+        ("tune-loader --ranks -2", "--ranks"),
+        ("tune-loader TASK.NAME sine SEEED 1", "did you mean SEED"),
+    ],
+)
+def test_mistakes_exit_with_2(words: str, told: str, capsys: Captured) -> None:
+    Path("empty").mkdir()
+    assert cli.main(words.split()) == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "code"), [(UsageError, 2), (RunError, 1)])
@@ -79,7 +110,7 @@ def test_a_mistake_is_one_message_and_a_code(
 
 def test_check_prints_the_config_and_makes_nothing(tmp_path: Path, capsys: Captured) -> None:
     """Overrides in any order and both forms; the last one wins."""
-    words = ["OPTIM.LR=1", "--check", "TRAIN.DURATION", "5ep", "--config-file", CONFIG]
+    words = ["OPTIM.LR=1", "--check", "TRAIN.DURATION", "5ep", "--config-file", str(DIGITS)]
     assert cli.main(["train", *words, "OPTIM.LR", "1e-3", "TRAIN.DURATION=20ep"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"  LR: 0.001", "  DURATION: 20ep", "OUTPUT_DIR: runs/digits"} <= set(lines)
@@ -87,15 +118,24 @@ def test_check_prints_the_config_and_makes_nothing(tmp_path: Path, capsys: Captu
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "train --help", f"train --config-file {CONFIG} --check", "config keys"]
+    ("words", "code"),
+    [
+        ("--help", 0),
+        ("train --help", 0),
+        (f"train --config-file {DIGITS} --check", 0),
+        ("config keys", 0),
+        ("config keys --json", 0),
+        ("tune-loader TASK.NAME sine SEEED 1", 2),
+    ],
 )
-def test_answers_without_torch(tmp_path: Path, words: str) -> None:
-    """tests/system/test_bad_input.py has the mistakes."""
-    imported = imported_by(words.split(), 0, tmp_path)
+def test_answers_without_torch(words: str, code: int) -> None:
+    """tests/system/test_bad_input.py has more mistakes."""
+    imported = imported_by(words, code)
     assert "yacs" in imported  # the list was read
     assert not imported & {"torch", "numpy", "sklearn", "tensorboard"}
+    assert words == "config keys" or "rich" not in imported  # which draws the table
 
 
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, launcher; launcher.Task; launcher.CfgNode; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    Job([sys.executable, "-c", code], {}, Path.cwd()).wait().ok()

@@ -1,6 +1,7 @@
 """What `launcher train` refuses before anything is made."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,12 @@ from launcher.cli.train import check_writable
 from launcher.errors import UsageError
 
 
-def snapshot(folder: Path) -> list[str]:
-    return sorted(str(p) for p in folder.rglob("*"))
-
-
 @pytest.mark.parametrize("name", ["new", "new/er/still", "there"])
 def test_a_writable_place_is_not_touched(tmp_path: Path, name: str) -> None:
     (tmp_path / "there").mkdir()
-    before = snapshot(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
     check_writable(tmp_path / name)
-    assert snapshot(tmp_path) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -34,14 +31,13 @@ def test_an_impossible_place_is_told(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root alone changes its user")
 @pytest.mark.parametrize("mode", [0o755, 0o700], ids=["not writable", "not readable"])
-def test_a_place_of_another_user_is_told(tmp_path: Path, mode: int) -> None:
+def test_a_place_of_another_user_is_told(mode: int) -> None:
     # pytest's own folders are closed to other users, so this one lies elsewhere.
-    place = Path("/tmp") / f"launcher-test-{os.getpid()}-{mode}"
-    place.mkdir(mode=mode)
-    try:
-        os.seteuid(65534)
-        with pytest.raises(UsageError, match="OUTPUT_DIR"):
-            check_writable(place / "run")
-    finally:
-        os.seteuid(0)
-        place.rmdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, mode)
+        try:
+            os.seteuid(65534)
+            with pytest.raises(UsageError, match="OUTPUT_DIR"):
+                check_writable(Path(place) / "run")
+        finally:
+            os.seteuid(0)
