@@ -1,11 +1,15 @@
 """The command: help, exit codes, refusals, and what answers without importing torch."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from launcher import __version__, cli
+from launcher.cli.train import check_writable
 from launcher.errors import RunError, UsageError
 from tests.cli.launched import imported_by
 from tests.system.jobs import DIGITS, Job
@@ -98,11 +102,7 @@ def test_a_mistake_is_one_message_and_a_code(
     monkeypatch.setattr("launcher.cli.time.sleep", waited.append)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-
-    def command(argv: list[str]) -> int:
-        raise kind("mend this")
-
-    assert cli.call(command, []) == code
+    assert cli.call(Mock(side_effect=kind("mend this")), []) == code
     prefix = "launcher: rank 3" if rank == "3" else "launcher"
     assert capsys.readouterr().err == f"{prefix}: mend this\n"
     assert waited == ([cli.GRACE_S] if rank == "3" else [])
@@ -139,3 +139,36 @@ def test_answers_without_torch(words: str, code: int) -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, launcher; launcher.Task; launcher.CfgNode; sys.exit('torch' in sys.modules)"
     Job([sys.executable, "-c", code], {}, Path.cwd()).wait().ok()
+
+
+@pytest.mark.parametrize("name", ["new", "new/er/still", "there"])
+def test_a_writable_place_is_not_touched(tmp_path: Path, name: str) -> None:
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    check_writable(tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["file", "file/run", "file/run/deeper", "/proc/run", "/proc/sys/a/b", "n" * 300]
+)
+def test_an_impossible_place_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="OUTPUT_DIR") as caught:
+        check_writable(tmp_path / name)
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert (tmp_path / "file").is_file()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="root alone changes its user")
+@pytest.mark.parametrize("mode", [0o755, 0o700], ids=["not writable", "not readable"])
+def test_a_place_of_another_user_is_told(mode: int) -> None:
+    # pytest's own folders are closed to other users, so this one lies elsewhere.
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, mode)
+        try:
+            os.seteuid(65534)
+            with pytest.raises(UsageError, match="OUTPUT_DIR"):
+                check_writable(Path(place) / "run")
+        finally:
+            os.seteuid(0)

@@ -21,20 +21,20 @@ def test_every_key_has_a_comment_of_one_line() -> None:
     assert len({key.name for key in KEYS}) == len(KEYS)
 
 
-def test_keys_say_where_each_value_came_from(capsys: pytest.CaptureFixture) -> None:
+def test_keys_also_the_tasks_say_where_each_value_came_from(capsys: pytest.CaptureFixture) -> None:
     Path("x.yaml").write_text("SEED: 3\n")
-    words = ["DATALOADER.NUM_WORKERS", "-1", "--json", "LOG.LEVEL=DEBUG"]
+    words = ["DATALOADER.NUM_WORKERS", "-1", "--json", "LOG.LEVEL=DEBUG", "TASK.NAME=digits"]
     assert main(["keys", "--config-file", "x.yaml", *words]) == 0
     rows = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["SEED"]["value"] == 3
-    assert rows["SEED"]["origin"] == "x.yaml:1"
+    assert (rows["SEED"]["value"], rows["SEED"]["origin"]) == (3, "x.yaml:1")
     assert rows["LOG.LEVEL"]["origin"] == "command line"
-    assert rows["OPTIM.LR"] == {
-        "key": "OPTIM.LR",
-        "value": 0.1,
+    assert rows["TASK.MODEL"] == {
+        "key": "TASK.MODEL",
+        "value": "convnet",
         "origin": "default",
-        "comment": "Learning rate before warm-up and schedule",
+        "comment": "Declared by Digits",
     }
+    assert rows["OPTIM.LR"]["comment"] == "Learning rate before warm-up and schedule"
 
 
 def test_a_piped_table_is_never_cut_off(
@@ -46,12 +46,6 @@ def test_a_piped_table_is_never_cut_off(
     out = capsys.readouterr().out
     assert path in out
     assert all(key.comment in out for key in KEYS)
-
-
-def test_keys_shows_the_keys_of_the_task(capsys: pytest.CaptureFixture) -> None:
-    assert main(["keys", "TASK.NAME", "digits", "--json"]) == 0
-    rows = [row for row in json.loads(capsys.readouterr().out) if row["key"].startswith("TASK.")]
-    assert any("Declared by" in row["comment"] for row in rows)
 
 
 def test_diff_shows_both_values(capsys: pytest.CaptureFixture) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tests.runs.made import append, lines, make_run, record, training
 from tests.system.jobs import Job
 
 Captured = pytest.CaptureFixture[str]
-Said = Callable[[str], str]
 READERS = (
     *("list", "show runs/a", "compare runs/a runs/b", "report runs/a"),
     "export runs/a -o x.csv",
@@ -30,15 +28,10 @@ def runs(words: str) -> int:
     return cli.main(["runs", *words.split()])
 
 
-@pytest.fixture
-def said(capsys: Captured) -> Said:
+def said(words: str, capsys: Captured) -> str:
     """What a command prints that ends well."""
-
-    def said(words: str) -> str:
-        assert runs(words) == 0
-        return capsys.readouterr().out
-
-    return said
+    assert runs(words) == 0
+    return capsys.readouterr().out
 
 
 def test_help_names_every_verb(capsys: Captured) -> None:
@@ -49,10 +42,10 @@ def test_help_names_every_verb(capsys: Captured) -> None:
     assert caught.value.code == 0 and all(f"    {verb} " in out for verb in verbs)
 
 
-def test_list(said: Said) -> None:
+def test_list(capsys: Captured) -> None:
     """Also in a pipe nothing is cut off."""
     make_run(Path("runs", "long" * 40))
-    assert [line.split()[:3] for line in said("list").splitlines()] == [
+    assert [line.split()[:3] for line in said("list", capsys).splitlines()] == [
         ["run", "state", "step"],
         ["a", "completed", "100/100"],
         ["b", "failed", "50/50"],
@@ -60,13 +53,13 @@ def test_list(said: Said) -> None:
     ]
 
 
-def test_list_chooses_orders_and_shows_what_is_asked_for(said: Said) -> None:
+def test_list_chooses_orders_and_shows_what_is_asked_for(capsys: Captured) -> None:
     words = "list runs --sort val/accuracy --reverse --columns run,OPTIM.LR --json"
-    assert json.loads(said(words)) == [
+    assert json.loads(said(words, capsys)) == [
         {"path": "runs/a", "run": "a", "OPTIM.LR": 0.1},
         {"path": "runs/b", "run": "b", "OPTIM.LR": 0.01},
     ]
-    (row,) = json.loads(said("list --where OPTIM.LR=0.1 --where val/accuracy>0.5 --json"))
+    (row,) = json.loads(said("list --where OPTIM.LR=0.1 --where val/accuracy>0.5 --json", capsys))
     assert (row["run"], row["best"], row["step"], row["total"]) == ("a", 0.9, 100, 100)
 
 
@@ -76,33 +69,33 @@ def test_a_folder_without_runs(capsys: Captured) -> None:
     assert capsys.readouterr() == ("[]\n", "launcher: no runs below empty\n")
 
 
-def test_show(said: Said) -> None:
-    out = said("show runs/a")
+def test_show(capsys: Captured) -> None:
+    out = said("show runs/a", capsys)
     assert "runs/a  completed" in out and "best val/accuracy 0.9 at step 100" in out
-    found = json.loads(said("show runs/b --json"))
+    found = json.loads(said("show runs/b --json", capsys))
     assert found["metrics"]["val/loss"]["min"] == {"step": 50, "value": 4.0}
     assert (found["state"], found["failure"], found["config"]["OPTIM.LR"]) == ("failed", None, 0.01)
     assert [event["event"] for event in found["history"]] == ["start", "failure"]
 
 
-def test_tail(said: Said) -> None:
-    assert json.loads(said("tail runs/a -n 1 --json")) == training(100)[-1]
-    lines = said("tail runs/a -f").splitlines()
+def test_tail(capsys: Captured) -> None:
+    assert json.loads(said("tail runs/a -n 1 --json", capsys)) == training(100)[-1]
+    lines = said("tail runs/a -f", capsys).splitlines()
     assert len(lines) == 11 and lines[-1] == "--- completed: step 100, epoch 2"
 
 
-def test_compare(said: Said) -> None:
-    out = said("compare runs/a runs/b")
+def test_compare(capsys: Captured) -> None:
+    out = said("compare runs/a runs/b", capsys)
     assert "OPTIM.LR" in out and "0.9 *" in out
-    found = json.loads(said("compare runs/a runs/b --key val/loss --json"))
+    found = json.loads(said("compare runs/a runs/b --key val/loss --json", capsys))
     assert found["runs"] == ["a", "b"] and found["config"]["OPTIM.LR"] == [0.1, 0.01]
     assert found["metrics"][0]["values"] == [2.0, 4.0] and found["metrics"][0]["best"] == [0]
 
 
-def test_plot(said: Said) -> None:
+def test_plot() -> None:
     pytest.importorskip("matplotlib")
     options = "--key val/accuracy --key train/loss --x samples --smooth 0.5 -o p.svg"
-    said(f"plot runs/a runs/b {options}")
+    assert runs(f"plot runs/a runs/b {options}") == 0
     assert "val/accuracy" in Path("p.svg").read_text()
 
 

@@ -50,7 +50,7 @@ def test_a_default_of_none_takes_any_plain_value(value: object) -> None:
 @given(st.integers())
 def test_a_whole_number_is_a_float_only_where_exact(value: int) -> None:
     if abs(value) < 2**1000 and int(float(value)) == value:
-        assert from_text(str(value), 0.0) == value
+        assert repr(from_text(str(value), 0.0)) == repr(float(value))
     else:
         with pytest.raises(Mistake):
             from_text(str(value), 0.0)
@@ -59,19 +59,16 @@ def test_a_whole_number_is_a_float_only_where_exact(value: int) -> None:
 @given(finite)
 def test_a_number_is_whole_only_where_nothing_is_cut_off(value: float) -> None:
     if value.is_integer() and abs(value) < 2**53:
-        assert from_text(str(value), 0) == int(value)
+        assert repr(from_text(str(value), 0)) == repr(int(value))
     elif not value.is_integer():
-        with pytest.raises(Mistake, match="fraction"):
+        with pytest.raises(Mistake, match="fraction would be lost"):
             from_text(str(value), 0)
 
 
 @pytest.mark.parametrize(
     ("text", "default", "value"),
     [
-        ("1e-3", 0.0, 1e-3),
-        ("1", 0.0, 1.0),
         ("1_000", 0, 1000),
-        ("64.0", 0, 64),
         ("1e3", 0, 1000),
         ("0x10", 0, 16),
         ("yes", False, True),
@@ -97,7 +94,6 @@ def test_yaml_lands_in_the_type_of_the_default(text: str, default: object, value
 @pytest.mark.parametrize(
     ("text", "default", "says"),
     [
-        ("1.5", 0, "fraction would be lost"),
         ("1e999999999", 0, "too large"),
         ("010", 0, "leading zero"),
         ("true", 0, "not a whole number"),

@@ -27,21 +27,19 @@ class Toy:
 
 
 def resolve(name: str, search: list[Path], builtin_only: bool) -> type | None:
-    if name == "toy":
+    if name == "toy" or (name.endswith(":Toy") and not builtin_only):
         return Toy
     if name and builtin_only:
         return None
-    if name.endswith(":Toy"):
-        return Toy
     raise UsageError(f"no task {name!r}; the built-in tasks are: toy")
 
 
-def load(file: object = None, *words: str, **more: Any) -> Config:
+def load(file: str | None = None, *words: str, **more: Any) -> Config:
     more.setdefault("resolve_task", resolve)
-    return load_config(None if file is None else str(file), words, **more)
+    return load_config(file, words, **more)
 
 
-def mistakes(file: object = None, *words: str, **more: Any) -> ConfigError:
+def mistakes(file: str | None = None, *words: str, **more: Any) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         load(file, *words, **more)
     return caught.value

@@ -113,35 +113,28 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("name", "content", "told"),
     [
-        ([1, 2], "holds no state_dict but a list"),
-        (torch.zeros(2), "holds no state_dict but a Tensor"),
-        ({"lr": 0.1, "name": "x"}, "names and tensors are needed"),
-        (b"junk", "w.pt"),
-        (nn.Linear(1, 1), "w.pt"),  # a whole pickled module is not unpickled
+        ("w.pt", [1, 2], "holds no state_dict but a list"),
+        ("w.pt", torch.zeros(2), "holds no state_dict but a Tensor"),
+        ("w.pt", {"lr": 0.1, "name": "x"}, "names and tensors are needed"),
+        ("w.pt", b"junk", r"w\.pt"),
+        ("w.pt", nn.Linear(1, 1), r"w\.pt"),  # a whole pickled module is not unpickled
+        ("w.safetensors", b"junk", r"w\.safetensors"),
+        ("absent.pt", None, "absent"),
+        ("absent.safetensors", None, "absent"),
+        ("absent/step_3", None, "absent"),
     ],
-    ids=["list", "tensor", "values", "junk", "module"],
 )
-def test_what_is_no_state_dict_is_told(tmp_path: Path, content: Any, told: str) -> None:
-    path = tmp_path / "w.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+def test_what_holds_no_weights_is_told(tmp_path: Path, name: str, content: Any, told: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
     with pytest.raises(UsageError, match=told) as caught:
         read_weights(path)
     assert caught.value.exit_code == 2
-
-
-@pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors", "absent/step_3"])
-def test_an_absent_file_is_told(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="absent"):
-        read_weights(tmp_path / name)
-
-
-def test_a_broken_safetensors_file_is_told(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    (tmp_path / "w.safetensors").write_bytes(b"junk")
-    with pytest.raises(UsageError, match=r"w\.safetensors"):
-        read_weights(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from launcher.config import Config, load_config
@@ -42,8 +44,6 @@ def test_stratified(splits: dict[str, TensorDataset]) -> None:
 
 
 def test_the_splits_are_all_of_the_data_once(splits: dict[str, TensorDataset]) -> None:
-    from sklearn.datasets import load_digits
-
     def rows(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[int, ...]]:
         pixels = ((images * 0.38 + 0.3) * 16).round().long().flatten(1)
         return sorted(map(tuple, torch.cat([pixels, labels[:, None]], 1).tolist()))
@@ -86,7 +86,5 @@ def test_an_unknown_model_is_told() -> None:
 
 
 def test_dropout_is_a_key() -> None:
-    from torch import nn
-
     task = Digits(config("TASK.DROPOUT", "0.25").cfg)
     assert [m.p for m in task.build_model().modules() if isinstance(m, nn.Dropout)] == [0.25]
