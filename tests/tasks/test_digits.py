@@ -24,10 +24,6 @@ def splits() -> dict[str, TensorDataset]:
     return {split: task.build_dataset(split) for split in ("train", "val")}
 
 
-def labels(split: TensorDataset) -> torch.Tensor:
-    return split.tensors[1]
-
-
 def test_sizes_and_shapes(splits: dict[str, TensorDataset]) -> None:
     assert (len(splits["train"]), len(splits["val"])) == (1437, 360)
     for split in splits.values():
@@ -38,7 +34,7 @@ def test_sizes_and_shapes(splits: dict[str, TensorDataset]) -> None:
 
 def test_stratified(splits: dict[str, TensorDataset]) -> None:
     """Each class has its 20 % in val, to the nearest sample."""
-    train, val = (labels(split).bincount() for split in splits.values())
+    train, val = (split.tensors[1].bincount() for split in splits.values())
     assert len(val) == 10
     assert ((train + val) * 0.2 - val).abs().max() < 1
 
@@ -60,7 +56,7 @@ def test_the_split_is_fixed(splits: dict[str, TensorDataset]) -> None:
     torch.manual_seed(1)
     again = Digits(config("SEED", "7").cfg).build_dataset("val")
     assert torch.equal(again.tensors[0], splits["val"].tensors[0])
-    assert labels(again)[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+    assert again.tensors[1][:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
 
 
 @pytest.mark.parametrize("model", ["convnet", "lenet"])
