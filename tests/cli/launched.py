@@ -1,9 +1,18 @@
-"""`launcher` in a process of its own."""
+"""`launcher` in this process, and in one of its own."""
 
 import sys
 from pathlib import Path
 
+from launcher import cli
 from tests.system.jobs import Ended, Job
+
+
+def run(words: str) -> object:
+    """The exit code of `launcher WORDS`."""
+    try:
+        return cli.main(words.split())
+    except SystemExit as ended:  # argparse's way out
+        return ended.code
 
 
 def launch(words: str, *options: str, **env: str) -> Ended:

@@ -11,15 +11,15 @@ import pytest
 from launcher import __version__, cli
 from launcher.cli.train import check_writable
 from launcher.errors import RunError, UsageError
-from tests.cli.launched import imported_by
+from tests.cli.launched import imported_by, run
 from tests.system.jobs import DIGITS, Job
 
 Captured = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], []])
-def test_help_lists_the_commands(argv: list[str], capsys: Captured) -> None:
-    assert cli.main(argv) == (0 if argv else 2)
+@pytest.mark.parametrize(("words", "code"), [("--help", 0), ("-h", 0), ("", 2)])
+def test_help_lists_the_commands(words: str, code: int, capsys: Captured) -> None:
+    assert run(words) == code
     out = capsys.readouterr().out
     assert out.startswith("usage: launcher COMMAND")
     assert all(f"  {name}" in out for name in cli.COMMANDS)
@@ -27,20 +27,18 @@ def test_help_lists_the_commands(argv: list[str], capsys: Captured) -> None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command: str, capsys: Captured) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main([command, "--help"])
-    assert caught.value.code == 0
+    assert run(f"{command} --help") == 0
     assert f"launcher {command}" in capsys.readouterr().out
 
 
 def test_version(capsys: Captured) -> None:
-    assert cli.main(["--version"]) == 0
+    assert run("--version") == 0
     assert capsys.readouterr().out == f"launcher {__version__}\n"
 
 
 @pytest.mark.parametrize(("name", "hint"), [("trian", " (did you mean train?)"), ("zzz", "")])
 def test_an_unknown_command(name: str, hint: str, capsys: Captured) -> None:
-    assert cli.main([name]) == 2
+    assert run(name) == 2
     told = f"launcher: there is no command {name!r}{hint}; see launcher --help\n"
     assert capsys.readouterr() == ("", told)
 
@@ -61,18 +59,6 @@ def test_an_unknown_command(name: str, hint: str, capsys: Captured) -> None:
         ("runs plot a --smooth -0.1 -o p.svg", "--smooth"),
         ("runs plot a --smooth nan -o p.svg", "--smooth"),
         ("runs plot a --smooth much -o p.svg", "--smooth"),
-    ],
-)
-def test_bad_options_exit_with_2(words: str, told: str, capsys: Captured) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(words.split())
-    assert caught.value.code == 2
-    assert told in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
         ("config keys LR 1", "did you mean OPTIM.LR"),
         ("config diff empty empty", "no run directory"),
         ("config diff gone.yaml gone.yaml", "no such file"),
@@ -82,9 +68,9 @@ def test_bad_options_exit_with_2(words: str, told: str, capsys: Captured) -> Non
         ("tune-loader TASK.NAME sine SEEED 1", "did you mean SEED"),
     ],
 )
-def test_mistakes_exit_with_2(words: str, told: str, capsys: Captured) -> None:
+def test_bad_options_and_mistakes_exit_with_2(words: str, told: str, capsys: Captured) -> None:
     Path("empty").mkdir()
-    assert cli.main(words.split()) == 2
+    assert run(words) == 2
     assert told in capsys.readouterr().err
 
 
@@ -110,8 +96,8 @@ def test_a_mistake_is_one_message_and_a_code(
 
 def test_check_prints_the_config_and_makes_nothing(tmp_path: Path, capsys: Captured) -> None:
     """Overrides in any order and both forms; the last one wins."""
-    words = ["OPTIM.LR=1", "--check", "TRAIN.DURATION", "5ep", "--config-file", str(DIGITS)]
-    assert cli.main(["train", *words, "OPTIM.LR", "1e-3", "TRAIN.DURATION=20ep"]) == 0
+    words = f"OPTIM.LR=1 --check TRAIN.DURATION 5ep --config-file {DIGITS}"
+    assert run(f"train {words} OPTIM.LR 1e-3 TRAIN.DURATION=20ep") == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"  LR: 0.001", "  DURATION: 20ep", "OUTPUT_DIR: runs/digits"} <= set(lines)
     assert list(tmp_path.iterdir()) == []
