@@ -14,14 +14,14 @@ from launcher.config.source import parse_word
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-def from_text(text: str, default: object, **more: Any) -> Any:
-    return coerce(yaml.ScalarNode("tag:yaml.org,2002:str", text), default, **more)
+def from_text(text: str, default: object) -> Any:
+    return coerce(yaml.ScalarNode("tag:yaml.org,2002:str", text), default)
 
 
-def from_yaml(text: str, default: object, **more: Any) -> Any:
+def from_yaml(text: str, default: object, element: object = None) -> Any:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     assert node is not None
-    return coerce(node, default, **more)
+    return coerce(node, default, element)
 
 
 @given(st.booleans() | st.integers() | finite | st.text())
