@@ -97,7 +97,7 @@ layers = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sources=st.lists(layers, min_size=5, max_size=5))
 def test_the_last_one_wins(sources: list[dict[str, int]]) -> None:
     def layer(path: str, values: dict[str, int], *bases: str) -> None:
@@ -396,7 +396,6 @@ CONFIGS = {
 }
 
 
-@settings(deadline=None, max_examples=100)
 @given(values=st.fixed_dictionaries(CONFIGS))
 def test_config_yaml_loads_back_to_the_same_config(values: dict[str, Any]) -> None:
     first = load(write("x.yaml", yaml.safe_dump(values)), resolve_task=lambda *_: Toy)

@@ -1,5 +1,6 @@
 """Weights from files: what is read, what fits a model, and what is told of the rest."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def test_a_checkpoint_without_averaged_weights_is_told(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
-    (path / "manifest.json").write_text("{}")
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "epoch": 2}))
     with pytest.raises(UsageError, match=r"manifest\.json"):
         read_weights(path)
 
