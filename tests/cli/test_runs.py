@@ -11,10 +11,8 @@ from tests.runs.made import append, lines, make_run, record, training
 from tests.system.jobs import Job
 
 Captured = pytest.CaptureFixture[str]
-READERS = (
-    *("list", "show runs/a", "compare runs/a runs/b", "report runs/a"),
-    "export runs/a -o x.csv",
-)
+SHOWING = ("list", "show runs/a", "compare runs/a runs/b")
+READERS = (*SHOWING, "report runs/a", "export runs/a -o x.csv")
 
 
 @pytest.fixture(autouse=True)

@@ -26,8 +26,12 @@ class Mine(Task):
 @pytest.fixture(autouse=True)
 def imports(tmp_path: Path) -> Iterator[None]:
     """Modules in `tmp_path` can be imported, and are forgotten after the test."""
-    with patch.dict(sys.modules), patch.object(sys, "path", [str(tmp_path), *sys.path]):
+    known = set(sys.modules)
+    with patch.object(sys, "path", [str(tmp_path), *sys.path]):
         yield
+    for name in sys.modules.keys() - known:
+        if name.startswith(("my", "neighbour")):
+            del sys.modules[name]
 
 
 def write(folder: Path, text: str = GOOD, name: str = "mytask.py") -> Path:
