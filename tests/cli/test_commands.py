@@ -51,7 +51,8 @@ def test_an_unknown_command(name: str, hint: str, capsys: Captured) -> None:
         ("config keys --markdown SEED 1", "--markdown shows the defaults; give it alone"),
         ("config diff one", "arguments are required: B"),
         ("train --bogus", "unrecognized arguments: --bogus"),
-        ("train --res", "--res"),  # no abbreviations: a later option would change their meaning
+        # No abbreviations: a later option would change their meaning.
+        ("train --overw", "unrecognized arguments: --overw"),
         ("train --config-file", "expected one argument"),
         ("train SEED 1 --config-file", "expected one argument"),
         ("train --resume=yes", "--resume"),

@@ -396,6 +396,7 @@ CONFIGS = {
 }
 
 
+@settings(max_examples=60)
 @given(values=st.fixed_dictionaries(CONFIGS))
 def test_config_yaml_loads_back_to_the_same_config(values: dict[str, Any]) -> None:
     first = load(write("x.yaml", yaml.safe_dump(values)), resolve_task=lambda *_: Toy)
