@@ -22,7 +22,7 @@ class Slow(Dataset):
     def __init__(self, ms):
         self.ms = ms
     def __len__(self):
-        return 100
+        return 1000
     def __getitem__(self, index):
         time.sleep(self.ms / 1e3)  # fails if negative
         return torch.zeros(10)
