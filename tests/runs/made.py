@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 START = 1_700_000_000.0
+GONE = 2**22 + 1  # the id of no process: Linux gives none so great
 
 
 def record(step: int, **values: float | None) -> dict[str, Any]:
