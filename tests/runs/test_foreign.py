@@ -30,18 +30,11 @@ from tests.runs.made import append, lines, make_run
 def detectron2(path: Path) -> Path:
     """20 iterations a record; killed after 80, resumed from a checkpoint at 40."""
     path.mkdir()
-    records = [
-        {"data_time": 0.008, "iteration": at, "lr": 0.02, "time": 0.25, "total_loss": loss}
-        for at, loss in (
-            (19, 5.0),
-            (39, 2.5),
-            (59, 1.5),
-            (79, 1.25),
-            (59, 2.5),
-            (79, 2.25),
-            (99, 2.0),
-        )
-    ]
+    usual = {"data_time": 0.008, "lr": 0.02, "time": 0.25}
+    iterations = (19, 39, 59, 79, 59, 79, 99)
+    losses = (5.0, 2.5, 1.5, 1.25, 2.5, 2.25, 2.0)
+    told = zip(iterations, losses, strict=True)
+    records = [usual | {"iteration": at, "total_loss": loss} for at, loss in told]
     records[0]["grad_norm"] = math.nan
     records[3]["bbox/AP"], records[5]["bbox/AP"] = 30.0, 31.0
     (path / "metrics.json").write_text(lines(records))
@@ -210,20 +203,23 @@ def test_torn_and_damaged_lines_are_told(make: Make, tmp_path: Path) -> None:
 
 
 def test_all_of_them_below_one_root(tmp_path: Path) -> None:
+    """Each is found; none of them is the root's own."""
     for name, make in MAKERS.items():
         make(tmp_path / name)
     make_run(tmp_path / "ours")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "labels.json").write_text('{"images": []}\n')
     (tmp_path / "data" / "steps.csv").write_text("run,step,a\nx,1,2\n")  # an export of ours
-    found = {run.name: run.kind for run in find(tmp_path)}
-    assert found == {
+    assert {run.name: run.kind for run in find(tmp_path)} == {
         "d": "detectron2",
         "m/20240102_030405/vis_data": "mmengine",
         "l/version_0": "lightning",
         "t": "tensorboard",
         "ours": "launcher",
     }
+    assert foreign.recognise(tmp_path) is None
+    with pytest.raises(UsageError, match=r"holds no run; below it are .*/d, .*/l/version_0, "):
+        open_run(tmp_path)
 
 
 @of_lines
@@ -246,14 +242,9 @@ def test_a_folder_of_many_files_is_not_read_through(
     assert foreign.recognise(tmp_path) is None and len(asked) == foreign.TRIED
 
 
-def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b")
-    with pytest.raises(UsageError, match=r"holds no run; below it are .*a, .*b"):
-        open_run(tmp_path)
+def test_no_folder_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         open_run(tmp_path / "absent")
-    assert foreign.recognise(tmp_path) is None
 
 
 def test_what_is_promised_of_our_runs_only(tmp_path: Path) -> None:
