@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,15 @@ def runs(tmp_path: Path) -> list[Run]:
 
 def rows_of(file: Path) -> list[dict[str, Any]]:
     """The rows as a program sees them that has read the file."""
-    if file.suffix == ".csv":
-        with file.open(newline="") as text:
-            return [
-                {k: v if k == "run" else float(v) for k, v in row.items() if v != ""}
-                for row in csv.DictReader(text)
-            ]
+    if file.suffix == ".parquet":
+        table = pytest.importorskip("pyarrow.parquet").read_table(file).to_pylist()
+        return [{k: v for k, v in row.items() if v is not None} for row in table]
+    lines = file.read_text().splitlines()
     if file.suffix == ".jsonl":
-        found = [orjson.loads(line) for line in file.read_text().splitlines()]  # refuses NaN
+        found = map(orjson.loads, lines)  # refuses NaN
         return [{k: math.nan if v is None else v for k, v in row.items()} for row in found]
-    pq = pytest.importorskip("pyarrow.parquet")
-    table = pq.read_table(file).to_pylist()
-    return [{k: v for k, v in row.items() if v is not None} for row in table]
+    cells = [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(lines)]
+    return [{k: v if k == "run" else float(v) for k, v in row.items()} for row in cells]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
@@ -74,15 +72,14 @@ def test_superseded_records_are_left_out(tmp_path: Path) -> None:
     assert [(r["step"], r["loss"]) for r in rows_of(file)] == [(19, 1.0), (39, 9.0), (59, 3.0)]
 
 
-def test_what_cannot_be_exported(runs: list[Run], tmp_path: Path) -> None:
+def test_what_cannot_be_exported(
+    runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match="must end in"):
         export(runs, tmp_path / "all.xlsx")
     named = open_runs([make_run(tmp_path / "c", [record(1, run=1.0)])])
     with pytest.raises(UsageError, match="the metrics run would hide"):
         export(named, tmp_path / "all.csv")
-
-
-def test_without_pyarrow(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UsageError, match=r"pip install 'launcher\[export\]'"):
         export(runs, tmp_path / "all.parquet")

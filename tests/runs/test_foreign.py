@@ -220,6 +220,8 @@ def test_all_of_them_below_one_root(tmp_path: Path) -> None:
     assert foreign.recognise(tmp_path) is None
     with pytest.raises(UsageError, match=r"holds no run; below it are .*/d, .*/l/version_0, "):
         open_run(tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        open_run(tmp_path / "absent")
 
 
 @of_lines
@@ -240,11 +242,6 @@ def test_a_folder_of_many_files_is_not_read_through(
     asked: list[Path] = []
     monkeypatch.setattr(foreign, "_kind", asked.append)
     assert foreign.recognise(tmp_path) is None and len(asked) == foreign.TRIED
-
-
-def test_no_folder_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not exist"):
-        open_run(tmp_path / "absent")
 
 
 def test_what_is_promised_of_our_runs_only(tmp_path: Path) -> None:

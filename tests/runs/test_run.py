@@ -11,7 +11,7 @@ import pytest
 
 from launcher.runs import run as module
 from launcher.runs.run import find, load_summaries, open_run, open_runs
-from tests.runs.made import START, append, lines, make_run, record, training
+from tests.runs.made import START, append, event, lines, make_run, record, training
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -46,8 +46,8 @@ def test_total_steps(
 def test_the_duration_leaves_pauses_out(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a", updated=START + 10_031)
     told = (("start", 0), ("checkpoint", 60), ("resume", 10_000), ("finish", 10_030))
-    events = [{"event": event, "step": 0, "time": START + after} for event, after in told]
-    (path / "history.jsonl").write_text(lines(events))
+    history = lines([event(name, 0, after) for name, after in told])
+    (path / "history.jsonl").write_text(history)
     assert open_run(path).duration == 60 + 31
 
 
@@ -88,10 +88,8 @@ def test_names_are_as_long_as_they_need_to_be(tmp_path: Path) -> None:
 
 
 def test_finding_does_not_look_inside_runs(tmp_path: Path) -> None:
-    make_run(tmp_path / "a" / "run")
-    make_run(tmp_path / "a" / "run" / "inner")
-    make_run(tmp_path / "b")
-    make_run(tmp_path / ".hidden")
+    for name in ("a/run", "a/run/inner", "b", ".hidden"):
+        make_run(tmp_path / name)
     assert sorted(run.name for run in find(tmp_path)) == ["a/run", "b"]
     assert [run.name for run in find(tmp_path / "b")] == ["b"]
 
@@ -100,10 +98,9 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     """Also to another folder of runs, but not in a circle, and no run is found twice."""
     elsewhere = make_run(tmp_path / "disk" / "far").parent
     root = make_run(tmp_path / "runs" / "z").parent
-    for name, target in (
-        *(("latest", root / "z"), ("circle", root), ("more", elsewhere)),
-        *(("gone", tmp_path / "absent"), ("itself", root / "itself")),
-    ):
+    links = {"latest": root / "z", "circle": root, "more": elsewhere}
+    links |= {"gone": tmp_path / "absent", "itself": root / "itself"}
+    for name, target in links.items():
         (root / name).symlink_to(target)
     assert [run.name for run in find(root)] == ["z", "more/far"]
 

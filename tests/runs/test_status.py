@@ -21,6 +21,7 @@ from launcher.runs.status import read_status
 from launcher.telemetry.rundir import STALE_S
 from tests.runs.made import GONE
 
+HOST = socket.gethostname()
 Captured = pytest.CaptureFixture[str]
 
 
@@ -28,37 +29,37 @@ def ended(run: Path, state: str, step: int = 7, silent: float = 0.0, **changed: 
     """A run of which an attempt ended in this state, with a checkpoint at `step`."""
     (run / f"checkpoints/step_{step}").mkdir(parents=True, exist_ok=True)
     status = {"state": state, "step": step, "epoch": 1, "updated": time.time() - silent}
-    status |= {"host": socket.gethostname(), "pid": os.getpid()}
+    status |= {"host": HOST, "pid": os.getpid()}
     (run / "status.json").write_text(json.dumps(status | changed))
     return run
 
 
+SILENT = r"lost \(no sign of life from far for 2\d\d s\)"
+
+
 @pytest.mark.parametrize(
-    ("state", "changed", "found", "code"),
+    ("state", "changed", "code", "told"),
     [
-        ("completed", {}, "completed", 0),
-        ("failed", {}, "failed", 1),
-        ("stopped", {"pid": GONE, "silent": STALE_S * 2}, "stopped", 75),
-        ("running", {}, "running", 3),
-        ("running", {"host": "elsewhere", "silent": STALE_S / 2}, "running", 3),
-        ("running", {"host": "elsewhere", "silent": STALE_S * 2}, "lost", 75),
-        ("running", {"pid": -5}, "lost", 75),
+        ("completed", {}, 0, "completed"),
+        ("failed", {}, 1, "failed"),
+        ("stopped", {"pid": GONE, "silent": STALE_S * 2}, 75, "stopped"),
+        ("running", {}, 3, "running"),
+        ("running", {"host": "far", "silent": STALE_S / 2}, 3, "running"),
+        ("running", {"host": "far", "silent": STALE_S * 2}, 75, SILENT),
+        ("running", {"pid": GONE}, 75, rf"lost \(process {GONE} on {re.escape(HOST)} is gone\)"),
+        ("running", {"pid": -5}, 75, rf"lost \(process -5 on {re.escape(HOST)} is gone\)"),
     ],
 )
 def test_a_state_and_its_exit_code(
-    state: str, changed: dict[str, Any], found: str, code: int, tmp_path: Path, capsys: Captured
+    state: str, changed: dict[str, Any], code: int, told: str, tmp_path: Path, capsys: Captured
 ) -> None:
     """A run is lost that says it is running, and cannot be."""
-    assert main(["status", str(ended(tmp_path, state, **changed))]) == code
-    position = "step 7, epoch 1, updated 20"
-    assert re.match(rf"{found}( \(.+\))?: {position}", capsys.readouterr().out)
-
-
-def test_a_dead_process_is_a_lost_run(tmp_path: Path, capsys: Captured) -> None:
-    assert main(["status", "--json", str(ended(tmp_path, "running", pid=GONE))]) == 75
+    path = str(ended(tmp_path, state, **changed))
+    assert main(["status", path]) == code
+    assert re.match(rf"{told}: step 7, epoch 1, updated 20", capsys.readouterr().out)
+    assert main(["status", path, "--json"]) == code
     found = json.loads(capsys.readouterr().out)
-    assert found["state"] == "lost"
-    assert found["reason"] == f"process {GONE} on {socket.gethostname()} is gone"
+    assert re.fullmatch(told, f"{found['state']} ({found['reason']})".removesuffix(" ()"))
 
 
 def test_no_run(tmp_path: Path) -> None:

@@ -85,18 +85,14 @@ def test_compare(root: Path) -> None:
     )
 
 
-def test_compare_with_another_programs_run(root: Path) -> None:
-    """It has no config: that is no difference. A metric that one lacks stands alone, unmarked."""
+def test_compare_what_not_all_have_and_what_is_equal(root: Path) -> None:
+    """Another program's run has no config: that is no difference. A metric that one lacks stands
+    alone, unmarked; equals are all best."""
     found = compare(open_runs([root / "digits-1", root / "old"]), ["total_loss", "train/loss"])
-    assert found["config"] == {}
     alone = {"key": "total_loss", "which": "last", "values": [None, 1.25], "best": []}
-    assert found["metrics"][0] == alone
-
-
-def test_equals_are_all_best(root: Path) -> None:
-    make_run(root / "digits-3")
-    found = compare(open_runs([root / "digits-1", root / "digits-3"]), ["val/accuracy"])
-    assert [row["best"] for row in found["metrics"]] == [[0, 1], [0, 1]]
+    assert found["config"] == {} and found["metrics"][0] == alone
+    same = open_runs([root / "digits-1", make_run(root / "digits-3")])
+    assert [row["best"] for row in compare(same, ["val/accuracy"])["metrics"]] == [[0, 1], [0, 1]]
 
 
 def test_show(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from launcher.runs import tail as module
 from launcher.runs.run import open_run
 from launcher.runs.tail import tail
-from tests.runs.made import GONE, append, lines, make_run, record, training
+from tests.runs.made import GONE, append, event, lines, make_run, record, training
 
 
 @pytest.mark.parametrize("block", [64, 1 << 16])  # lines are longer, or shorter
@@ -90,18 +90,17 @@ def test_new_records_until_the_end(story: Story) -> None:
 @pytest.mark.parametrize("regrown", [False, True])
 def test_a_rewind_is_followed(regrown: bool, story: Story) -> None:
     """The file is cut back to step 20, and may be longer than before at the next look."""
-
     again = [30, 40, 50, 60] if regrown else []
 
     def resume() -> None:
         records = [*training(20), *(record(step, again=1.0) for step in again)]
         (story.path / "metrics.jsonl").write_text(lines(records))
 
-    history, event = story.path / "history.jsonl", {"event": "resume", "step": 20, "time": 1.0}
+    history = story.path / "history.jsonl"
     story.acts = [
         lambda: story.append(record(40, a=1.0)),
         # As a resume does it; tail may look in between.
-        lambda: append(history, lines([event])),
+        lambda: append(history, lines([event("resume", 20)])),
         resume,
         lambda: story.append(record(70, again=1.0)),
         lambda: story.end("stopped"),
