@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from launcher.runs import index
 from launcher.runs.index import BUCKETS, OURS, UNUSED_S, Series, Summary, summarize
-from launcher.runs.records import Place, read_table
+from launcher.runs.records import read_table
 from tests.runs.made import append, lines, record, training
 
+Parsed = Callable[[], list[int]]
 RECORDS = training(500)
 TEXT = lines(RECORDS)
 # What a resume at step 250 records, later than what it cut off.
@@ -53,17 +55,10 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From which offsets files were parsed."""
-    offsets: list[int] = []
-    read = index.read_chunks
-
-    def watched(path: Path, start: Place) -> Any:
-        offsets.append(start.end)
-        return read(path, start)
-
-    monkeypatch.setattr(index, "read_chunks", watched)
-    return offsets
+def parsed() -> Iterator[Parsed]:
+    """Tells from which offsets files were parsed."""
+    with mock.patch.object(index, "read_chunks", wraps=index.read_chunks) as read:
+        yield lambda: [start.end for (_, start), _ in read.call_args_list]
 
 
 def test_summary(path: Path) -> None:
@@ -77,14 +72,14 @@ def test_summary(path: Path) -> None:
     assert (a.min, a.max, a.curve.tolist()) == ((100, 1), (50, 2), [[50, 2, 2], [100, 1, 1]])
 
 
-def test_only_what_is_new_is_parsed(path: Path, parsed: list[int]) -> None:
+def test_only_what_is_new_is_parsed(path: Path, parsed: Parsed) -> None:
     """Nothing where nothing is new; and a line that comes in parts when it is whole."""
     more, line = lines(training(1000)[60:]), lines([record(1010, train__loss=0.5)])
     for part in ("", "", more, line[:20], line[20:-1], line[-1:]):
         append(path, part)
         assert summarized(path) == full(path)
     once = len(TEXT) + len(more)
-    assert parsed == [0, len(TEXT), once, once, once]
+    assert parsed() == [0, len(TEXT), once, once, once]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +96,7 @@ def test_only_what_is_new_is_parsed(path: Path, parsed: list[int]) -> None:
     ],
 )
 def test_a_file_that_did_not_only_grow_is_parsed_anew(
-    text: str, in_place: bool, path: Path, parsed: list[int]
+    text: str, in_place: bool, path: Path, parsed: Parsed
 ) -> None:
     """A resume changes it in place: the inode stays."""
     summarize(OURS, path)
@@ -110,7 +105,7 @@ def test_a_file_that_did_not_only_grow_is_parsed_anew(
     os.utime(new, ns=(1, 1))
     new.replace(path)
     assert summarized(path) == full(path)
-    assert parsed == [0, 0]
+    assert parsed() == [0, 0]
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -130,12 +125,13 @@ def test_a_damaged_index_is_made_anew(damage: str, path: Path) -> None:
     assert summarized(path) == expected and file.read_bytes() == whole
 
 
-def test_another_version_has_an_index_of_its_own(path: Path) -> None:
+def test_another_version_has_an_index_of_its_own(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = summarized(path)
     for version in (index.VERSION + 1, index.VERSION):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(index, "VERSION", version)
-            assert summarized(path) == expected
+        monkeypatch.setattr(index, "VERSION", version)
+        assert summarized(path) == expected
 
 
 @pytest.mark.parametrize("place", ["a file", "no home"])

@@ -49,8 +49,9 @@ def test_a_line_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 class Story:
     """What happens to a run between two looks at it, instead of waiting."""
 
-    def __init__(self, path: Path, *acts: Callable[[], Any]) -> None:
-        self.path, self.acts = path, list(acts)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.acts: list[Callable[[], Any]] = []
 
     def sleep(self, _: float) -> None:
         assert self.acts, "the run has ended, and tail has not"
@@ -66,8 +67,7 @@ class Story:
 
 @pytest.fixture
 def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
-    path = make_run(tmp_path / "a", training(30), "running", updated=time.time())
-    story = Story(path)
+    story = Story(make_run(tmp_path / "a", training(30), "running", updated=time.time()))
     monkeypatch.setattr(module.time, "sleep", story.sleep)
     return story
 
