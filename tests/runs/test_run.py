@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from launcher.runs import run as module
 from launcher.runs.run import find, load_summaries, open_run, open_runs
 from tests.runs.made import START, append, event, lines, make_run, record, training
-
-
-def test_a_run(tmp_path: Path) -> None:
-    run = open_run(make_run(tmp_path / "a"))
-    assert (run.kind, run.state, run.step, run.total_steps) == ("launcher", "completed", 100, 100)
-    assert run.config["OPTIM.LR"] == 0.1 and run.config["CHECKPOINT.MODE"] == "max"
-    assert (run.metric, run.best(run.metric)) == ("val/accuracy", (100, 0.9))
-    assert run.updated == START + 100 and run.damaged == []
 
 
 @pytest.mark.parametrize(
@@ -112,31 +104,27 @@ def test_summaries_of_many(parallel: int, tmp_path: Path, monkeypatch: pytest.Mo
     for number in range(4):
         make_run(tmp_path / f"run-{number}", training(50 * (number + 1)))
     make_run(tmp_path / "empty", [])
-    pools: list[int] = []
-    pool = module.ProcessPoolExecutor
-    monkeypatch.setattr(
-        module, "ProcessPoolExecutor", lambda n, *rest: pools.append(n) or pool(n, *rest)
-    )
-    for again in (False, True):
+    pool = mock.Mock(wraps=module.ProcessPoolExecutor)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", pool)
+    for _ in range(2):
         runs = sorted(find(tmp_path), key=lambda run: run.name)
         load_summaries(runs, workers=2)
         assert [run.summary.records for run in runs] == [0, 6, 12, 18, 24]
         assert all(len(s.curve) == 0 for run in runs for s in run.summary.series.values())
-        assert pools == ([2] if parallel == 1 else []), again
+        assert [call.args[0] for call in pool.call_args_list] == ([2] if parallel == 1 else [])
     assert open_run(tmp_path / "run-3").summary.series["train/loss"].curve.shape == (20, 3)
 
 
 def test_nothing_is_written_into_a_run(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a")
-    before = {p: p.stat().st_mtime_ns for p in [path, *path.rglob("*")]}
-    os.chmod(path, 0o555)
-    try:
-        run = open_run(path)
-        load_summaries([run], 1)
-        assert run.table() and run.best(run.metric)
-    finally:
-        os.chmod(path, 0o755)
-    assert {p: p.stat().st_mtime_ns for p in [path, *path.rglob("*")]} == before
+    files = [path, *path.iterdir()]
+    before = [file.stat().st_mtime_ns for file in files]
+    path.chmod(0o555)
+    run = open_run(path)
+    load_summaries([run], 1)
+    assert run.table() and run.best(run.metric)
+    path.chmod(0o755)
+    assert [file.stat().st_mtime_ns for file in files] == before
 
 
 def test_which_way_is_better(tmp_path: Path) -> None:
