@@ -1,6 +1,7 @@
 """FLOPs counted without a trace, and their share of the peak."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,22 +48,23 @@ def test_counting_leaves_no_trace() -> None:
     assert plain.per_sample is None and plain.figures({"perf/samples_per_s": 5.0}, []) == {}
 
 
-def test_a_step_without_samples_is_not_the_one_that_is_counted() -> None:
-    counted = Throughput(view(COUNT_FLOPS=True))
-    for samples in (0, 2):
-        counted.before_step(samples)
+def counting(*samples: int, **options: Any) -> Throughput:
+    """After steps with so many samples, each of 16 FLOPs."""
+    throughput = Throughput(view(COUNT_FLOPS=True, **options))
+    for number in samples:
+        throughput.before_step(number)
         torch.ones(2, 2) @ torch.ones(2, 2)
-        counted.on_gradients()
-    assert counted.per_sample == 8
+        throughput.on_gradients()
+    return throughput
+
+
+def test_a_step_without_samples_is_not_the_one_that_is_counted() -> None:
+    assert counting(0, 2).per_sample == 8
 
 
 def test_the_tasks_own_word_counts() -> None:
-    task = SimpleNamespace(flops=lambda: 2e9)
-    ranks = Topology(world_size=4)
-    told = Throughput(view(task=task, topology=ranks, COUNT_FLOPS=True, PEAK_TFLOPS=3.0))
-    told.before_step(1)
-    torch.ones(2, 2) @ torch.ones(2, 2)
-    told.on_gradients()
+    task, ranks = SimpleNamespace(flops=lambda: 2e9), Topology(world_size=4)
+    told = counting(1, task=task, topology=ranks, PEAK_TFLOPS=3.0)
     figures = told.figures({"perf/samples_per_s": 3000.0}, [])
     assert figures == {"perf/flops_per_s": 6e12, "perf/mfu": pytest.approx(0.5)}
 
