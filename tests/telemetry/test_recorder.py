@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launcher.engine.evaluate import on_host
@@ -25,8 +25,11 @@ from tests.telemetry.helpers import exit_code, fork
 ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
 law = settings(deadline=None, max_examples=50)
 values = st.floats(-1e6, 1e6, width=32)
-weighted = st.lists(st.tuples(values, st.floats(0.125, 100, width=32)), min_size=1, max_size=8)
-Pairs = list[tuple[float, float]]
+weights = st.floats(0.125, 100, width=32)
+# What steps add: values by name, in any order, and their weight.
+added = st.tuples(st.dictionaries(st.sampled_from("abc"), values, min_size=1), weights)
+steps = st.lists(added, min_size=1, max_size=8)
+Steps = list[tuple[dict[str, float], float]]
 
 
 class Kept(Writer):
@@ -47,15 +50,21 @@ def recording(step: int = 4, is_main: bool = True) -> tuple[Recorder, list[Any]]
     return Recorder(ALONE, Progress(step=step), kept), kept.items
 
 
-def with_sums(pairs: Pairs, recorder: Recorder | None = None) -> Recorder:
+def with_sums(steps: Steps, recorder: Recorder | None = None) -> Recorder:
     recorder = recorder or recording()[0]
-    for value, weight in pairs:
-        recorder.add({"loss": torch.tensor(value), "double": torch.tensor(2 * value)}, weight)
+    for named, weight in steps:
+        taken = {name: torch.tensor(value, requires_grad=True) for name, value in named.items()}
+        recorder.add(taken, weight)
     return recorder
 
 
-def mean(pairs: Pairs) -> float:
-    return math.fsum(v * w for v, w in pairs) / math.fsum(w for _, w in pairs)
+def means_of(steps: Steps) -> Any:
+    expected = {}
+    for name in {name for named, _ in steps for name in named}:
+        pairs = [(named[name], weight) for named, weight in steps if name in named]
+        total = math.fsum(weight for _, weight in pairs)
+        expected[f"train/{name}"] = math.fsum(value * weight for value, weight in pairs) / total
+    return pytest.approx(expected, rel=1e-9, abs=1e-6)
 
 
 def found(recorder: Recorder) -> dict[str, float]:
@@ -65,15 +74,11 @@ def found(recorder: Recorder) -> dict[str, float]:
 
 
 @law
-@given(weighted)
-def test_means_are_weighted_and_start_anew(pairs: Pairs) -> None:
-    recorder = with_sums(pairs)
-    for norm in (4.0, 5.0):
-        recorder.add({"grad_norm": torch.tensor(norm)}, 1.0)
-    read = found(recorder)
-    assert read["train/loss"] == pytest.approx(mean(pairs), rel=1e-9, abs=1e-6)
-    assert read["train/double"] == pytest.approx(2 * mean(pairs), rel=1e-6, abs=1e-5)
-    assert read["train/grad_norm"] == 4.5
+@given(steps)
+@example([({"a": 1.0}, 1), ({"a": 4.0, "b": 7.0}, 2), ({"b": 1.0, "a": 4.0}, 1)])
+def test_each_value_has_a_weighted_mean_of_its_own_and_starts_anew(steps: Steps) -> None:
+    recorder = with_sums(steps)
+    assert found(recorder) == means_of(steps)
     assert found(recorder) == {}
 
 
@@ -87,40 +92,29 @@ def test_a_record_has_the_present_progress() -> None:
 
 
 def test_what_is_local_to_a_rank_comes_with_the_means() -> None:
-    assert with_sums([(1.0, 1.0)]).gather(0.25) == (
-        {"train/loss": 1.0, "train/double": 2.0},
-        [0.25],
-    )
-
-
-def test_steps_with_different_values_have_means_of_their_own() -> None:
-    """The weight may be a tensor on the device."""
-    recorder, _ = recording()
-    recorder.add({"loss": torch.tensor(1.0, requires_grad=True)}, torch.tensor(1.0))
-    recorder.add({"loss": torch.tensor(4.0), "extra": torch.tensor(7.0)}, torch.tensor(2.0))
-    recorder.add({"extra": torch.tensor(1.0), "loss": torch.tensor(4.0)}, 1)
-    assert found(recorder) == {"train/loss": 13 / 4, "train/extra": 5}
+    assert with_sums([({"a": 2.0}, 1.0)]).gather(0.25) == ({"train/a": 2.0}, [0.25])
 
 
 def test_integers_and_half_precision_are_summed_in_double() -> None:
+    """The weight may be a tensor on the device."""
     recorder, half = recording()[0], torch.tensor(60_000, dtype=torch.float16)
-    recorder.add({"n": torch.tensor(2**40), "x": half}, 3)
+    recorder.add({"n": torch.tensor(2**40), "x": half}, torch.tensor(3))
     recorder.add({"n": torch.tensor(2**40 + 1), "x": half}, 1)
     assert found(recorder) == {"train/n": 2**40 + 0.25, "train/x": half.item()}
 
 
 @law
-@given(weighted, weighted)
-def test_two_ranks_merge_into_the_mean_of_all(one: Pairs, two: Pairs) -> None:
+@given(steps, steps)
+def test_two_ranks_merge_into_the_mean_of_all(one: Steps, two: Steps) -> None:
     both = recording()[0]
     for state in ({}, with_sums(one).state(), with_sums(two).state()):
         both.add_state(state)
-    assert found(both)["train/loss"] == pytest.approx(mean(one + two), rel=1e-9, abs=1e-6)
+    assert found(both) == means_of(one + two)
 
 
 @law
-@given(weighted, weighted)
-def test_state_goes_on_where_it_was_taken(before: Pairs, after: Pairs) -> None:
+@given(steps, steps)
+def test_state_goes_on_where_it_was_taken(before: Steps, after: Steps) -> None:
     """To the last bit: a resumed run's first record is that of the uninterrupted one."""
     whole, resumed = with_sums(before), recording()[0]
     resumed.add_state(whole.state())
