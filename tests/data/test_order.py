@@ -118,7 +118,7 @@ def test_every_sample_comes_to_every_position_equally_often(length: int) -> None
 def test_every_order_of_a_few_samples_comes_equally_often(length: int) -> None:
     many = 2400
     found = Counter(tuple(whole(length, 7, epoch).tolist()) for epoch in range(many))
-    counts = [found[order] for order in itertools.permutations(range(length))]
+    counts = [found[one] for one in itertools.permutations(range(length))]
     assert_fits(counts, many / len(counts), len(counts) - 1)
 
 
