@@ -27,27 +27,18 @@ class Named(dict):
     """Not known to torch's own tree_map."""
 
 
-def defaults() -> Any:
-    made: defaultdict[str, Any] = defaultdict(list)
-    made["x"] = torch.ones(1)
-    return made
-
-
-def ones() -> torch.Tensor:
-    return torch.ones(2)
-
-
+ONES = torch.ones(2)
 NESTS = [
-    ones(),
-    {"a": ones(), "b": {"c": [ones(), "name"]}},
-    [ones(), (ones(), [ones()])],
-    (ones(), None),
-    Pair(ones(), Pair(3, ones())),
-    OrderedDict(b=ones(), a=ones()),
-    defaults(),
-    Named(a=ones()),
-    UserDict({"a": [ones()]}),
-    Frozen({"a": ones()}),
+    ONES,
+    {"a": ONES, "b": {"c": [ONES, "name"]}},
+    [ONES, (ONES, [ONES])],
+    (ONES, None),
+    Pair(ONES, Pair(3, ONES)),
+    OrderedDict(b=ONES, a=ONES),
+    defaultdict(list, x=ONES),
+    Named(a=ONES),
+    UserDict({"a": [ONES]}),
+    Frozen({"a": ONES}),
 ]
 
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from launcher.errors import UsageError
-from launcher.runtime.cpu import CpuBudget
-from launcher.runtime.process import Runtime, choose_device, seed_everything
+from launcher.runtime.process import choose_device, seed_everything
 from launcher.runtime.topology import Topology
-
-ALONE = Runtime(Topology(), torch.device("cpu"), CpuBudget(1, 1, 1, ""))
+from tests.engine.helpers import ALONE
 
 
 def draws(seed: int, rank: int) -> tuple[float, float, float]:
