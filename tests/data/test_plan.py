@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.data import plan as plan_module
 from launcher.data.order import Indices, Shuffle
-from launcher.data.plan import Plan, eval_requests, share, train_requests
+from launcher.data.plan import Plan, eval_requests, train_requests
 from launcher.errors import UsageError
 
 law = settings(deadline=None, max_examples=150)
@@ -24,16 +24,6 @@ def plans(draw: st.DrawFn) -> Plan:
     length = draw(st.integers(batch_size if drop_last else 1, 120))
     world_size = draw(st.integers(1, 8))
     return Plan(length, batch_size, drop_last, world_size, draw(st.integers(0, 12)))
-
-
-@law
-@given(count=st.integers(0, 500), parts=st.integers(1, 40))
-def test_shares_are_a_partition_and_differ_by_at_most_one(count: int, parts: int) -> None:
-    shares = [share(count, parts, part) for part in range(parts)]
-    assert [i for start, stop in shares for i in range(start, stop)] == list(range(count))
-    sizes = [stop - start for start, stop in shares]
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)
 
 
 def micro_batch_sizes(plan: Plan, k: int, rank: int) -> list[int]:
@@ -65,9 +55,11 @@ def test_ranks_share_a_batch_evenly_and_cut_it_evenly_within_the_limit(plan: Pla
         counts = [sum(sizes) for sizes in shares]
         assert sum(counts) == stop - start
         assert max(counts) - min(counts) <= 1
+        assert counts == sorted(counts, reverse=True)
         for sizes in shares:
             assert all(0 < size <= limit for size in sizes)
             assert not sizes or max(sizes) - min(sizes) <= 1
+            assert sizes == sorted(sizes, reverse=True)
             assert len(sizes) == -(-sum(sizes) // limit)  # no more of them than needed
 
 

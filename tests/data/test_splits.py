@@ -24,7 +24,7 @@ from tests.engine.helpers import ALONE, config, recording
 
 LENGTH, VAL = 23, 11
 MIB = 2**20
-ONE_EPOCH, THREE_EPOCHS = ("TRAIN.DURATION", "1ep"), ("TRAIN.DURATION", "3ep")
+ONE_EPOCH = ("TRAIN.DURATION", "1ep")
 MADE: list[Data] = []
 
 
@@ -95,27 +95,22 @@ def rest(made: Data) -> list[list[Any]]:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("micro", [0, 3])
-def test_every_sample_once_an_epoch(workers: int, micro: int) -> None:
-    task = Fake()
-    made = started(task, *THREE_EPOCHS, "TRAIN.MICRO_BATCH_SIZE", micro, workers=workers)
-    indices = [*itertools.chain(*rest(made))]
+@pytest.mark.parametrize(
+    ("micro", "samples"), [(0, 0), (3, 0), (0, 8), (0, 16), (0, LENGTH), (0, 31), (0, 62)]
+)
+def test_every_sample_once_an_epoch_and_a_start_loads_nothing_before_it(
+    workers: int, micro: int, samples: int
+) -> None:
+    words = ("TRAIN.DURATION", "3ep", "TRAIN.MICRO_BATCH_SIZE", micro)
+    whole, task = rest(started(Fake(), *words)), Fake()
+    found = rest(started(task, *words, samples=samples, workers=workers))
+    assert found == whole[-len(found) :] and sum(map(len, found)) == 3 * LENGTH - samples
+    indices = [*itertools.chain(*whole)]
     for epoch in range(3):
         assert sorted(indices[epoch * LENGTH : (epoch + 1) * LENGTH]) == list(range(LENGTH))
-    assert task.train.calls.tolist() == [3] * LENGTH
+    calls = torch.bincount(torch.tensor(indices[samples:]), minlength=LENGTH)
+    assert task.train.calls.tolist() == calls.tolist()
     assert task.val.calls.sum() == 0
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
-def test_a_start_at_an_offset_loads_nothing_before_it(workers: int, steps: int) -> None:
-    """Also at an epoch's end, and the samples are those of the uninterrupted run."""
-    batches = rest(started(Fake(), *THREE_EPOCHS))
-    task, before = Fake(), sum(map(len, batches[:steps]))
-    made = started(task, *THREE_EPOCHS, samples=before, workers=workers)
-    assert rest(made) == batches[steps:]
-    counts = torch.bincount(torch.tensor([*itertools.chain(*batches[steps:])]), minlength=LENGTH)
-    assert task.train.calls.tolist() == counts.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -158,7 +153,7 @@ def test_data_sets_that_cannot_be_trained_on(
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("steps", [1, 2, 4, 5])
 def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None:
-    words = (*THREE_EPOCHS, "TRAIN.MICRO_BATCH_SIZE", 3)
+    words = ("TRAIN.DURATION", "3ep", "TRAIN.MICRO_BATCH_SIZE", 3)
     whole = started(Collating(Resumable()), *words, workers=workers)
     consumed = 0
     batches = whole.batches()
