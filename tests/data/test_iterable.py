@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from launcher.data.fetch import Stated, StreamFetcher
-from launcher.data.loader import load
 from launcher.data.order import sequential
 from launcher.data.plan import ENDLESS, Plan, Request, train_requests
 from launcher.errors import RunError
-from tests.data.streams import Resumable, Stream
+from tests.data.helpers import Resumable, Stream
 
 
 class Skipping(Stream):
@@ -83,14 +82,6 @@ def test_every_sample_once_in_the_streams_order(
 def test_a_start_in_the_middle_gives_the_same_samples(kind: type, first: int) -> None:
     plan = Plan(23, 8, world_size=2)
     assert read(plan, kind, 2, first, 9) == expected(plan, first, 9)
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_loader_reads_as_one_reader_does(workers: int) -> None:
-    plan = Plan(23, 4, micro_batch_size=2)
-    whole = requests(plan, 0, 0, 2 * plan.steps_per_epoch)
-    answers = list(load(fetcher(Stream()), whole, workers, 2, False, 60.0))
-    assert list(itertools.chain(*answers)) == [(e, i) for e in (0, 1) for i in range(23)]
 
 
 @pytest.mark.parametrize("kind", [Stream, Skipping])

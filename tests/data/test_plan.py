@@ -13,17 +13,9 @@ from launcher.data import plan as plan_module
 from launcher.data.order import Indices, Shuffle
 from launcher.data.plan import Plan, eval_requests, train_requests
 from launcher.errors import UsageError
+from tests.data.helpers import plans
 
 law = settings(deadline=None, max_examples=150)
-
-
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    batch_size = draw(st.integers(1, 40))
-    drop_last = draw(st.booleans())
-    length = draw(st.integers(batch_size if drop_last else 1, 120))
-    world_size = draw(st.integers(1, 8))
-    return Plan(length, batch_size, drop_last, world_size, draw(st.integers(0, 12)))
 
 
 def micro_batch_sizes(plan: Plan, k: int, rank: int) -> list[int]:
@@ -61,17 +53,6 @@ def test_ranks_share_a_batch_evenly_and_cut_it_evenly_within_the_limit(plan: Pla
             assert not sizes or max(sizes) - min(sizes) <= 1
             assert sizes == sorted(sizes, reverse=True)
             assert len(sizes) == -(-sum(sizes) // limit)  # no more of them than needed
-
-
-@pytest.mark.parametrize(
-    ("length", "batch_size", "drop_last", "steps", "samples"),
-    [(10, 4, False, 3, 10), (10, 4, True, 2, 8), (8, 4, True, 2, 8), (3, 64, False, 1, 3)],
-)
-def test_steps_and_samples_of_an_epoch(
-    length: int, batch_size: int, drop_last: bool, steps: int, samples: int
-) -> None:
-    plan = Plan(length, batch_size, drop_last)
-    assert (plan.steps_per_epoch, plan.samples_per_epoch) == (steps, samples)
 
 
 def test_a_split_too_small_for_one_batch_is_told() -> None:

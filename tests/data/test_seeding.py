@@ -16,7 +16,7 @@ from launcher.data.fetch import Fetcher, StreamFetcher
 from launcher.data.loader import load
 from launcher.data.plan import Request
 from launcher.errors import RunError
-from tests.data.streams import Stream
+from tests.data.helpers import Stream
 
 LENGTH = 40
 Make = Callable[[int | None], Any]

@@ -40,27 +40,36 @@ def size(
     return size_loader(keys, runtime, kind, free, own, nbytes)
 
 
+WANTED = "DATALOADER.NUM_WORKERS"
+
+
+def granted(usable: int, among: str = "2 local ranks") -> str:
+    return f"{usable} usable CPUs (cgroup quota; host has 64), {among}"
+
+
 @pytest.mark.parametrize(
-    ("wanted", "per_rank", "more", "workers", "threads"),
+    ("options", "workers", "threads", "why"),
     [
-        (5, 2, {}, 5, 1),  # a user's value wins, even over the budget
-        (5, 2, {"kind": "tensors", "free": NONE}, 5, 1),
-        (0, 8, {"cuda": True}, 0, 8),
-        (-1, 8, {"kind": "tensors"}, 0, 8),
-        (-1, 8, {}, 4, 4),  # a model on the CPU takes half
-        (-1, 8, {"cuda": True}, 7, 1),  # the rank's own thread takes one
-        (-1, 1, {}, 0, 1),
-        (-1, 1, {"cuda": True}, 0, 1),
-        (-1, 8, {"kind": "iterable"}, 1, 7),
-        (-1, 1, {"kind": "iterable"}, 0, 1),
-        (3, 8, {"kind": "iterable"}, 3, 5),
+        ({"wanted": 5, "per_rank": 2}, 5, 1, WANTED),  # a user's value wins, even over the budget
+        ({"wanted": 5, "per_rank": 2, "kind": "tensors", "free": NONE}, 5, 1, WANTED),
+        ({"wanted": 0, "cuda": True}, 0, 8, WANTED),
+        ({"wanted": 3, "kind": "iterable"}, 3, 5, WANTED),
+        ({"kind": "tensors"}, 0, 8, "the data set is in memory"),
+        ({"kind": "iterable"}, 1, 7, "an iterable data set is read by one"),
+        ({"kind": "iterable", "per_rank": 1}, 0, 1, "an iterable data set is read by one"),
+        ({}, 4, 4, granted(16)),  # a model on the CPU takes half
+        ({"cuda": True}, 7, 1, granted(16)),  # the rank's own thread takes one
+        ({"per_rank": 1}, 0, 1, granted(2)),
+        ({"per_rank": 1, "cuda": True}, 0, 1, granted(2)),
+        ({"per_rank": 2, "ranks": 1}, 1, 1, granted(2, "1 local rank")),
     ],
 )
-def test_workers_and_threads(
-    wanted: int, per_rank: int, more: dict[str, Any], workers: int, threads: int
+def test_workers_and_threads_and_the_reason_for_the_log(
+    options: dict[str, Any], workers: int, threads: int, why: str
 ) -> None:
-    found = size(wanted, per_rank, **more)
+    found = size(**options)
     assert (found.workers, found.threads) == (workers, threads)
+    assert found.reason == f"{workers} worker{'' if workers == 1 else 's'} a rank: {why}"
 
 
 @pytest.mark.parametrize("per_rank", range(1, 20))
@@ -116,19 +125,3 @@ def test_memory_caps_the_workers_and_is_named(
 )
 def test_pinned_memory(cuda: bool, pin: str, budget: MemoryBudget, pinned: bool) -> None:
     assert size(7, cuda=cuda, pin=pin, free=budget).pin_memory is pinned
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({}, "2 workers a rank: 8 usable CPUs (cgroup quota; host has 64), 2 local ranks"),
-        (
-            {"per_rank": 2, "ranks": 1},
-            "1 worker a rank: 2 usable CPUs (cgroup quota; host has 64), 1 local rank",
-        ),
-        ({"wanted": 3}, "3 workers a rank: DATALOADER.NUM_WORKERS"),
-        ({"kind": "tensors"}, "0 workers a rank: the data set is in memory"),
-    ],
-)
-def test_the_reason_for_the_log(options: dict[str, Any], reason: str) -> None:
-    assert size(**{"per_rank": 4, **options}).reason == reason

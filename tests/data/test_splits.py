@@ -19,7 +19,7 @@ from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.memory import MemoryBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
-from tests.data.streams import Resumable, Stream
+from tests.data.helpers import Resumable, Stream
 from tests.engine.helpers import ALONE, config, recording
 
 LENGTH, VAL = 23, 11
@@ -286,6 +286,5 @@ def test_the_loader_starts_over_with_as_many_workers_as_the_first_batch_leaves_r
     assert len(set(multiprocessing.active_children()) - before) == workers
     assert (made.size.workers, made.size.threads, torch.get_num_threads()) == (workers, 4, 4)
     assert ("/dev/shm" in made.size.reason) is (workers < 4)
-    whole = data(Fake(), *ONE_EPOCH)
-    whole.start(8)
-    assert [[sample[0] for sample in part] for part in rest(made)] == rest(whole)
+    whole = rest(started(Fake(), *ONE_EPOCH, samples=8))
+    assert [[sample[0] for sample in part] for part in rest(made)] == whole

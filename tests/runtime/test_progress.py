@@ -9,22 +9,13 @@ from hypothesis import strategies as st
 from launcher.config import Duration
 from launcher.data.plan import Plan
 from launcher.runtime.progress import Every, Progress, in_steps
+from tests.data.helpers import plans
 
-law = settings(deadline=None, max_examples=100)
 
-
-@law
-@given(
-    length=st.integers(1, 60),
-    batch_size=st.integers(1, 20),
-    drop_last=st.booleans(),
-    skips=st.sets(st.integers(0, 40)),
-)
-def test_advance_follows_the_plan(
-    length: int, batch_size: int, drop_last: bool, skips: set[int]
-) -> None:
+@settings(deadline=None, max_examples=100)
+@given(plan=plans(), skips=st.sets(st.integers(0, 40)))
+def test_advance_follows_the_plan(plan: Plan, skips: set[int]) -> None:
     """Samples and epochs count every global batch; steps only those that were not skipped."""
-    plan = Plan(length, batch_size, drop_last and length >= batch_size)
     progress = Progress()
     for i in range(3 * plan.steps_per_epoch):
         assert plan.batches_in(progress.samples) == i

@@ -28,33 +28,39 @@ def refusal(env: dict[str, str]) -> str:
     return str(caught.value)
 
 
-def test_torchrun_variables() -> None:
-    assert read_topology(TORCHRUN) == Topology(
-        5, 1, 8, 4, "torchrun", master_addr="node0", master_port=29500, job_id="job7"
-    )
+AT_NODE0 = Topology(5, 1, 8, 4, "torchrun", master_addr="node0", master_port=29500, job_id="job7")
+AT_GPU07 = Topology(4, 0, 7, 2, "srun", master_addr="gpu07", master_port=34567, job_id="1234567")
 
 
-def test_torchrun_wins_over_the_srun_step_that_started_it() -> None:
-    assert read_topology({**SRUN, **TORCHRUN}) == read_topology(TORCHRUN)
+STARTS = {
+    "torchrun": (TORCHRUN, AT_NODE0),
+    "torchrun in an srun step": (SRUN | TORCHRUN, AT_NODE0),
+    "one node may leave LOCAL_WORLD_SIZE out": (
+        environ("RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost"),
+        Topology(1, 1, 2, 2, "torchrun", master_addr="localhost"),
+    ),
+    "srun": (SRUN, AT_GPU07),
+    "plain python": ({}, Topology()),
+    "plain python in an sbatch script": (
+        environ("SLURM_JOB_ID=1 SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_LOCALID=0"),
+        Topology(),
+    ),
+}
 
 
-def test_one_node_may_leave_local_world_size_out() -> None:
-    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    assert read_topology(env).local_world_size == 2
+@pytest.mark.parametrize(("env", "topology"), STARTS.values(), ids=STARTS)
+def test_who_started_this_process_and_as_which_rank(
+    env: dict[str, str], topology: Topology
+) -> None:
+    found = read_topology(env)
+    assert found == topology
+    alone = topology.launched_by == "python"  # in these cases rank 0, too
+    assert (found.is_main, found.distributed) == (alone, not alone)
 
 
 def test_ranks_without_an_address_are_refused() -> None:
     env = {key: value for key, value in TORCHRUN.items() if key != "MASTER_ADDR"}
     assert "MASTER_ADDR" in refusal(env)
-
-
-def test_srun_step_variables() -> None:
-    topology = read_topology(SRUN)
-    port = topology.master_port
-    assert topology == Topology(
-        4, 0, 7, 2, "srun", master_addr="gpu07", master_port=port, job_id="1234567"
-    )
-    assert topology.distributed and not topology.is_main
 
 
 def test_ranks_of_a_step_agree_on_the_address_and_jobs_differ_in_the_port() -> None:
@@ -67,17 +73,6 @@ def test_ranks_of_a_step_agree_on_the_address_and_jobs_differ_in_the_port() -> N
     assert at()[1] != at(SLURM_JOB_ID="1234568")[1]
     assert 1024 < at()[1] < 65536
     assert at(MASTER_ADDR="10.0.0.1", MASTER_PORT="4000") == ("10.0.0.1", 4000)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "SLURM_JOB_ID=1 SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_LOCALID=0"],
-    ids=["bare", "python in an sbatch script"],
-)
-def test_plain_python_is_one_process(text: str) -> None:
-    topology = read_topology(environ(text))
-    assert topology == Topology()
-    assert topology.is_main and not topology.distributed
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])

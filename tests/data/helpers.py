@@ -1,9 +1,21 @@
-"""Iterable data sets that remember what was read of them."""
+"""Plans of any kind, and iterable data sets that remember what was read of them."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
+
+from launcher.data.plan import Plan
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    batch_size = draw(st.integers(1, 40))
+    drop_last = draw(st.booleans())
+    length = draw(st.integers(batch_size if drop_last else 1, 120))
+    world_size = draw(st.integers(1, 8))
+    return Plan(length, batch_size, drop_last, world_size, draw(st.integers(0, 12)))
 
 
 class Stream(IterableDataset):
