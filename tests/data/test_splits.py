@@ -188,15 +188,14 @@ def test_a_stream_without_a_state_is_warned_of(
     assert ("has no state_dict" in caplog.text) is warned
 
 
-@pytest.mark.parametrize(("by_user", "threads", "expected"), [(0, 3, 3), (0, 0, 1), (1, 3, 2)])
+@pytest.mark.parametrize(
+    ("env", "threads", "expected"), [({}, 3, 3), ({}, 0, 1), ({"OMP_NUM_THREADS": "2"}, 3, 2)]
+)
 def test_threads_of_the_rank(
-    monkeypatch: pytest.MonkeyPatch, by_user: int, threads: int, expected: int
+    monkeypatch: pytest.MonkeyPatch, env: dict[str, str], threads: int, expected: int
 ) -> None:
     """What the run had before wins over the budget, and the user's value over both."""
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if by_user:
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(os, "environ", env)
     torch.set_num_threads(2)
     data(Fake()).start(0, threads=threads)
     assert torch.get_num_threads() == expected
