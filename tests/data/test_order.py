@@ -130,14 +130,10 @@ def test_any_sample_may_come_first(length: int, bins: int) -> None:
 def test_no_correlation_between_positions_or_epochs(length: int, lag: int) -> None:
     many = 100
     orders = [whole(length, 5, epoch) for epoch in range(many + 1)]
-
-    def correlation(pairs: list[tuple[Indices, Indices]]) -> np.ndarray:
-        return np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
-
-    neighbours = correlation([(o[:-lag], o[lag:]) for o in orders[:many]])
-    successors = correlation(list(itertools.pairwise(orders)))
-    for found in (neighbours, successors):
-        deviation = 1 / math.sqrt(length)
+    neighbours = [(one[:-lag], one[lag:]) for one in orders[:many]]
+    deviation = 1 / math.sqrt(length)
+    for pairs in (neighbours, itertools.pairwise(orders)):
+        found = np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
         assert abs(found.mean()) < 5 * deviation / math.sqrt(many)
         assert np.abs(found).max() < 5 * deviation
 

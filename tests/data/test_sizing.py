@@ -30,14 +30,13 @@ def size(
     pin: str = "auto",
     kind: str = "map-style",
     free: MemoryBudget = PLENTY,
-    own: int = 100 * MIB,
-    nbytes: int = MIB,
+    nbytes: int = 8 * MIB,
 ) -> LoaderSize:
     keys = config("DATALOADER.NUM_WORKERS", wanted, "DATALOADER.PIN_MEMORY", pin).DATALOADER
     cpu = CpuBudget(64, per_rank * ranks, per_rank, "cgroup quota; host has 64")
     topology = Topology(world_size=ranks, local_world_size=ranks)
     runtime = Runtime(topology, torch.device("cuda" if cuda else "cpu"), cpu)
-    return size_loader(keys, runtime, kind, free, own, nbytes)
+    return size_loader(keys, runtime, kind, free, 400 * MIB, nbytes)
 
 
 WANTED = "DATALOADER.NUM_WORKERS"
@@ -104,7 +103,7 @@ def test_what_is_chosen_fits_in_the_cpus_and_threads_follow_from_them_alone(
 def test_memory_caps_the_workers_and_is_named(
     budget: MemoryBudget, workers: int, told: list[str]
 ) -> None:
-    found = size(cuda=True, free=budget, nbytes=8 * MIB, own=400 * MIB)
+    found = size(cuda=True, free=budget)
     assert found.workers == workers
     for words in [*told, "2 local ranks"]:
         assert words in found.reason

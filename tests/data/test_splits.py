@@ -126,28 +126,30 @@ def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
 @pytest.mark.parametrize(
     ("task", "words", "told"),
     [
-        (Fake(train=Counted(0)), (), [r"build_dataset('train')", "empty"]),
-        (Fake(val=Counted(0)), (), [r"build_dataset('val')", "empty"]),
-        (Fake(), ("TRAIN.BATCH_SIZE", 24, "TRAIN.DROP_LAST", True), ["TRAIN.DROP_LAST", "23"]),
-        (Fake(train=Dataset()), (), ["build_dataset('train')", "a Dataset without", "__len__"]),
-        (Fake(val=Stream()), (), ["build_dataset('val')", "a Stream without", "__len__"]),
-        (Fake(), ("TRAIN.SAMPLER", "weighted"), ["TRAIN.SAMPLER", "`weights`"]),
-        (Fake(train=Stream()), (), ["TRAIN.DURATION", "EVAL.EVERY", "CHECKPOINT.EVERY"]),
+        (Fake(train=Counted(0)), (), r"build_dataset\('train'\) returned an empty"),
+        (Fake(val=Counted(0)), (), r"build_dataset\('val'\) returned an empty"),
+        (Fake(), ("TRAIN.BATCH_SIZE", 24, "TRAIN.DROP_LAST", True), r"23.*TRAIN\.DROP_LAST"),
+        (Fake(train=Dataset()), (), r"build_dataset\('train'\) .* a Dataset without .*__len__"),
+        (Fake(val=Stream()), (), r"build_dataset\('val'\) .* a Stream without .*__len__"),
+        (Fake(), ("TRAIN.SAMPLER", "weighted"), r"TRAIN\.SAMPLER .*`weights`"),
+        (
+            Fake(train=Stream()),
+            (),
+            r"give TRAIN\.DURATION, EVAL\.EVERY, CHECKPOINT\.EVERY in steps",
+        ),
         (
             Fake(train=Stream()),
             ("TRAIN.DURATION", "9step", "EVAL.EVERY", "", "OPTIM.WARMUP", "1ep"),
-            ["OPTIM.WARMUP", "CHECKPOINT.EVERY"],
+            r"give OPTIM\.WARMUP, CHECKPOINT\.EVERY in steps",
         ),
     ],
 )
 def test_data_sets_that_cannot_be_trained_on(
-    task: Fake, words: tuple[object, ...], told: list[str]
+    task: Fake, words: tuple[object, ...], told: str
 ) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=told) as caught:
         data(task, *words)
     assert caught.value.exit_code == 2
-    for text in told:
-        assert text in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
