@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,10 +120,12 @@ def test_the_processs_own_generators_are_not_moved(fetcher: Any, fails: bool, wo
 
 
 def test_without_seeding_samples_draw_from_the_processs_generators() -> None:
+    """And a batch goes on where the last one was."""
     torch.manual_seed(3)
-    expected = [torch.rand(()).item() for _ in range(2)]
+    expected = [torch.rand(()).item() for _ in range(3)]
     torch.manual_seed(3)
-    assert [sample[1] for sample in MAP(None)[Request(0, [5, 5])]] == expected
+    samples = [MAP(None)[Request(0, indices)] for indices in ([5, 5], [5])]
+    assert [sample[1] for sample in itertools.chain(*samples)] == expected
 
 
 def mixing(samples: list[Any]) -> tuple[float, float, float]:

@@ -39,11 +39,15 @@ def size(
     return size_loader(keys, runtime, kind, free, 400 * MIB, nbytes)
 
 
-WANTED = "DATALOADER.NUM_WORKERS"
+WANTED, LIMIT = "DATALOADER.NUM_WORKERS", "cgroup memory limit"
 
 
 def granted(usable: int, among: str = "2 local ranks") -> str:
     return f"{usable} usable CPUs (cgroup quota; host has 64), {among}"
+
+
+def short_of(what: str, gib: str, each: int) -> str:
+    return f"{what} {gib} GiB free, {each} MiB a worker, 2 local ranks"
 
 
 @pytest.mark.parametrize(
@@ -61,6 +65,16 @@ def granted(usable: int, among: str = "2 local ranks") -> str:
         ({"per_rank": 1}, 0, 1, granted(2)),
         ({"per_rank": 1, "cuda": True}, 0, 1, granted(2)),
         ({"per_rank": 2, "ranks": 1}, 1, 1, granted(2, "1 local rank")),
+        # Half of 4 GiB by 2 ranks is 1 GiB; a worker takes 400 + 3 * 8 = 424 MiB.
+        ({"cuda": True, "free": memory(4 * GIB)}, 2, 1, short_of(LIMIT, "4.00", 424)),
+        ({"cuda": True, "free": memory(GIB)}, 0, 1, short_of(LIMIT, "1.00", 424)),
+        # Half of 128 MiB by 2 ranks is 32 MiB; a worker's batches take 2 * 8.
+        ({"cuda": True, "free": memory(shm=128 * MIB)}, 2, 1, short_of("/dev/shm", "0.12", 16)),
+        ({"cuda": True, "free": memory(shm=0)}, 0, 1, short_of("/dev/shm", "0.00", 16)),
+        ({"cuda": True, "free": memory(shm=None)}, 7, 1, granted(16)),
+        # The tighter of the two is the reason.
+        ({"cuda": True, "free": memory(4 * GIB, 64 * MIB)}, 1, 1, short_of("/dev/shm", "0.06", 16)),
+        ({"cuda": True, "free": memory(2 * GIB, 160 * MIB)}, 1, 1, short_of(LIMIT, "2.00", 424)),
     ],
 )
 def test_workers_and_threads_and_the_reason_for_the_log(
@@ -83,30 +97,6 @@ def test_what_is_chosen_fits_in_the_cpus_and_threads_follow_from_them_alone(
     assert found.workers + found.threads <= per_rank
     poor = size(per_rank=per_rank, cuda=cuda, kind=kind, free=NONE, nbytes=GIB)
     assert (poor.workers, poor.threads) == (0, found.threads)
-
-
-@pytest.mark.parametrize(
-    ("budget", "workers", "told"),
-    [
-        # Half of 4 GiB by 2 ranks is 1 GiB; a worker takes 400 + 3 * 8 = 424 MiB.
-        (memory(4 * GIB), 2, ["cgroup memory limit 4.00 GiB free", "424 MiB a worker"]),
-        (memory(GIB), 0, ["cgroup memory limit 1.00 GiB free"]),
-        # Half of 128 MiB by 2 ranks is 32 MiB; a worker's batches take 2 * 8.
-        (memory(shm=128 * MIB), 2, ["/dev/shm 0.12 GiB free", "16 MiB a worker"]),
-        (memory(shm=0), 0, ["/dev/shm 0.00 GiB free"]),
-        (memory(shm=None), 7, ["cgroup quota"]),
-        # The tighter of the two is the reason.
-        (memory(4 * GIB, 64 * MIB), 1, ["/dev/shm 0.06 GiB free"]),
-        (memory(2 * GIB, 160 * MIB), 1, ["cgroup memory limit 2.00 GiB free"]),
-    ],
-)
-def test_memory_caps_the_workers_and_is_named(
-    budget: MemoryBudget, workers: int, told: list[str]
-) -> None:
-    found = size(cuda=True, free=budget)
-    assert found.workers == workers
-    for words in [*told, "2 local ranks"]:
-        assert words in found.reason
 
 
 @pytest.mark.parametrize(

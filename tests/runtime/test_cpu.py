@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,10 +10,6 @@ from launcher.runtime.cpu import CpuBudget, cgroup_cpu_quota, cpu_budget, thread
 from tests.runtime.groups import HYBRID, V1, V2, cgroup
 
 NOWHERE = Path("/nonexistent")
-
-
-def budget(ranks: int, env: dict[str, str], affinity: int = 64, root: Path = NOWHERE) -> CpuBudget:
-    return cpu_budget(ranks, env, host=64, affinity=affinity, root=root)
 
 
 def v1(quotas: dict[str, int]) -> dict[str, object]:
@@ -56,49 +53,40 @@ def test_cgroup_quota(
     assert cgroup_cpu_quota(cgroup(tmp_path, proc, files)) == quota
 
 
-@pytest.mark.parametrize(
-    ("quota", "ranks", "usable", "per_rank", "reason"),
-    [
-        (50_000, 1, 1, 1, "cgroup quota; host has 64"),
-        (150_000, 1, 1, 1, "cgroup quota; host has 64"),
-        (290_000, 1, 2, 2, "cgroup quota; host has 64"),
-        (800_000, 2, 8, 4, "cgroup quota; host has 64"),
-        (6_400_000, 1, 64, 64, "all CPUs of the host"),
-    ],
-)
-def test_whole_cpus_of_a_quota_are_shared_by_the_ranks_and_one_is_always_there(
-    tmp_path: Path, quota: int, ranks: int, usable: int, per_rank: int, reason: str
-) -> None:
-    root = cgroup(tmp_path, V2, v2({".": f"{quota} 100000"}))
-    assert budget(ranks, {}, root=root) == CpuBudget(64, usable, per_rank, reason)
-
-
-GRANT = "Slurm's grant; host has 64"
+HOST, AFFINITY = "all CPUs of the host", "CPU affinity; host has 64"
+GRANT, QUOTA = "Slurm's grant; host has 64", "cgroup quota; host has 64"
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_PROCID": "0"}
 ONE_TASK = {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "RANK": "2"}
 
 
 @pytest.mark.parametrize(
-    ("ranks", "env", "affinity", "usable", "per_rank", "reason"),
+    ("ranks", "env", "affinity", "quota", "budget"),
     [
-        (1, {}, 64, 64, 64, "all CPUs of the host"),
-        (1, {}, 6, 6, 6, "CPU affinity; host has 64"),
-        (4, {**STEP, "SLURM_CPUS_PER_TASK": "3"}, 64, 12, 3, GRANT),
-        (1, {"SLURM_CPUS_ON_NODE": "16"}, 64, 16, 16, GRANT),
-        (4, {"SLURM_CPUS_ON_NODE": "16"}, 8, 8, 2, "CPU affinity; host has 64"),
-        (1, {"SLURM_CPUS_ON_NODE": "64"}, 64, 64, 64, "all CPUs of the host"),
-        (1, {"SLURM_CPUS_ON_NODE": "many"}, 64, 64, 64, "all CPUs of the host"),
-        (1, {"SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "32"}, 64, 32, 32, GRANT),
-        (8, {}, 3, 3, 1, "CPU affinity; host has 64"),  # every rank has one
+        (1, {}, 64, None, (64, 64, HOST)),
+        (1, {}, 6, None, (6, 6, AFFINITY)),
+        (8, {}, 3, None, (3, 1, AFFINITY)),  # every rank has one
+        (2, {}, 64, 800_000, (8, 4, QUOTA)),
+        (1, {}, 64, 290_000, (2, 2, QUOTA)),  # a part of a CPU does not count
+        (1, {}, 64, 150_000, (1, 1, QUOTA)),
+        (1, {}, 64, 50_000, (1, 1, QUOTA)),  # but one is always there
+        (1, {}, 64, 6_400_000, (64, 64, HOST)),
+        (4, {**STEP, "SLURM_CPUS_PER_TASK": "3"}, 64, None, (12, 3, GRANT)),
+        (1, {"SLURM_CPUS_ON_NODE": "16"}, 64, None, (16, 16, GRANT)),
+        (4, {"SLURM_CPUS_ON_NODE": "16"}, 8, None, (8, 2, AFFINITY)),
+        (1, {"SLURM_CPUS_ON_NODE": "64"}, 64, None, (64, 64, HOST)),
+        (1, {"SLURM_CPUS_ON_NODE": "many"}, 64, None, (64, 64, HOST)),
+        (1, {"SLURM_CPUS_PER_TASK": "2", "SLURM_CPUS_ON_NODE": "32"}, 64, None, (32, 32, GRANT)),
         # One task of the step on this node, which is a torchrun with four ranks of its own: it
         # gives them RANK.
-        (4, {**ONE_TASK, "SLURM_CPUS_PER_TASK": "16"}, 64, 16, 4, GRANT),
+        (4, {**ONE_TASK, "SLURM_CPUS_PER_TASK": "16"}, 64, None, (16, 4, GRANT)),
     ],
 )
-def test_the_least_limit_counts_and_is_named(
-    ranks: int, env: dict[str, str], affinity: int, usable: int, per_rank: int, reason: str
+def test_the_least_limit_counts_in_whole_cpus_and_is_named(
+    tmp_path: Path, ranks: int, env: Any, affinity: int, quota: int | None, budget: Any
 ) -> None:
-    assert budget(ranks, env, affinity) == CpuBudget(64, usable, per_rank, reason)
+    root = cgroup(tmp_path, V2, v2({".": f"{quota or 'max'} 100000"}))
+    found = cpu_budget(ranks, env, host=64, affinity=affinity, root=root)
+    assert found == CpuBudget(64, *budget)
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one CPU cannot be narrowed")

@@ -64,7 +64,7 @@ def test_in_steps(text: str, steps: int) -> None:
         ("1ep", (3,), [3, 6, 9]),
     ],
 )
-def test_every_tells_after_which_batches_it_is_due(
+def test_a_period_is_due_after_these_batches_and_none_but_seconds_elapse(
     text: str, skips: tuple[int, ...], due: list[int]
 ) -> None:
     every, progress, found = Every(text), Progress(), []
@@ -74,6 +74,7 @@ def test_every_tells_after_which_batches_it_is_due(
         if every.due(before, progress):
             found.append(i)
     assert found == due
+    assert every.timed is (text == "10s") and not every.elapsed()
 
 
 def test_every_is_due_once_where_a_stride_passes_it() -> None:
@@ -93,8 +94,3 @@ def test_every_in_seconds_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not every.elapsed()
     now = 400.0
     assert every.elapsed() and not every.elapsed()
-
-
-@pytest.mark.parametrize("text", ["", "1step", "1ep"])
-def test_only_seconds_elapse(text: str) -> None:
-    assert not Every(text).timed and not Every(text).elapsed()
