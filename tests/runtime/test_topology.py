@@ -14,10 +14,10 @@ TORCHRUN = environ(
     "RANK=5 LOCAL_RANK=1 WORLD_SIZE=8 LOCAL_WORLD_SIZE=4 GROUP_RANK=1 "
     "MASTER_ADDR=node0 MASTER_PORT=29500 TORCHELASTIC_RUN_ID=job7"
 )
-# Rank 4 of 7: four nodes with 2, 2, 2 and 1 tasks.
+# Rank 4 of 7: four nodes with 1, 2, 2 and 2 tasks.
 SRUN = environ(
-    "SLURM_PROCID=4 SLURM_LOCALID=0 SLURM_NODEID=2 SLURM_STEP_NUM_TASKS=7 SLURM_JOB_ID=1234567 "
-    "SLURM_STEP_TASKS_PER_NODE=2(x3),1 SLURM_STEP_NODELIST=gpu[07-09,12]"
+    "SLURM_PROCID=4 SLURM_LOCALID=1 SLURM_NODEID=2 SLURM_STEP_NUM_TASKS=7 SLURM_JOB_ID=1234567 "
+    "SLURM_STEP_TASKS_PER_NODE=1,2(x3) SLURM_STEP_NODELIST=gpu[07-09,12]"
 )
 
 
@@ -29,7 +29,7 @@ def refusal(env: dict[str, str]) -> str:
 
 
 AT_NODE0 = Topology(5, 1, 8, 4, "torchrun", master_addr="node0", master_port=29500, job_id="job7")
-AT_GPU07 = Topology(4, 0, 7, 2, "srun", master_addr="gpu07", master_port=34567, job_id="1234567")
+AT_GPU07 = Topology(4, 1, 7, 2, "srun", master_addr="gpu07", master_port=34567, job_id="1234567")
 
 
 STARTS = {
