@@ -10,7 +10,16 @@ from torch import nn
 
 from launcher.data.plan import Plan
 from launcher.errors import RunError
-from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, evaluation, rows, take
+from tests.engine.helpers import (
+    Regression,
+    Trainer,
+    assert_close,
+    by_hand,
+    evaluation,
+    rows,
+    same,
+    take,
+)
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 
@@ -125,16 +134,6 @@ def test_a_step_skipped_by_the_scaler_changes_nothing() -> None:
     assert same(before, after)
     assert trainer.one(2)[0] is False
     assert not same(before[0], trainer.weights)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 def test_a_skipped_step_is_not_counted_into_the_norm() -> None:
