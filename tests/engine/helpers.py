@@ -1,6 +1,5 @@
 """A small task whose right answers can be written down by hand."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,11 +104,7 @@ class Trainer:
         sizes = ("TRAIN.BATCH_SIZE", batch_size, "TRAIN.MICRO_BATCH_SIZE", micro_batch_size)
         self.state = fresh(task, *sizes, *words, runtime=runtime)
         self.step = TrainStep(self.state.cfg, task, self.state, runtime)
-        self.plan, self.rank, self.data = (
-            self.state.data.train_plan,
-            runtime.rank,
-            task.build_dataset(),
-        )
+        self.task, self.rank, self.plan = task, runtime.rank, self.state.data.train_plan
 
     def run(self, steps: int, asked: dict[int, frozenset[str]] | None = None) -> list[Any]:
         """Steps 0 to `steps`; the (skipped, seen) of each."""
@@ -119,7 +114,7 @@ class Trainer:
         epoch, k = divmod(step, self.plan.steps_per_epoch)
         cuts = self.plan.micro_batches(k, self.rank)
         start, stop = self.plan.batch(k)
-        batches = (take(self.data, rows(epoch, *cut)) for cut in cuts)
+        batches = (drawn(self.task, epoch, *cut) for cut in cuts)
         return self.step(GlobalBatch(stop - start, [b - a for a, b in cuts], batches), asked)
 
     def recorded(self) -> dict[str, float]:
@@ -132,14 +127,9 @@ class Trainer:
         return [p.detach().clone() for p in self.state.model.parameters()]
 
 
-def take(dataset: TensorDataset, indices: Sequence[int]) -> Any:
-    """These samples as one batch."""
-    return dataset[torch.as_tensor(indices)]
-
-
-def rows(epoch: int, start: int, stop: int) -> list[int]:
-    """The samples at these positions of an epoch."""
-    return Shuffle(LENGTH, 0)(epoch, np.arange(start, stop)).tolist()
+def drawn(task: Regression, epoch: int, start: int, stop: int) -> Any:
+    """The samples at these positions of an epoch, as one batch."""
+    return task.build_dataset()[Shuffle(LENGTH, 0)(epoch, np.arange(start, stop))]
 
 
 def by_hand(task: Regression, batch_size: int, steps: int, **sgd: Any) -> Weights:
@@ -148,18 +138,14 @@ def by_hand(task: Regression, batch_size: int, steps: int, **sgd: Any) -> Weight
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     for step in range(steps):
         epoch, k = divmod(step, plan.steps_per_epoch)
-        x, y, w = take(task.build_dataset(), rows(epoch, *plan.batch(k)))
-        loss = (w * ((model(x) - y) ** 2).squeeze(1)).sum() / w.sum()
         optimizer.zero_grad()
-        loss.backward()
+        task.train_step(model, drawn(task, epoch, *plan.batch(k)))["loss"].backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
 
 
-def assert_close(a: Weights, b: Weights) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+def assert_close(a: Weights, b: Weights, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
 def same(a: Any, b: Any) -> bool:

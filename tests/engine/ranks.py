@@ -14,7 +14,7 @@ from torch import nn
 from launcher.data.plan import Plan
 from launcher.runtime.process import Runtime, end, start
 from launcher.runtime.topology import Topology
-from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording, take
+from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -41,11 +41,8 @@ class Shifted(Regression):
         values = super().eval_step(model, batch)
         assert isinstance(model.shift, torch.Tensor)
         # What it draws is the same at any number of ranks, too.
-        return {
-            **values,
-            "loss": values["loss"] + model.shift,
-            "draw": torch.rand(len(values["loss"])),
-        }
+        draw = torch.rand(len(values["loss"]))
+        return {**values, "loss": values["loss"] + model.shift, "draw": draw}
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ramp = torch.arange(len(outputs["x"]))
@@ -58,7 +55,7 @@ def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float] | None:
     task.recorder = recording(runtime)
     plan = Plan(LENGTH, batch_size, world_size=runtime.world_size)
     batches = [
-        take(task.build_dataset(), range(*plan.batch(k)))
+        task.build_dataset()[slice(*plan.batch(k))]
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
     return evaluation(task, batches, plan, runtime)(task.build_model())
@@ -66,17 +63,15 @@ def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float] | None:
 
 def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> dict[str, Any]:
     """Weights after some steps, the requests seen after each, and the record of all of them."""
-    trainer = Trainer(
-        Regression(weighted), runtime=runtime, batch_size=batch_size, micro_batch_size=micro
-    )
-    asked = {step: names for (step, rank), names in ASKED.items() if rank == runtime.rank}
+    sizes = {"batch_size": batch_size, "micro_batch_size": micro}
+    trainer = Trainer(Regression(weighted), runtime=runtime, **sizes)
     seen, begun = [], []
     for step in range(STEPS):
-        seen.append(trainer.one(step, asked.get(step, frozenset()))[1])
+        asked = ASKED.get((step, runtime.rank), frozenset())
+        seen.append(sorted(trainer.one(step, asked)[1]))
         begun.append(runtime.collectives())
-    seen_names = [sorted(names) for names in seen]
     return {
-        **{"weights": trainer.weights, "seen": seen_names, "written": trainer.recorded()},
+        **{"weights": trainer.weights, "seen": seen, "written": trainer.recorded()},
         # In the first step DDP agrees on its layout of buckets, in two more.
         "collectives": [after - before for before, after in itertools.pairwise(begun)],
     }
@@ -88,15 +83,8 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
     for world_size, port in zip(WORLDS, ports, strict=True):
         if rank >= world_size:
             break
-        topology = Topology(
-            rank,
-            rank,
-            world_size,
-            world_size,
-            launched_by="torchrun",
-            master_addr="127.0.0.1",
-            master_port=int(port),
-        )
+        world = rank, rank, world_size, world_size
+        topology = Topology(*world, "torchrun", master_addr="127.0.0.1", master_port=int(port))
         runtime = start(topology, config("DIST.DEVICE", "cpu"))
         results[world_size] = {
             (*case, weighted): trained(runtime, *case, weighted)
