@@ -81,13 +81,17 @@ def fresh(task: Any, *words: object, runtime: Runtime = ALONE) -> TrainingState:
     return build_state(job, task, data, recorder, runtime)
 
 
+def unasked() -> Any:
+    """In place of a guard: one that was not asked to stop."""
+    return SimpleNamespace(enter=lambda phase: None, stop=None)
+
+
 def evaluation(
     task: Any, batches: Any, plan: Plan, runtime: Runtime = ALONE, guard: Any = None
 ) -> Evaluation:
     """An evaluation of these batches, of which all ranks together have those of the plan."""
     data: Any = SimpleNamespace(evaluation=lambda: iter(batches), val_plan=plan)
-    guard = guard or SimpleNamespace(enter=lambda phase: None, stop=None)
-    return Evaluation(config(), task, runtime, guard, data)
+    return Evaluation(config(), task, runtime, guard or unasked(), data)
 
 
 class Trainer:
