@@ -61,24 +61,22 @@ def test_warm_up_is_linear_and_never_zero() -> None:
 @pytest.mark.parametrize(
     ("words", "values"),
     [
-        (["OPTIM.SCHEDULE", "constant"], {0: 1, 39: 1}),
-        (["OPTIM.SCHEDULE", "cosine"], {0: 1, 20: 0.5, 40: 0}),
-        (["OPTIM.SCHEDULE", "linear", "OPTIM.FINAL_FACTOR", "0.5"], {0: 1, 20: 0.75, 40: 0.5}),
+        ("SCHEDULE=constant", {0: 1, 39: 1}),
+        ("SCHEDULE=cosine", {0: 1, 20: 0.5, 40: 0}),
+        ("SCHEDULE=linear FINAL_FACTOR=0.5", {0: 1, 20: 0.75, 40: 0.5}),
         (
-            ["OPTIM.SCHEDULE", "step", "OPTIM.MILESTONES", "[1ep, 25step]", "OPTIM.GAMMA", "0.5"],
+            "SCHEDULE=step MILESTONES=[1ep,25step] GAMMA=0.5",
             {9: 1, 10: 0.5, 24: 0.5, 25: 0.25, 40: 0.25},
         ),
-        (["OPTIM.WARMUP", "1ep"], {0: 1 / 11, 9: 10 / 11, 10: 1}),
-        (["OPTIM.WARMUP", "4step"], {0: 0.2, 3: 0.8, 4: 1}),
-        (["OPTIM.WARMUP", "1ep", "OPTIM.SCHEDULE", "cosine"], {9: 10 / 11, 10: 1, 25: 0.5, 40: 0}),
-        (
-            [*("OPTIM.WARMUP", "1ep", "OPTIM.SCHEDULE", "step", "OPTIM.MILESTONES", "[2ep]")],
-            {10: 1, 19: 1, 20: 0.1},
-        ),
+        ("WARMUP=1ep", {0: 1 / 11, 9: 10 / 11, 10: 1}),
+        ("WARMUP=4step", {0: 0.2, 3: 0.8, 4: 1}),
+        ("WARMUP=1ep SCHEDULE=cosine", {9: 10 / 11, 10: 1, 25: 0.5, 40: 0}),
+        ("WARMUP=1ep SCHEDULE=step MILESTONES=[2ep]", {10: 1, 19: 1, 20: 0.1}),
     ],
 )
-def test_schedule_of_a_config(words: list[str], values: dict[int, float]) -> None:
-    made = build_schedule(config("TRAIN.DURATION", "4ep", *words), Plan(80, 8))
+def test_schedule_of_a_config(words: str, values: dict[int, float]) -> None:
+    keys = [f"OPTIM.{word}" for word in words.split()]
+    made = build_schedule(config("TRAIN.DURATION=4ep", *keys), Plan(80, 8))
     for step, value in values.items():
         assert made(step) == pytest.approx(value, abs=1e-12)
 
