@@ -2,6 +2,7 @@
 
 import io
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import nn
 
 from launcher.checkpoint.state import TrainingState, random_state, set_random_state
 from launcher.engine.run import model_layout
-from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
 from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, fresh, same
@@ -83,7 +83,7 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
 
 def rank(of: int, world_size: int) -> Runtime:
     topology = Topology(of, of, world_size, world_size, launched_by="torchrun")
-    return Runtime(topology, torch.device("cpu"), CpuBudget(1, 1, 1, ""))
+    return replace(ALONE, topology=topology)
 
 
 def saved_by_two_ranks() -> dict[str, Any]:

@@ -39,14 +39,14 @@ def config(*words: object) -> CfgNode:
 
 
 class Regression:
-    """Least squares; with `weighted` every sample has a weight of its own."""
+    """Least squares; with `weighted` every sample has a weight of its own, some of 0."""
 
     def __init__(self, weighted: bool = False) -> None:
         self.weighted = weighted
         made = torch.Generator().manual_seed(5)
         self.x = torch.randn(LENGTH, 4, generator=made)
         self.y = torch.randn(LENGTH, 1, generator=made)
-        self.w = torch.arange(LENGTH) % 4 + 0.5 if weighted else torch.ones(LENGTH)
+        self.w = (torch.arange(LENGTH) % 4).float() if weighted else torch.ones(LENGTH)
 
     def build_model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -58,13 +58,9 @@ class Regression:
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y, w = batch
         errors = ((model(x) - y) ** 2).squeeze(1)
-        total = w.sum()
-        values = {"loss": (errors * w).sum() / total.clamp_min(1e-9), "error": errors.mean()}
-        if self.weighted:
-            values["weight"] = total
-            # The mean that is recorded is weighted too.
-            values["error"] = values["loss"].detach()
-        return values
+        loss = (errors * w).sum() / w.sum().clamp_min(1e-9)
+        weight = {"weight": w.sum()} if self.weighted else {}
+        return {"loss": loss, "error": loss.detach(), **weight}
 
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y, w = batch
@@ -98,21 +94,16 @@ class Trainer:
     """A TrainStep with what it works on; steps take their batches from the real order."""
 
     def __init__(
-        self,
-        task: Any,
-        *words: object,
-        runtime: Runtime = ALONE,
-        batch_size: int = 8,
-        micro_batch_size: int = 0,
+        self, task: Any, *words: object, runtime: Runtime = ALONE, batch: int = 8, micro: int = 0
     ) -> None:
-        sizes = ("TRAIN.BATCH_SIZE", batch_size, "TRAIN.MICRO_BATCH_SIZE", micro_batch_size)
+        sizes = ("TRAIN.BATCH_SIZE", batch, "TRAIN.MICRO_BATCH_SIZE", micro)
         self.state = fresh(task, *sizes, *words, runtime=runtime)
         self.step = TrainStep(self.state.cfg, task, self.state, runtime)
         self.task, self.rank, self.plan = task, runtime.rank, self.state.data.train_plan
 
-    def run(self, steps: int, asked: dict[int, frozenset[str]] | None = None) -> list[Any]:
+    def run(self, steps: int) -> list[Any]:
         """Steps 0 to `steps`; the (skipped, seen) of each."""
-        return [self.one(k, (asked or {}).get(k, frozenset())) for k in range(steps)]
+        return [self.one(k) for k in range(steps)]
 
     def one(self, step: int, asked: frozenset[str] = frozenset()) -> Any:
         epoch, k = divmod(step, self.plan.steps_per_epoch)

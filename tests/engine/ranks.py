@@ -61,10 +61,9 @@ def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float] | None:
     return evaluation(task, batches, plan, runtime)(task.build_model())
 
 
-def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> dict[str, Any]:
+def trained(runtime: Runtime, batch: int, micro: int, weighted: bool) -> dict[str, Any]:
     """Weights after some steps, the requests seen after each, and the record of all of them."""
-    sizes = {"batch_size": batch_size, "micro_batch_size": micro}
-    trainer = Trainer(Regression(weighted), runtime=runtime, **sizes)
+    trainer = Trainer(Regression(weighted), runtime=runtime, batch=batch, micro=micro)
     seen, begun = [], []
     for step in range(STEPS):
         asked = ASKED.get((step, runtime.rank), frozenset())
