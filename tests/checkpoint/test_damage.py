@@ -3,8 +3,7 @@
 import json
 import logging
 import os
-import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,45 +110,21 @@ def test_none_valid_is_an_error_that_changes_nothing(
     assert snapshot(store.directory) == before
 
 
-def places(content: bytes) -> list[int]:
-    """16 of them, the first and the last byte's among them."""
-    return [round(i * (len(content) - 1) / 15) for i in range(16)]
-
-
-def cut(content: bytes) -> dict[str, bytes]:
-    return {f"cut to {place} bytes": content[:place] for place in places(content)}
-
-
-def flips(content: bytes, bits: Iterable[tuple[int, int]]) -> dict[str, bytes]:
-    return {f"bit {bit} of byte {place}": flipped(content, place, bit) for place, bit in bits}
-
-
-def bit_flipped(content: bytes) -> dict[str, bytes]:
-    draw = random.Random(0)
-    return flips(content, [(place, draw.randrange(8)) for place in places(content)])
-
-
-def any_bit_flipped(content: bytes) -> dict[str, bytes]:
-    """Two of each byte, so also those of a metric, a time or a key that leave valid JSON."""
-    return flips(content, [(i, bit) for i in range(len(content)) for bit in (i % 3, 3 + i % 5)])
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [(STATE, cut), (MANIFEST, cut), (STATE, bit_flipped), (MANIFEST, any_bit_flipped)],
-)
-def test_no_change_of_a_file_goes_unseen(
-    store: Store,
-    name: str,
-    change: Callable[[bytes], dict[str, bytes]],
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("name", [STATE, MANIFEST])
+def test_no_cut_and_no_flipped_bit_goes_unseen(
+    store: Store, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Invariant 5: the newest checkpoint is passed over for the one before."""
+    """Invariant 5: the newest checkpoint is passed over for the one before. Of the manifest, at
+    every byte: also one in a metric, a time or a key that leaves valid JSON."""
     caplog.set_level(logging.ERROR, logger="launcher.checkpoint.store")
     path, undetected = store.path(2) / name, []
     intact = path.read_bytes()
-    for label, content in change(intact).items():
-        assert content != intact
+    places = [round(i * (len(intact) - 1) / 15) for i in range(16)]  # the first and the last too
+    changes = {f"cut to {place} bytes": intact[:place] for place in places}
+    for place in range(len(intact)) if name == MANIFEST else places:
+        for bit in (place % 3, 3 + place % 5):
+            changes[f"bit {bit} of byte {place}"] = flipped(intact, place, bit)
+    for label, content in changes.items():
         path.write_bytes(content)
         try:
             found = store.newest()
