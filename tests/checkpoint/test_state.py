@@ -162,8 +162,5 @@ def test_a_layout_tells_of_extra_state_that_is_no_tensor() -> None:
         def get_extra_state(self) -> dict[str, int]:
             return {"calls": 3}
 
-        def set_extra_state(self, state: dict[str, int]) -> None:
-            pass
-
     layouts = {model_layout(model) for model in (nn.Linear(2, 2), Counting(2, 2), Counting(2, 3))}
     assert len(layouts) == 3

@@ -26,39 +26,31 @@ ASKED = {(1, 1): frozenset({"stop"}), (2, 0): frozenset({"checkpoint"})}
 
 
 class Shifted(Regression):
-    """Each rank's model has a buffer of its own, as batch norm's are after a step."""
-
-    def __init__(self, shift: float) -> None:
-        super().__init__(weighted=True)
-        self.shift = shift
-
-    def build_model(self) -> nn.Module:
-        model = super().build_model()
-        model.register_buffer("shift", torch.tensor(self.shift))
-        return model
+    """Its metrics hang on a buffer, on what it draws, and on the order of the samples."""
 
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         values = super().eval_step(model, batch)
-        assert isinstance(model.shift, torch.Tensor)
-        # What it draws is the same at any number of ranks, too.
-        draw = torch.rand(len(values["loss"]))
-        return {**values, "loss": values["loss"] + model.shift, "draw": draw}
+        shifted = values["loss"] + model.get_buffer("shift")
+        return {**values, "loss": shifted, "draw": torch.rand(len(shifted))}
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ramp = torch.arange(len(outputs["x"]))
         return {"order": (outputs["x"][:, 0] * ramp).sum()}
 
 
-def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float] | None:
-    """The metrics of a split over the ranks of a group."""
-    task = Shifted(float(runtime.rank))
+def evaluated(runtime: Runtime) -> dict[str, float] | None:
+    """The metrics of a split over the ranks of a group. Each rank's model has a buffer of its own,
+    as batch norm's are after a step."""
+    task: Any = Shifted(weighted=True)
     task.recorder = recording(runtime)
-    plan = Plan(LENGTH, batch_size, world_size=runtime.world_size)
+    model = task.build_model()
+    model.register_buffer("shift", torch.tensor(float(runtime.rank)))
+    plan = Plan(LENGTH, 5, world_size=runtime.world_size)
     batches = [
         task.build_dataset()[slice(*plan.batch(k))]
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
-    return evaluation(task, batches, plan, runtime)(task.build_model())
+    return evaluation(task, batches, plan, runtime)(model)
 
 
 def trained(runtime: Runtime, batch: int, micro: int, weighted: bool) -> dict[str, Any]:

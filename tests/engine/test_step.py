@@ -150,26 +150,23 @@ def test_requests_come_back_once() -> None:
     assert [trainer.one(step, names)[1] for step, names in enumerate(asked)] == asked
 
 
-def test_a_module_that_the_task_put_into_eval_mode_stays_there() -> None:
+@pytest.mark.parametrize(
+    ("in_eval", "modes"), [("1", [True, False, True]), ("", [True, True, True])]
+)
+def test_a_module_that_the_task_put_into_eval_mode_stays_there(
+    in_eval: str, modes: list[bool]
+) -> None:
     """A frozen batch-norm, say; a whole model in eval mode, as a pretrained one comes, trains."""
-
-    class Frozen(Regression):
-        def build_model(self) -> nn.Module:
-            model = super().build_model()
-            model[1].eval()
-            return model
-
-    class Pretrained(Regression):
-        def build_model(self) -> nn.Module:
-            return super().build_model().eval()
-
-    for task, modes in ((Frozen(), [True, False, True]), (Pretrained(), [True, True, True])):
-        trainer = Trainer(task)
-        for _ in range(2):
-            trainer.run(1)
-            assert [module.training for module in trainer.state.model] == modes
-            evaluation(task, [task.build_dataset()[:]], Plan(23, 23))(trainer.state.model)
-            assert [module.training for module in trainer.state.model] == modes
+    task: Any = Regression()
+    model = task.build_model()
+    model.get_submodule(in_eval).eval()
+    task.build_model = lambda: model
+    trainer = Trainer(task)
+    for _ in range(2):
+        trainer.run(1)
+        assert [module.training for module in model] == modes
+        evaluation(task, [task.build_dataset()[:]], Plan(23, 23))(model)
+        assert [module.training for module in model] == modes
 
 
 @pytest.mark.parametrize("value", [3, np.float32(0.1), np.int64(2**53), 1 / 3])
