@@ -15,10 +15,10 @@ from tests.engine.helpers import config
 from tests.guard.ranks import ELSEWHERE, ENDED, HERE, LOST, Gone, Ranks
 from tests.waiting import wait_until
 
+Printed = pytest.CaptureFixture[str]
 
-def test_an_error_is_told_once_by_the_rank_that_had_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+
+def test_an_error_is_told_once_by_the_rank_that_had_it(tmp_path: Path, capfd: Printed) -> None:
     """Rank 0 finds only that its connection is gone; it writes the run's status."""
     ranks = Ranks(tmp_path, [HERE, HERE])
     ranks.codes[0] = 0  # it comes to its end by itself, below
@@ -57,9 +57,7 @@ def test_a_silent_host_is_named(tmp_path: Path) -> None:
     ranks.assert_told(1, "its host elsewhere is down, or cannot be reached")
 
 
-def test_what_the_user_must_mend_is_raised_as_it_is(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_user_must_mend_is_raised_as_it_is(tmp_path: Path, capfd: Printed) -> None:
     """Where it is at one rank alone, rank 0 tells of it: torchrun may end that rank before."""
     ranks = Ranks(tmp_path, [HERE, HERE])
     error = UsageError("no such file")
@@ -71,9 +69,7 @@ def test_what_the_user_must_mend_is_raised_as_it_is(
     assert "UsageError: no such file" in capfd.readouterr().err
 
 
-def test_a_hang_is_told_once_with_the_stacks_of_all(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hang_is_told_once_with_the_stacks_of_all(tmp_path: Path, capfd: Printed) -> None:
     """Rank 1 gives no sign of life; who judges last learns of the verdict from the board."""
     ranks = Ranks(tmp_path, [HERE, ELSEWHERE, HERE])
     ranks.stall()
@@ -85,9 +81,7 @@ def test_a_hang_is_told_once_with_the_stacks_of_all(
         assert "thread MainThread" in (ranks.run / f"logs/rank{rank}.log").read_text()
 
 
-def test_the_rank_that_all_wait_for_is_told_with_its_stack(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_rank_that_all_wait_for_is_told_with_its_stack(tmp_path: Path, capfd: Printed) -> None:
     ranks = Ranks(tmp_path, [HERE, HERE])
     ranks.progress.samples = 8
     ranks.guards[1].enter("step")
@@ -174,7 +168,7 @@ def test_a_frozen_process_has_not_watched_meanwhile(tmp_path: Path) -> None:
 
 
 def test_trouble_in_the_watching_ends_no_watch(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is said once, and what has nothing to do with it goes on: here, to look at the time."""
 
@@ -197,7 +191,7 @@ def test_to_say_what_comes_next_never_raises(tmp_path: Path) -> None:
 
 
 def test_before_ranks_know_each_other_each_ends_with_its_stacks(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: Printed
 ) -> None:
     """Say in a collective that one of them never comes to."""
     ranks = Ranks(tmp_path, [HERE], met=False)

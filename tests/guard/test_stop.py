@@ -46,13 +46,17 @@ def test_a_time_that_is_nearly_over_is_a_request_of_rank_0(tmp_path: Path) -> No
         assert [guard.stop for guard in ranks.guards.values()] == [reason, None]
 
 
-def test_a_file_is_a_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("phase", "reason"), [("step", "file STOP"), ("end", None)])
+def test_a_file_is_a_request_but_none_is_taken_while_ending(
+    tmp_path: Path, phase: str, reason: str | None
+) -> None:
     guard = Ranks(tmp_path, [HERE]).guards[0]
+    guard.enter(phase)
     guard.look_for_stop_file()
     assert guard.stop is None
     guard.directory.stop.touch()
     guard.look_for_stop_file()
-    assert guard.stop == "file STOP"
+    assert guard.stop == reason
 
 
 def test_a_signal_is_a_request_another_at_once_the_same_and_a_later_one_leaves(
@@ -74,14 +78,6 @@ def test_a_signal_is_a_request_another_at_once_the_same_and_a_later_one_leaves(
             wait_until(lambda: codes)
             assert codes == [1]
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_request_while_ending_is_none(tmp_path: Path) -> None:
-    """torchrun's, since another rank has failed."""
-    guard = Ranks(tmp_path, [HERE]).guards[0]
-    guard.enter("end")
-    guard.request_stop("SIGTERM")
-    assert guard.stop is None
 
 
 def test_a_signal_that_nobody_waits_for_yet_ends_the_process_as_resumable() -> None:
