@@ -45,9 +45,9 @@ class Run(NamedTuple):
 
 @pytest.fixture(params=itertools.product(WORLDS, CASES, (False, True)), ids=str)
 def run(request: pytest.FixtureRequest, ranks: list[Any]) -> Run:
-    world_size, case, weighted = request.param
-    found = [rank[world_size][(*case, weighted)] for rank in ranks[:world_size]]
-    return Run(case[0], weighted, found)
+    world_size, (batch_size, micro), weighted = request.param
+    key = batch_size, micro, weighted
+    return Run(batch_size, weighted, [rank[world_size][key] for rank in ranks[:world_size]])
 
 
 def test_weights_are_those_of_one_process_with_one_large_batch(run: Run) -> None:

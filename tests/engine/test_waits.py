@@ -32,7 +32,7 @@ class Recording(Regression):
         return {**super().train_step(model, batch), "number": 0.5, "coin": torch.ones(())}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for what torch does not do on this device, and does not wait for on CUDA."""
 
@@ -45,7 +45,6 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Agreement, "seen", lambda self: frozenset())
 
 
-@pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_steps(weighted: bool) -> None:
     """Only a record reads: what all steps added, at once."""

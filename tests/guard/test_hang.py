@@ -34,9 +34,10 @@ def beat(
 def test_rank_1_for_which_rank_0_waits(
     before: Beat | None, after: Beat | None, verdict: object
 ) -> None:
-    readings = {0: beat(1, 9, 1), 1: before}, {0: beat(3, 9, 6), 1: after}
-    posted = [{rank: beat for rank, beat in reading.items() if beat} for reading in readings]
-    assert judge(*posted, world_size=2, age=6.0, limit=5.0) == verdict
+    first, second = {0: beat(1, 9, 1)}, {0: beat(3, 9, 6)}
+    if before and after:
+        first[1], second[1] = before, after
+    assert judge(first, second, world_size=2, age=6.0, limit=5.0) == verdict
 
 
 def test_stacks_name_the_threads_and_end_with_the_main_one() -> None:
