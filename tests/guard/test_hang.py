@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -41,7 +42,10 @@ def test_rank_1_for_which_rank_0_waits(
 
 
 def test_stacks_name_the_threads_and_end_with_the_main_one() -> None:
-    *_, main = stacks().rpartition("\nthread ")
+    with ThreadPoolExecutor(1, "another") as pool:
+        pool.submit(int)
+        others, _, main = stacks().rpartition("\nthread ")
+    assert "thread another_0:" in others
     assert main.startswith("MainThread:") and "test_stacks_name_the_threads" in main
 
 
