@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, AdamW
 
 from launcher.engine.optim import build_optimizer
 from launcher.errors import UsageError
@@ -24,20 +25,16 @@ class Own:
     [
         (
             "LR=0.3 MOMENTUM=0.8 WEIGHT_DECAY=0.01",
-            torch.optim.SGD,
+            SGD,
             {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.01, "nesterov": False, "fused": True},
         ),
-        ("NESTEROV=true", torch.optim.SGD, {"nesterov": True, "momentum": 0.9}),
+        ("NESTEROV=true", SGD, {"nesterov": True, "momentum": 0.9}),
         (
             "NAME=adamw LR=1e-3 BETAS=[0.8,0.9]",
-            torch.optim.AdamW,
+            AdamW,
             {"lr": 1e-3, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.0, "fused": True},
         ),
-        (
-            "NAME=adamw EPS=1e-6 WEIGHT_DECAY=0.05",
-            torch.optim.AdamW,
-            {"eps": 1e-6, "weight_decay": 0.05},
-        ),
+        ("NAME=adamw EPS=1e-6 WEIGHT_DECAY=0.05", AdamW, {"eps": 1e-6, "weight_decay": 0.05}),
     ],
 )
 def test_optimiser_of_a_config(words: str, kind: type, options: dict[str, Any]) -> None:

@@ -133,9 +133,7 @@ def test_a_stuck_main_thread_is_ended_for_a_killed_rank(tmp_path: Path) -> None:
     ranks.assert_told(1, "killed from outside")
 
 
-def test_who_tells_waits_for_a_rank_0_that_lives_and_one_that_saves_is_not_stuck(
-    tmp_path: Path,
-) -> None:
+def test_who_tells_waits_for_a_rank_0_that_lives_and_only_saves(tmp_path: Path) -> None:
     """What it has open is closed first, and its main thread has the word on the run's end, however
     late; no two write it."""
     ranks = Ranks(tmp_path, [HERE, HERE])
