@@ -43,8 +43,9 @@ def send(job: jobs.Running, number: int, to: str) -> None:
         "torchrun": [torchrun],
         "rank 0": ranks[:1],
         "rank 1": ranks[1:],
-        "everyone": [torchrun, *job.descendants()],
-        "everyone, twice": [torchrun, *job.descendants()] * 2,
+        # torchrun last: what it sends to the ranks in turn must not come before their own.
+        "everyone": [*job.descendants(), torchrun],
+        "everyone, twice": [*job.descendants(), torchrun] * 2,
     }[to]
     for process in targets:
         with contextlib.suppress(psutil.NoSuchProcess):
