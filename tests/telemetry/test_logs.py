@@ -25,7 +25,8 @@ KIB = 1 / 1024  # in MiB
 def state() -> dict[str, Any]:
     """What Logs changes in this process."""
     return {
-        "handlers": list(logging.getLogger().handlers),
+        "callHandlers": logging.Logger.callHandlers,
+        "handle": logging.Handler.handle,
         "threading.excepthook": threading.excepthook,
         "showwarning": warnings.showwarning,
     }

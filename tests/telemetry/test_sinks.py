@@ -1,7 +1,6 @@
-"""Sinks: strict JSON a line, and a line for people."""
+"""Sinks: strict JSON a line."""
 
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.telemetry.logs import LogLines, summary
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import JsonLines, strict
 
@@ -65,14 +63,3 @@ def test_json_lines(tmp_path: Path) -> None:
     *good, last = map(parse, lines)
     assert good == RECORDS
     assert last["train/loss"] is None and last["nonfinite"] == ["train/loss", "train/grad_norm"]
-
-
-def test_summary_leaves_system_figures_out() -> None:
-    record = {**RECORDS[0], "val/accuracy": 0.98765, "system/rss_gib": 1.0}
-    assert summary(record) == "step 1  epoch 0  loss 0.1  val/größe 0.3333  val/accuracy 0.9877"
-
-
-def test_console_line_a_record(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "launcher")
-    LogLines().write([RECORDS[0], Media("text", ["note"], "x", 1)])
-    assert caplog.messages == [summary(RECORDS[0])]
