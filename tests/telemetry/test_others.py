@@ -28,6 +28,16 @@ SAID = [
     ("py.warnings", "WARNING", "careful"),
 ]
 THEIRS = {"task", "some.library", "py.warnings"}
+# Before or after the launcher set its own up, and on which rank.
+EVERY_WAY = pytest.mark.parametrize(
+    ("when", "rank"),
+    [
+        ("before", 0),
+        ("after", 1),
+        pytest.param("before", 1, marks=pytest.mark.slow),
+        pytest.param("after", 0, marks=pytest.mark.slow),
+    ],
+)
 LEVELS = {"INFO": 20, "WARNING": 30, "ERROR": 40}
 
 
@@ -82,8 +92,7 @@ def shown(rank: int, theirs: set[str], least: int = 0, muted: tuple[str, ...] = 
     return lines
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("when", ["before", "after"])
+@EVERY_WAY
 @pytest.mark.parametrize(
     ("set_up", "theirs", "least"),
     [
@@ -113,8 +122,7 @@ def test_each_line_is_shown_once_by_whoever_set_it_up(
     assert spoken.theirs is None
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("when", ["before", "after"])
+@EVERY_WAY
 @pytest.mark.parametrize(
     ("set_up", "on_stdout", "log"),
     [
@@ -138,8 +146,7 @@ def test_their_stdout_and_their_files_are_theirs(
     assert spoken.theirs == log
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("when", ["before", "after"])
+@EVERY_WAY
 def test_errors_that_they_want_on_both_streams_are_on_both(
     when: str, rank: int, tmp_path: Path
 ) -> None:
@@ -151,8 +158,7 @@ def test_errors_that_they_want_on_both_streams_are_on_both(
     assert spoken.file == in_file()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("when", ["before", "after"])
+@EVERY_WAY
 @pytest.mark.parametrize("set_up", ["dict_disables", "file_disables"])
 def test_loggers_that_they_disable_are_their_own(
     set_up: str, when: str, rank: int, tmp_path: Path
@@ -165,8 +171,7 @@ def test_loggers_that_they_disable_are_their_own(
     assert spoken.theirs in (None, in_theirs(*muted))
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("when", ["before", "after"])
+@EVERY_WAY
 def test_logging_disable_mutes_theirs_and_not_ours(when: str, rank: int, tmp_path: Path) -> None:
     spoken = Spoken(tmp_path, "disable", when, rank)
     muted = ("task", "some.library")
