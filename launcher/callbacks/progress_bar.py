@@ -12,7 +12,6 @@ from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from launcher.callbacks import Run
-from launcher.runtime.progress import in_steps
 from launcher.telemetry.logs import ConsoleHandler
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import Record, Sink
@@ -25,9 +24,7 @@ class ProgressBar:
         self.run = run
 
     def sink(self) -> Sink:
-        run = self.run
-        steps = in_steps(run.cfg.TRAIN.DURATION, run.data.train_plan.steps_per_epoch)
-        return Bar(steps, run.progress.step, run.console)
+        return Bar(self.run.data.total_steps, self.run.progress.step, self.run.console)
 
 
 class Bar(Sink):

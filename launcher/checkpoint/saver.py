@@ -69,7 +69,7 @@ class Saver:
 
         with torch.no_grad():
             snapshot, copied = map_tensors(state, copy), None
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():
             copied = torch.cuda.Event()
             copied.record()
         self.pending = manifest

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from launcher.config import CfgNode, parse_duration
+from launcher.config import CfgNode, parse_duration, seconds
 from launcher.config.checks import in_epochs
 from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
 from launcher.data.loader import load, nbytes, on_device
@@ -25,10 +25,10 @@ from launcher.log import get_logger
 from launcher.runtime.cpu import threads_set_by_user
 from launcher.runtime.memory import memory_budget
 from launcher.runtime.process import Runtime
+from launcher.runtime.progress import in_steps
 
 logger = get_logger(__name__)
-# How often, in global batches, the state of a stream with `state_dict` is taken along. A resume
-# loads the last one and reads forward from there.
+# In global batches, how often a stream's state is taken along; a resume reads forward from there.
 STATE_EVERY = 32
 
 
@@ -67,6 +67,7 @@ class Data:
         ranks, train = runtime.world_size, cfg.TRAIN
         sizes = train.BATCH_SIZE, train.DROP_LAST, ranks, train.MICRO_BATCH_SIZE
         self.train_plan = Plan(self.length, *sizes)
+        self.total_steps = in_steps(train.DURATION, self.train_plan.steps_per_epoch)
         self.val_plan = Plan(self.lengths["val"], cfg.EVAL.BATCH_SIZE, world_size=ranks)
         # A stream's order is its own.
         sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
@@ -111,7 +112,7 @@ class Data:
         # steps has no last batch that could be known beforehand.
         self._first, self._last = plan.batches_in(samples), ENDLESS
         if duration is not None and duration.unit == "ep":
-            self._last = int(duration.amount) * plan.steps_per_epoch
+            self._last = self.total_steps
         self.set_threads(threads)
         self._stream_states.append(stream)
         if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
@@ -193,9 +194,8 @@ class Data:
         """
         size, prefetch = self._size(split), self.cfg.DATALOADER.PREFETCH_FACTOR
         workers, fetcher = min(size.workers, most), self.fetcher(split)
-        timeout = parse_duration(self.cfg.DIST.TRAIN_TIMEOUT)
-        assert timeout is not None  # the config check demands one
-        answers = load(fetcher, requests(), workers, prefetch, size.pin_memory, timeout.amount)
+        timeout_s = seconds(self.cfg.DIST.TRAIN_TIMEOUT)
+        answers = load(fetcher, requests(), workers, prefetch, size.pin_memory, timeout_s)
         first = list(itertools.islice(answers, 1))
         if workers:
             self._nbytes[split] = nbytes(first)

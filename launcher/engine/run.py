@@ -32,7 +32,6 @@ from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
-from launcher.runtime.progress import in_steps
 from launcher.tasks import make_task
 from launcher.telemetry.environment import describe, this_rank
 from launcher.telemetry.logs import Logs
@@ -71,11 +70,10 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     data = Data(cfg, task, runtime, guard.enter)
     state = build_state(job, task, data, recorder, runtime, logs.console)
     plan, progress = data.train_plan, state.progress
-    steps = in_steps(cfg.TRAIN.DURATION, plan.steps_per_epoch)
     guard.agree(
         {
             "the data sets' length": data.lengths,
-            "the number of steps": steps,
+            "the number of steps": data.total_steps,
             "the model's layout": model_layout(state.model),
         }
     )
@@ -112,8 +110,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     guard.open()
     saver = None
     if runtime.is_main:
-        store.clean(found.damaged if found is not None else ())
-        if found is not None and resumed:
+        store.clean(found.damaged if found else ())
+        if found and found.step is not None:
             directory.rewind(found.state["files"], progress.step, found.damaged)
 
         def beat() -> None:
@@ -200,7 +198,7 @@ def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bo
                 **describe(job.argv),
                 "job": runtime.topology.job_id,
                 "launched_by": runtime.topology.launched_by,
-                "total_steps": in_steps(cfg.TRAIN.DURATION, data.train_plan.steps_per_epoch),
+                "total_steps": data.total_steps,
                 "ranks": ranks,
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
             },

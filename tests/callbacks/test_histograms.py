@@ -22,14 +22,11 @@ def model() -> nn.Module:
     return made
 
 
-def run(
-    period: str, steps: int, skipped: tuple[int, ...] = (), topology: Topology | None = None
-) -> list[Media]:
+def run(period: str, steps: int, skipped: tuple[int, ...] = (), rank: int = 0) -> list[Media]:
     """Steps of 4 samples, epochs of 10; a skipped one comes again."""
     shown: list[Media] = []
-    look = view(
-        model=model(), show=shown.append, plan=Plan(10, 4), topology=topology, HISTOGRAMS=period
-    )
+    parts = {"model": model(), "show": shown.append, "plan": Plan(10, 4)}
+    look = view(**parts, topology=Topology(rank, world_size=2), HISTOGRAMS=period)
     histograms = Histograms(look)
     for number in range(steps):
         start, stop = look.data.train_plan.batch(number % 3)
@@ -61,4 +58,4 @@ def test_what() -> None:
 
 
 def test_another_rank_does_nothing() -> None:
-    assert run("1step", 2, topology=Topology(rank=1, world_size=2)) == []
+    assert run("1step", 2, rank=1) == []

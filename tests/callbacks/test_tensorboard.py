@@ -58,10 +58,8 @@ def test_numbers_are_scalars_in_single_precision(tmp_path: Path) -> None:
     assert events.Tags()["scalars"] == list(values)
     for tag, value in values.items():
         (event,) = events.Scalars(tag)
-        with np.errstate(over="ignore"):
-            assert np.float32(value) == event.value or (
-                math.isnan(value) and math.isnan(event.value)
-            )
+        single = torch.tensor(float(value)).item()
+        assert event.value == pytest.approx(single, rel=0, abs=0, nan_ok=True)
         assert (event.step, event.wall_time) == (3, 1e9 + 3)
 
 

@@ -1,8 +1,6 @@
 """`launcher tune-loader` on small slow data sets."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -12,6 +10,7 @@ from launcher.cli import tune_loader
 from launcher.cli.tune_loader import Measured, Setting, choose, keys_of, main, variants
 from launcher.config import load_config
 from launcher.errors import RunError, UsageError
+from launcher.runtime import cpu
 
 TASK = """
 import time
@@ -25,16 +24,14 @@ class Slow(Dataset):
     def __len__(self):
         return 1000
     def __getitem__(self, index):
-        if self.ms < 0:
-            raise ValueError("a broken sample")
-        time.sleep(self.ms / 1e3)
+        time.sleep(self.ms / 1e3)  # fails if negative
         return torch.zeros(10)
 
 class Stream(IterableDataset):
     def __len__(self):
         return 10
     def __iter__(self):
-        return iter(range(10))
+        raise AssertionError("nothing is measured")
 
 class Mine(Task):
     @classmethod
@@ -49,21 +46,14 @@ class Mine(Task):
 """
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(autouse=True)
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The task's config, and two CPUs."""
     name = f"tuned_{tmp_path.name}"  # a module name of its own in this process
     Path(f"{name}.py").write_text(TASK)
     Path("slow.yaml").write_text(
-        f"TASK:\n  NAME: {name}.py:Mine\nTRAIN:\n  BATCH_SIZE: 8\nDIST:\n  DEVICE: cpu\n"
+        f"TASK.NAME: {name}.py:Mine\nTRAIN.BATCH_SIZE: 8\nDIST.DEVICE: cpu\n"
     )
-    return tmp_path
-
-
-@pytest.fixture
-def two_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.runtime import cpu
-
     monkeypatch.setattr(cpu, "cpu_budget", lambda ranks: cpu.CpuBudget(2, 2, 2, "a test"))
 
 
@@ -71,9 +61,7 @@ def run(*words: str) -> int:
     return main(["--config-file", "slow.yaml", *words])
 
 
-def test_it_measures_and_writes_what_a_config_can_build_on(
-    here: Path, two_cpus: None, capsys: pytest.CaptureFixture
-) -> None:
+def test_it_measures_and_writes_what_a_config_can_build_on(capsys: pytest.CaptureFixture) -> None:
     children = set(psutil.Process().children())
     assert run("--seconds", "4", "--json", "-o", "fast.yaml") == 0
     out, err = capsys.readouterr()
@@ -93,12 +81,10 @@ def test_it_measures_and_writes_what_a_config_can_build_on(
     cfg = load_config("mine.yaml", require_task=False).cfg
     assert best["workers"] == cfg.DATALOADER.NUM_WORKERS
     assert not best["workers"] or best["prefetch"] == cfg.DATALOADER.PREFETCH_FACTOR
-    assert [p.name for p in here.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in Path.cwd().iterdir() if p.name.startswith(".")] == []
 
 
-def test_the_table_and_the_overrides(
-    here: Path, two_cpus: None, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_table_and_the_overrides(capsys: pytest.CaptureFixture) -> None:
     assert run("--seconds", "3", "TASK.MS=2", "DATALOADER.PREFETCH_FACTOR", "3") == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split()[:4] == ["workers", "prefetch", "pin", "samples/s"]
@@ -106,32 +92,32 @@ def test_the_table_and_the_overrides(
     assert "2 of 2 usable CPUs a rank (a test)" in out
 
 
-def test_too_little_time_is_said(here: Path, two_cpus: None) -> None:
+def test_too_little_time_is_said() -> None:
     with pytest.raises(UsageError, match=r"0\.05 s were not enough .* give more --seconds"):
         run("--seconds", "0.05", "TASK.MS", "20")
 
 
-def test_a_failing_sample_ends_it(here: Path, two_cpus: None) -> None:
-    with pytest.raises(RunError, match=r"sample \d+ of data set Slow failed: .*a broken sample"):
+def test_a_failing_sample_ends_it() -> None:
+    with pytest.raises(
+        RunError, match=r"sample \d+ of data set Slow failed: .*must be non-negative"
+    ):
         run("--seconds", "1", "TASK.MS", "-1")
 
 
-def test_tensors_need_no_workers(here: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["TASK.NAME", "sine", "--json", "-o", "fast.yaml"]) == 0
+def test_tensors_need_no_workers(capsys: pytest.CaptureFixture) -> None:
+    assert main(["TASK.NAME", "sine", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["overrides"] == {"DATALOADER.NUM_WORKERS": 0} and report["settings"] == []
-    cfg = load_config("fast.yaml", require_task=False).cfg
-    assert cfg.DATALOADER.NUM_WORKERS == 0
 
 
-def test_iterable_data_sets_are_not_measured(here: Path, capsys: pytest.CaptureFixture) -> None:
+def test_iterable_data_sets_are_not_measured(capsys: pytest.CaptureFixture) -> None:
     assert run("TASK.STREAM", "True") == 0
     assert "Stream is an iterable data set. Nothing is measured" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"Nothing to write to fast\.yaml"):
         run("TASK.STREAM", "True", "-o", "fast.yaml")
 
 
-def test_a_file_of_the_users_is_not_replaced(here: Path) -> None:
+def test_a_file_of_the_users_is_not_replaced() -> None:
     tensors = ["TASK.NAME", "sine", "-o"]
     Path("mine.yaml").write_text("SEED: 1\n")
     with pytest.raises(UsageError, match="was not written by tune-loader"):
@@ -141,23 +127,7 @@ def test_a_file_of_the_users_is_not_replaced(here: Path) -> None:
         main([*tensors, "none/mine.yaml"])
     assert main([*tensors, "mine.yaml", "--force"]) == 0
     assert main([*tensors, "mine.yaml"]) == 0  # its own file
-    assert "NUM_WORKERS: 0" in Path("mine.yaml").read_text()
-
-
-@pytest.mark.parametrize("words", [["--seconds", "0"], ["--seconds", "nan"], ["--ranks", "-2"]])
-def test_bad_options(here: Path, words: list[str]) -> None:
-    with pytest.raises(UsageError, match=words[0]):
-        run(*words)
-
-
-def test_the_command_and_mistakes_need_no_torch(here: Path) -> None:
-    code = (
-        "import sys; from launcher.cli import main; "
-        "code = main(['tune-loader', 'TASK.NAME', 'sine', 'SEEED', '1']); "
-        "sys.exit(code if 'torch' not in sys.modules else 99)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and "SEED" in done.stderr
+    assert load_config("mine.yaml", require_task=False).cfg.DATALOADER.NUM_WORKERS == 0
 
 
 def measured(workers: int, prefetch: int, speed: float, pin: bool = False) -> Measured:
@@ -187,16 +157,16 @@ def test_the_settings() -> None:
 
 
 class Fake(tune_loader.Tuner):
-    """A tuner whose measurements are given: speed by workers and prefetch."""
+    """A tuner whose measurements are given: speed, None without time, by workers and prefetch."""
 
-    def __init__(self, speeds: dict[tuple[int, int], float]) -> None:
+    def __init__(self, speeds: dict[tuple[int, int], float | None]) -> None:
         super().__init__(None, None, lambda: None, float("inf"))  # type: ignore[arg-type]
         self.speeds, self.tried = speeds, list[Setting]()
 
     def _measure(self, setting: Setting, seconds: float) -> Measured | None:
         self.tried.append(setting)
         speed = self.speeds.get((setting.workers, setting.prefetch), 100.0)
-        return measured(setting.workers, setting.prefetch, speed)
+        return measured(setting.workers, setting.prefetch, speed) if speed else None
 
 
 def test_more_workers_are_given_up_after_two_that_do_not_help() -> None:
@@ -209,11 +179,7 @@ def test_more_workers_are_given_up_after_two_that_do_not_help() -> None:
 
 
 def test_what_the_time_was_too_short_for_is_said() -> None:
-    tuner = Fake({(0, 2): 20, (1, 2): 40})
-    measure = tuner._measure
-    tuner._measure = lambda setting, seconds: (  # type: ignore[method-assign]
-        measure(setting, seconds) if setting.workers < 2 else None
-    )
+    tuner = Fake({(0, 2): 20, (1, 2): 40, (2, 2): None})
     rows = tuner.run(2, False, lambda *_: None)
     assert [m.workers for m in rows] == [0, 1]
     assert tuner.notes == [

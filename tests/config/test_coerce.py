@@ -1,11 +1,10 @@
 """Coercion: nothing is lost on the way from text to a key's type, or it is a mistake."""
 
-import math
 from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from launcher.config.coerce import coerce
@@ -15,21 +14,20 @@ from launcher.config.source import parse_word
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
-def from_text(text: str, default: object, **more: Any) -> Any:
-    return coerce(yaml.ScalarNode("tag:yaml.org,2002:str", text), default, **more)
+def from_text(text: str, default: object) -> Any:
+    return coerce(yaml.ScalarNode("tag:yaml.org,2002:str", text), default)
 
 
-def from_yaml(text: str, default: object, **more: Any) -> Any:
+def from_yaml(text: str, default: object, element: object = None) -> Any:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     assert node is not None
-    return coerce(node, default, **more)
+    return coerce(node, default, element)
 
 
 @given(st.booleans() | st.integers() | finite | st.text())
+@example(-0.0)
 def test_the_text_of_a_value_gives_the_value_back(value: object) -> None:
-    result = from_text(str(value), value)
-    assert type(result) is type(value)
-    assert result == value
+    assert repr(from_text(str(value), value)) == repr(value)
 
 
 @given(
@@ -46,16 +44,13 @@ def test_lists_and_tuples_survive_yaml(value: list[object]) -> None:
 
 @given(st.none() | st.booleans() | st.integers() | finite | st.lists(st.text() | st.integers()))
 def test_a_default_of_none_takes_any_plain_value(value: object) -> None:
-    result = from_yaml(yaml.safe_dump(value), None)
-    assert result == value
-    assert type(result) is type(value)
+    assert repr(from_yaml(yaml.safe_dump(value), None)) == repr(value)
 
 
 @given(st.integers())
 def test_a_whole_number_is_a_float_only_where_exact(value: int) -> None:
-    exact = abs(value) < 2**1000 and int(float(value)) == value
-    if exact:
-        assert from_text(str(value), 0.0) == value
+    if abs(value) < 2**1000 and int(float(value)) == value:
+        assert repr(from_text(str(value), 0.0)) == repr(float(value))
     else:
         with pytest.raises(Mistake):
             from_text(str(value), 0.0)
@@ -64,19 +59,16 @@ def test_a_whole_number_is_a_float_only_where_exact(value: int) -> None:
 @given(finite)
 def test_a_number_is_whole_only_where_nothing_is_cut_off(value: float) -> None:
     if value.is_integer() and abs(value) < 2**53:
-        assert from_text(str(value), 0) == int(value)
+        assert repr(from_text(str(value), 0)) == repr(int(value))
     elif not value.is_integer():
-        with pytest.raises(Mistake, match="fraction"):
+        with pytest.raises(Mistake, match="fraction would be lost"):
             from_text(str(value), 0)
 
 
 @pytest.mark.parametrize(
     ("text", "default", "value"),
     [
-        ("1e-3", 0.0, 1e-3),
-        ("1", 0.0, 1.0),
         ("1_000", 0, 1000),
-        ("64.0", 0, 64),
         ("1e3", 0, 1000),
         ("0x10", 0, 16),
         ("yes", False, True),
@@ -96,14 +88,12 @@ def test_a_number_is_whole_only_where_nothing_is_cut_off(value: float) -> None:
 )
 def test_yaml_lands_in_the_type_of_the_default(text: str, default: object, value: object) -> None:
     result = from_yaml(text, default, element="" if default == [] else None)
-    assert result == value
-    assert type(result) is type(value)
+    assert repr(result) == repr(value)  # 1 == 1.0 == True
 
 
 @pytest.mark.parametrize(
     ("text", "default", "says"),
     [
-        ("1.5", 0, "fraction would be lost"),
         ("1e999999999", 0, "too large"),
         ("010", 0, "leading zero"),
         ("true", 0, "not a whole number"),
@@ -129,10 +119,6 @@ def test_yaml_lands_in_the_type_of_the_default(text: str, default: object, value
 def test_what_would_lose_something_is_a_mistake(text: str, default: object, says: str) -> None:
     with pytest.raises(Mistake, match=says):
         from_yaml(text, default)
-
-
-def test_a_signed_zero_keeps_its_sign() -> None:
-    assert math.copysign(1, from_text("-0.0", 1.0)) == -1
 
 
 def test_a_word_of_the_command_line_is_not_cut_at_a_comment() -> None:

@@ -1,15 +1,16 @@
 """Loading: the order of sources, the report of all mistakes, tasks, and config.yaml again."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+import yaml
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.config import KEYS, CfgNode, Config, ConfigError, Key, defaults, flatten, load_config
+from launcher.config import KEYS, CfgNode, Config, ConfigError, defaults, flatten, load_config
+from launcher.config.keys import STEPS, TIME
 from launcher.errors import UsageError
 
 
@@ -27,49 +28,33 @@ class Toy:
 
 
 def resolve(name: str, search: list[Path], builtin_only: bool) -> type | None:
-    if name == "toy":
+    if name == "toy" or (name.endswith(":Toy") and not builtin_only):
         return Toy
     if name and builtin_only:
         return None
-    if name.endswith(":Toy"):
-        return Toy
     raise UsageError(f"no task {name!r}; the built-in tasks are: toy")
 
 
-def load(file: object = None, *words: str, **more: Any) -> Config:
+def load(file: str | None = None, *words: str, **more: Any) -> Config:
     more.setdefault("resolve_task", resolve)
-    return load_config(None if file is None else str(file), words, **more)
+    return load_config(file, words, **more)
 
 
-def mistakes(file: object = None, *words: str, **more: Any) -> ConfigError:
+def mistakes(file: str | None = None, *words: str, **more: Any) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         load(file, *words, **more)
     return caught.value
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def write(path: str, text: str) -> str:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text, encoding="utf-8")
     return path
-
-
-# Each example writes its files anew.
-FILES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def tree_of(values: dict[str, Any]) -> CfgNode:
-    """Flat keys as a tree."""
-    tree = CfgNode()
-    for key, value in values.items():
-        section, _, last = key.rpartition(".")
-        (tree.setdefault(section, CfgNode()) if section else tree)[last] = value
-    return tree
 
 
 # --- sources and their order
@@ -98,7 +83,7 @@ EXPECTED = {
 }
 
 
-def test_every_value_knows_where_it_came_from(here: Path) -> None:
+def test_every_value_knows_where_it_came_from() -> None:
     write("base.yaml", "TASK: {NAME: toy}\nOPTIM:\n  LR: 1e-3\n")
     write("c/x.yaml", "_BASE_: ../base.yaml\n\nTRAIN.BATCH_SIZE: 8\nTASK:\n  WIDTH: 64.0\n")
     config = load("c/x.yaml", "SEED=7", "LOG.LEVEL", "DEBUG", "SEED", "8")
@@ -107,31 +92,23 @@ def test_every_value_knows_where_it_came_from(here: Path) -> None:
     assert {key: (found[key], config.origins[key]) for key in found if key in EXPECTED} == EXPECTED
 
 
-@settings(FILES, max_examples=40)
-@given(
-    sources=st.lists(
-        st.dictionaries(
-            st.sampled_from(["SEED", "TRAIN.BATCH_SIZE", "EVAL.BATCH_SIZE"]), st.integers(1, 99)
-        ),
-        min_size=5,
-        max_size=5,
-    ),
-    nested=st.booleans(),
+layers = st.dictionaries(
+    st.sampled_from(["SEED", "TRAIN.BATCH_SIZE", "EVAL.BATCH_SIZE"]), st.integers(1, 99)
 )
-def test_the_last_one_wins(here: Path, sources: list[dict[str, int]], nested: bool) -> None:
-    def yaml_of(values: dict[str, int]) -> str:
-        if not nested:
-            return "".join(f"{key}: {value}\n" for key, value in values.items())
-        return str(tree_of(values).dump()) if values else ""
 
-    oldest, first, second, own, line = sources
-    write("oldest.yaml", yaml_of(oldest))
-    write("first.yaml", yaml_of(first) + "_BASE_: oldest.yaml\n")
-    write("second.yaml", yaml_of(second))
-    write("own.yaml", yaml_of(own) + "_BASE_: [first.yaml, second.yaml]\n")
-    words = [word for key, value in line.items() for word in (key, str(value))]
-    config = load("own.yaml", *words, require_task=False)
-    found = flatten(config.cfg)
+
+@settings(max_examples=40)
+@given(sources=st.lists(layers, min_size=5, max_size=5))
+def test_the_last_one_wins(sources: list[dict[str, int]]) -> None:
+    def layer(path: str, values: dict[str, int], *bases: str) -> None:
+        write(path, yaml.safe_dump({**values, "_BASE_": list(bases)}))
+
+    layer("oldest.yaml", sources[0])
+    layer("first.yaml", sources[1], "oldest.yaml")
+    layer("second.yaml", sources[2])
+    layer("own.yaml", sources[3], "first.yaml", "second.yaml")
+    words = [word for key, value in sources[4].items() for word in (key, str(value))]
+    found = flatten(load("own.yaml", *words, require_task=False).cfg)
     expected = {key: value for source in sources for key, value in source.items()}
     assert {key: found[key] for key in expected} == expected
 
@@ -147,14 +124,14 @@ def test_the_last_one_wins(here: Path, sources: list[dict[str, int]], nested: bo
     ],
     ids=["anchors", "own keys win", "the first merged one wins", "empty", "byte order mark"],
 )
-def test_what_yaml_offers(here: Path, text: str, expected: tuple[int, str, int]) -> None:
+def test_what_yaml_offers(text: str, expected: tuple[int, str, int]) -> None:
     config = load(write("x.yaml", text), require_task=False)
     assert expected == (config.cfg.EVAL.BATCH_SIZE, config.cfg.EVAL.EVERY, config.cfg.SEED)
     if "*n" in text:
         assert config.origins["EVAL.BATCH_SIZE"] == "x.yaml:1"
 
 
-def test_output_dir_follows_the_config_file_or_the_task(here: Path) -> None:
+def test_output_dir_follows_the_config_file_or_the_task() -> None:
     write("configs/digits.v2.yaml", "TASK.NAME: toy")
     assert load("configs/digits.v2.yaml").cfg.OUTPUT_DIR == "runs/digits.v2"
     assert load(None, "TASK.NAME", "toy").cfg.OUTPUT_DIR == "runs/toy"
@@ -162,33 +139,23 @@ def test_output_dir_follows_the_config_file_or_the_task(here: Path) -> None:
     assert load(None, "TASK.NAME", "toy", "OUTPUT_DIR", "a").cfg.OUTPUT_DIR == "a"
 
 
-def test_a_task_file_beside_the_config_is_named_from_the_working_directory(here: Path) -> None:
+def test_a_task_file_is_sought_beside_the_config_then_here_and_named_from_here() -> None:
+    spy = Mock(return_value=Toy)
     write("configs/mine.py", "")
     write("configs/x.yaml", "TASK.NAME: mine.py:Toy")
-    config = load("configs/x.yaml")
+    config = load("configs/x.yaml", resolve_task=spy)
+    spy.assert_called_once_with("mine.py:Toy", [Path("configs"), Path.cwd()], False)
     assert config.cfg.TASK.NAME == "configs/mine.py:Toy"
-    write("runs/x/config.yaml", config.cfg.dump())
-    assert load("runs/x/config.yaml").cfg == config.cfg
-
-
-def test_tasks_are_sought_beside_the_config_then_here(here: Path) -> None:
-    asked: list[tuple[str, list[Path], bool]] = []
-
-    def spy(name: str, search: list[Path], builtin_only: bool) -> type | None:
-        asked.append((name, search, builtin_only))
-        return Toy
-
-    write("configs/x.yaml", "TASK.NAME: mine.py:Toy")
-    load("configs/x.yaml", resolve_task=spy)
-    assert asked == [("mine.py:Toy", [Path("configs"), Path.cwd()], False)]
+    assert load(write("runs/x/config.yaml", config.cfg.dump())).cfg == config.cfg
 
 
 # --- the report
 
 
-def test_the_report_holds_every_mistake_with_place_and_hint(here: Path) -> None:
+def test_the_report_holds_every_mistake_even_an_overridden_one_with_place_and_hint() -> None:
     write("x.yaml", "TASK.NAME: toy\nTRAIN:\n  BATCHSIZE: 8\n  PRECISION: FP16\n")
-    error = mistakes("x.yaml", "OPTIM.LR", "abc", "TRAIN.LR=1", "TASK.WIDHT=3", "SEED")
+    words = "TRAIN.PRECISION fp16 OPTIM.LR abc TRAIN.LR=1 TASK.WIDHT=3 SEED"
+    error = mistakes("x.yaml", *words.split())
     assert error.exit_code == 2
     assert str(error).splitlines() == [
         "6 mistakes in the config:",
@@ -205,7 +172,6 @@ def test_the_report_holds_every_mistake_with_place_and_hint(here: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("TRAIN.LR", "OPTIM.LR"),
         ("lr", "OPTIM.LR"),
         ("train.batch_size", "TRAIN.BATCH_SIZE"),
         ("TRIAN.BATCH_SIZE", "TRAIN.BATCH_SIZE"),
@@ -224,27 +190,23 @@ def test_the_nearest_key_is_named(name: str, hint: str) -> None:
     ("words", "key", "says"),
     [
         ("TRAIN.BATCH_SIZE 0", "TRAIN.BATCH_SIZE", "must be at least 1"),
-        ("OPTIM.MOMENTUM 1", "OPTIM.MOMENTUM", "below 1"),
         ("OPTIM.LR 0", "OPTIM.LR", "above 0"),
         ("OPTIM.BETAS [0.9]", "OPTIM.BETAS", "takes 2 values, not 1"),
         ("OPTIM.BETAS [0.9,1]", "OPTIM.BETAS", "below 1"),
         ("TRAIN.DURATION 24h", "TRAIN.DURATION", "a time limit is not the duration"),
         ("TRAIN.DURATION=", "TRAIN.DURATION", "must not be empty"),
-        ("LOG.EVERY=", "LOG.EVERY", "must not be empty"),
         ("LOG.EVERY 10", "LOG.EVERY", "has no unit"),
         ("DIST.INIT_TIMEOUT 5ep", "DIST.INIT_TIMEOUT", "this is a time; write for example 90s"),
         ("CHECKPOINT.KEEP_EVERY 1h", "CHECKPOINT.KEEP_EVERY", "makes no sense"),
         ("OPTIM.MILESTONES 5ep", "OPTIM.MILESTONES", "is not a list"),
         ("OPTIM.MILESTONES [5ep,3ep]", "OPTIM.MILESTONES", "rising order"),
         ("OPTIM.MILESTONES [5ep,5ep]", "OPTIM.MILESTONES", "rising order"),
-        ("OPTIM.MILESTONES [5h]", "OPTIM.MILESTONES", "makes no sense"),
         ("OPTIM.SCHEDULE step", "OPTIM.SCHEDULE", "needs OPTIM.MILESTONES"),
         ("OPTIM.NESTEROV true OPTIM.MOMENTUM 0", "OPTIM.NESTEROV", "above 0"),
         ("OPTIM.NESTEROV true OPTIM.NAME adamw", "OPTIM.NESTEROV", "sgd"),
         ("OPTIM.WARMUP 11ep", "OPTIM.WARMUP", "longer than TRAIN.DURATION"),
         ("DIST.BACKEND nccl DIST.DEVICE cpu", "DIST.BACKEND", "CUDA only"),
         ("CHECKPOINT.METRIC val/acuracy", "CHECKPOINT.METRIC", "not among what the task returns"),
-        ("TRAIN 5", "TRAIN", "is a section"),
         ("TASK digits", "TASK", "such as TASK.NAME"),
         ("SEED.X 5", "SEED.X", "lies below a key"),
         ("OUTPUT_DIR null", "OUTPUT_DIR", 'write "" for none'),
@@ -281,11 +243,6 @@ def test_what_is_no_mistake(words: str) -> None:
     load(None, "TASK.NAME", "toy", *words.split())
 
 
-def test_an_overridden_mistake_is_still_reported(here: Path) -> None:
-    (problem,) = mistakes(write("x.yaml", "SEED: abc\nTASK.NAME: toy\n"), "SEED", "1").problems
-    assert problem.where == "x.yaml:1"
-
-
 # --- files
 
 
@@ -313,19 +270,20 @@ def test_an_overridden_mistake_is_still_reported(here: Path) -> None:
         ("SEED: " + "[" * 3000, "x.yaml", "nested too deeply"),
     ],
 )
-def test_each_broken_file_is_one_problem(here: Path, text: str, where: str, says: str) -> None:
+def test_each_broken_file_is_one_problem(text: str, where: str, says: str) -> None:
     (problem,) = mistakes(write("x.yaml", text), require_task=False).problems
     assert problem.where == where
     assert says in problem.message
 
 
-def test_files_that_cannot_be_read(here: Path) -> None:
+def test_files_that_cannot_be_read() -> None:
     write("configs/digits.yaml", "")
     Path("latin.yaml").write_bytes(b"OUTPUT_DIR: caf\xe9")
     for name, says in {
         "configs/digit.yaml": "no such file (did you mean configs/digits.yaml?)",
         "configs": "is a directory",
         "latin.yaml": "not UTF-8 text",
+        "n" * 300: "cannot be read: File name too long",
         "nul\0.yaml": "is not the name of a file",
         "": "is not the name of a file",
     }.items():
@@ -333,16 +291,7 @@ def test_files_that_cannot_be_read(here: Path) -> None:
         assert says in str(problem)
 
 
-def test_a_file_without_read_permission(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:  # as root, chmod alone would change nothing
-        raise PermissionError(13, "Permission denied")
-
-    write("x.yaml", "")
-    monkeypatch.setattr(Path, "read_text", refuse)
-    assert "cannot be read: Permission denied" in str(mistakes("x.yaml"))
-
-
-def test_circles_and_gaps_among_bases_show_the_chain_and_hide_nothing_else(here: Path) -> None:
+def test_circles_and_gaps_among_bases_show_the_chain_and_hide_nothing_else() -> None:
     write("a.yaml", "_BASE_: b.yaml\nSEED: x\n")
     write("b.yaml", "_BASE_: [a.yaml, gone.yaml]\n")
     error = mistakes("a.yaml")
@@ -351,7 +300,7 @@ def test_circles_and_gaps_among_bases_show_the_chain_and_hide_nothing_else(here:
     assert "gone.yaml: no such file (a.yaml -> b.yaml -> gone.yaml)" in error.problems[1].message
 
 
-def test_a_base_that_two_files_share_is_no_circle_and_reports_once(here: Path) -> None:
+def test_a_base_that_two_files_share_is_no_circle_and_reports_once() -> None:
     write("root.yaml", "SEED: x")
     write("a.yaml", "_BASE_: root.yaml")
     write("b.yaml", "_BASE_: root.yaml")
@@ -359,7 +308,7 @@ def test_a_base_that_two_files_share_is_no_circle_and_reports_once(here: Path) -
     assert len(mistakes("c.yaml", require_task=False).problems) == 1
 
 
-def test_nothing_runs_from_a_file(here: Path) -> None:
+def test_nothing_runs_from_a_file() -> None:
     write("evil.py", "open('marker', 'w')\ncfg = {}\n")
     assert "not run" in str(mistakes("evil.py"))
     for tag in ("!!python/object/apply:os.mkdir [marker]", "!!python/name:os.mkdir ''", "!mine 3"):
@@ -374,16 +323,6 @@ def test_nothing_runs_from_a_file(here: Path) -> None:
     assert not Path("marker").exists()
 
 
-def test_loading_imports_no_torch() -> None:
-    code = (
-        "import sys; from launcher.config import load_config; import launcher.cli.config;"
-        "load_config(None, require_task=False);"
-        "sys.exit(', '.join({'torch', 'numpy', 'rich'} & set(sys.modules)) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 # --- tasks
 
 
@@ -393,17 +332,12 @@ def test_a_missing_task_names_the_built_in_ones() -> None:
 
 
 def test_a_mistake_in_a_built_in_key_keeps_foreign_tasks_unloaded() -> None:
-    def spy(name: str, search: list[Path], builtin_only: bool) -> type | None:
-        assert builtin_only, "a user's task would be imported"
-        return None
-
-    words = ("TASK.NAME", "my.py:Toy", "TASK.WIDHT", "3", "SEED", "x")
-    error = mistakes(None, *words, resolve_task=spy)
+    error = mistakes(None, "TASK.NAME", "my.py:Toy", "TASK.WIDHT", "3", "SEED", "x")
     assert [problem.key for problem in error.problems] == ["SEED"]
     assert str(error).splitlines()[-1].startswith("Keys under TASK are not checked yet")
 
 
-def test_without_a_resolver_task_keys_are_kept_as_they_are(here: Path) -> None:
+def test_without_a_resolver_task_keys_are_kept_as_they_are() -> None:
     write("x.yaml", "TASK:\n  NAME: gone\n  WIDTH: 5\n  NET: {DEPTH: 1.5, EMPTY: {}}\n")
     config = load("x.yaml", "TASK.TAGS", "[a, 1]", resolve_task=None)
     assert config.task is None
@@ -413,19 +347,10 @@ def test_without_a_resolver_task_keys_are_kept_as_they_are(here: Path) -> None:
         assert "lies below" in str(mistakes("x.yaml", key, "1", resolve_task=None))
 
 
-def broken(returned: object) -> type:
-    def answer(cls: type) -> object:
-        if isinstance(returned, Exception):
-            raise returned
-        return returned
-
-    return type("Broken", (), {"defaults": classmethod(answer)})
-
-
 @pytest.mark.parametrize(
     ("returned", "says"),
     [
-        (RuntimeError("boom"), r"Broken.defaults\(\) fails: RuntimeError: boom"),
+        (RuntimeError("boom"), "Broken.defaults() fails: RuntimeError: boom"),
         (None, "returns NoneType, not a CfgNode"),
         ({"X": object()}, "fails: AssertionError"),
         ({"NAME": "x"}, "declares NAME"),
@@ -435,11 +360,9 @@ def broken(returned: object) -> type:
     ],
 )
 def test_tasks_with_broken_defaults(returned: object, says: str) -> None:
-    error = mistakes(None, "TASK.NAME", "b", resolve_task=lambda *_: broken(returned))
-    (problem,) = error.problems
-    assert problem.key == "TASK.NAME"
-    with pytest.raises(ConfigError, match=says):
-        raise error
+    task = type("Broken", (), {"defaults": Mock(side_effect=[returned])})
+    (problem,) = mistakes(None, "TASK.NAME", "b", resolve_task=lambda *_: task).problems
+    assert problem.key == "TASK.NAME" and says in problem.message
 
 
 def test_a_task_may_declare_nothing() -> None:
@@ -450,57 +373,36 @@ def test_a_task_may_declare_nothing() -> None:
 # --- config.yaml
 
 
-def value_of(key: Key) -> st.SearchStrategy[Any]:
-    """Any value that the key takes."""
-    if key.unit:
-        text = st.builds("{}{}".format, st.integers(1, 99), st.sampled_from(key.unit))
-        if isinstance(key.default, list):
-            return st.integers(1, 99).map(lambda n: [f"{n}ep", f"{n}step", f"{n + 1}ep"])
-        return text | st.just("") if key.never else text
-    if key.element is not None:
-        return st.lists(st.text(min_size=1))
-    if key.choices:
-        return st.sampled_from(key.choices)
-    if isinstance(key.default, bool):
-        return st.booleans()
-    if isinstance(key.default, int):
-        return st.integers(int(key.at_least or 0), int(key.at_most or 10**30))
-    if isinstance(key.default, str):
-        return st.text(min_size=1)
-    number = st.floats(
-        key.at_least if key.at_least is not None else key.above,
-        key.at_most if key.at_most is not None else key.below,
-        exclude_min=key.above is not None,
-        exclude_max=key.below is not None,
-        allow_nan=False,
-        allow_infinity=False,
-    )
-    return st.lists(number, min_size=2, max_size=2) if key.length else number
+amounts = st.integers(1, 99)
+# A key of each kind.
+CONFIGS = {
+    "OUTPUT_DIR": st.text(min_size=1),
+    "SEED": st.integers(0, 2**32 - 1),
+    "DATALOADER.NUM_WORKERS": st.integers(-1),
+    "DATALOADER.PIN_MEMORY": st.sampled_from(["auto", "true", "false", "True", "False"]),
+    "DIST.BACKEND": st.sampled_from(["", "gloo"]),
+    "EVAL.EVERY": st.just("") | st.builds("{}{}".format, amounts, st.sampled_from(STEPS + TIME)),
+    "OPTIM.NESTEROV": st.booleans(),
+    "OPTIM.LR": st.floats(0, exclude_min=True, allow_infinity=False),
+    "OPTIM.FINAL_FACTOR": st.floats(0, 1),
+    "OPTIM.BETAS": st.lists(st.floats(0, 1, exclude_max=True), min_size=2, max_size=2),
+    "OPTIM.MILESTONES": amounts.map(lambda n: [f"{n}ep", f"{n}step", f"{n + 1}ep"]),
+    "CALLBACKS": st.lists(st.text(min_size=1)),
+    "CHECKPOINT.METRIC": st.sampled_from(["val/loss", "val/accuracy"]),
+    "TASK.NAME": st.text(min_size=1),
+    "TASK.WIDTH": st.integers(),
+    "TASK.ANY": st.none() | st.text() | st.lists(st.integers()),
+    "TASK.SIZE": st.tuples(st.integers(), st.integers()),
+}
 
 
-@st.composite
-def whole_configs(draw: st.DrawFn) -> dict[str, Any]:
-    """A value for every key, such that the keys agree with each other."""
-    values = {key.name: draw(value_of(key), label=key.name) for key in KEYS}
-    values["CHECKPOINT.METRIC"] = draw(st.sampled_from(["val/loss", "val/accuracy"]))
-    values["TASK.WIDTH"] = draw(st.integers())
-    values["TASK.ANY"] = draw(st.none() | st.text() | st.lists(st.integers()))
-    values["TASK.SIZE"] = draw(st.tuples(st.integers(), st.integers()))
-    values["TRAIN.DURATION"] = "100ep"
-    values["OPTIM.NESTEROV"] &= values["OPTIM.NAME"] == "sgd" and values["OPTIM.MOMENTUM"] > 0
-    if values["DIST.BACKEND"] == "nccl":
-        values["DIST.DEVICE"] = "cuda"
-    return values
-
-
-@settings(FILES, max_examples=60)
-@given(values=whole_configs())
-def test_config_yaml_loads_back_to_the_same_config(here: Path, values: dict[str, Any]) -> None:
-    more: dict[str, Any] = {"resolve_task": lambda *_: Toy}
-    first = load(write("x.yaml", tree_of(values).dump()), **more)
+@settings(max_examples=60)
+@given(values=st.fixed_dictionaries(CONFIGS))
+def test_config_yaml_loads_back_to_the_same_config(values: dict[str, Any]) -> None:
+    first = load(write("x.yaml", yaml.safe_dump(values)), resolve_task=lambda *_: Toy)
     found = flatten(first.cfg)
     assert {name: found[name] for name in values} == values
-    again = load(write("run/config.yaml", first.cfg.dump()), **more)
+    again = load(write("run/config.yaml", first.cfg.dump()), resolve_task=lambda *_: Toy)
     assert again.cfg == first.cfg
     assert str(again.cfg) == str(first.cfg)  # 1 == 1.0 == True, but their texts differ
     assert "default" not in set(again.origins.values())

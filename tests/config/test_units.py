@@ -17,14 +17,11 @@ from launcher.config import Duration, parse_duration
         ("0.1min", Duration(6, "s")),
         ("1.5h", Duration(5400, "s")),
         ("0.25s", Duration(0.25, "s")),
+        ("", None),
     ],
 )
-def test_durations_are_read(text: str, duration: Duration) -> None:
+def test_durations_are_read_and_empty_means_never(text: str, duration: Duration | None) -> None:
     assert parse_duration(text) == duration
-
-
-def test_empty_means_never() -> None:
-    assert parse_duration("") is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import order
-from launcher.data.order import Indices, Shuffle, Weighted, make_order, sequential
+from launcher.data.order import Indices, Order, Shuffle, Weighted, make_order, sequential
 from launcher.errors import UsageError
 
 law = settings(deadline=None, max_examples=60)
@@ -20,8 +21,16 @@ seeds = st.integers(0, 2**32 - 1)
 epochs = st.integers(0, 10**6)
 
 
-def whole(length: int, seed: int = 0, epoch: int = 0) -> Indices:
-    return Shuffle(length, seed)(epoch, np.arange(length))
+ORDERS: dict[str, Callable[[int, int], Order]] = {
+    "shuffle": Shuffle,
+    "replacement": lambda length, seed: make_order("replacement", None, length, seed),
+    "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, length, seed),
+}
+orders = pytest.mark.parametrize("kind", ORDERS)
+
+
+def whole(length: int, seed: int = 0, epoch: int = 0, kind: str = "shuffle") -> Indices:
+    return ORDERS[kind](length, seed)(epoch, np.arange(length))
 
 
 def assert_permutation(indices: Indices, length: int) -> None:
@@ -29,9 +38,10 @@ def assert_permutation(indices: Indices, length: int) -> None:
     assert np.array_equal(np.sort(indices), np.arange(length))
 
 
-def chi_square_fits(statistic: float, freedom: int) -> bool:
-    """Within five standard deviations of what even chances give; the seeds are fixed."""
-    return abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
+def assert_fits(counts: Any, expected: Any, freedom: int, factor: float = 1.0) -> None:
+    """Chi-square is within five standard deviations of what chance gives; the seeds are fixed."""
+    statistic = factor * ((np.asarray(counts) - expected) ** 2 / expected).sum()
+    assert abs(statistic - freedom) < 5 * math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1])
@@ -47,12 +57,6 @@ def test_permutation_at_large_prime_and_square_lengths(length: int) -> None:
     assert_permutation(whole(length), length)
 
 
-@law
-@given(length=st.integers(0, 3000), seed=seeds, epoch=epochs)
-def test_permutation(length: int, seed: int, epoch: int) -> None:
-    assert_permutation(whole(length, seed, epoch), length)
-
-
 @pytest.mark.parametrize("length", [2, 9, 289, 10_000])
 @pytest.mark.parametrize("low_bits", [0, 7, 63])
 def test_permutation_whatever_the_hash_gives(
@@ -63,32 +67,33 @@ def test_permutation_whatever_the_hash_gives(
     assert_permutation(whole(length), length)
 
 
+@orders
 @law
-@given(length=st.integers(1, 2000), seed=seeds, epoch=epochs, data=st.data())
-def test_positions_stand_alone(length: int, seed: int, epoch: int, data: st.DataObject) -> None:
+@given(length=st.integers(1, 3000), seed=seeds, epoch=epochs, data=st.data())
+def test_positions_stand_alone(
+    kind: str, length: int, seed: int, epoch: int, data: st.DataObject
+) -> None:
     """Seeking equals a slice of the whole, and how positions are batched changes nothing."""
-    shuffle = Shuffle(length, seed)
-    everything = whole(length, seed, epoch)
+    made, everything = ORDERS[kind](length, seed), whole(length, seed, epoch, kind)
+    if kind == "shuffle":
+        assert_permutation(everything, length)
+    assert everything.min() >= 0 and everything.max() < length
     cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=5)))
     for start, stop in itertools.pairwise([0, *cuts, length]):
-        assert np.array_equal(shuffle(epoch, np.arange(start, stop)), everything[start:stop])
+        assert np.array_equal(made(epoch, np.arange(start, stop)), everything[start:stop])
     some = np.array(data.draw(st.lists(st.integers(0, length - 1), max_size=9)), dtype=np.int64)
-    assert np.array_equal(shuffle(epoch, some), everything[some])
+    before = some.copy()
+    assert np.array_equal(made(epoch, some), everything[before])
+    assert np.array_equal(some, before)  # not changed
 
 
-def test_the_positions_asked_for_are_not_changed() -> None:
-    positions = np.arange(10)
-    Shuffle(10, 0)(0, positions)
-    assert positions.tolist() == list(range(10))
-
-
+@orders
 @law
 @given(length=st.integers(40, 500), seed=seeds, epoch=epochs)
-def test_epochs_and_seeds_differ(length: int, seed: int, epoch: int) -> None:
-    first = whole(length, seed, epoch)
-    assert not np.array_equal(first, whole(length, seed, epoch + 1))
-    assert not np.array_equal(first, whole(length, (seed + 1) % 2**32, epoch))
-    assert not np.array_equal(first, np.arange(length))
+def test_epochs_and_seeds_differ(kind: str, length: int, seed: int, epoch: int) -> None:
+    places = [(seed, epoch), (seed, epoch + 1), ((seed + 1) % 2**32, epoch)]
+    found = {tuple(whole(length, *place, kind).tolist()) for place in places}
+    assert len(found | {tuple(range(length))}) == 4
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, 12, 16, 31])
@@ -97,21 +102,16 @@ def test_every_sample_comes_to_every_position_equally_often(length: int) -> None
     counts = np.zeros((length, length))
     for epoch in range(many):
         counts[np.arange(length), whole(length, 7, epoch)] += 1
-    expected = many / length
     # Rows and columns of the table are fixed: hence (n - 1)^2 degrees of freedom and the factor.
-    statistic = ((counts - expected) ** 2 / expected).sum() * (length - 1) / length
-    assert chi_square_fits(statistic, (length - 1) ** 2)
+    assert_fits(counts, many / length, (length - 1) ** 2, (length - 1) / length)
 
 
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_every_order_of_a_few_samples_comes_equally_often(length: int) -> None:
     many = 2400
-    counts = dict.fromkeys(itertools.permutations(range(length)), 0)
-    for epoch in range(many):
-        counts[tuple(whole(length, 7, epoch).tolist())] += 1
-    expected = many / len(counts)
-    statistic = sum((count - expected) ** 2 / expected for count in counts.values())
-    assert chi_square_fits(statistic, len(counts) - 1)
+    found = Counter(tuple(whole(length, 7, epoch).tolist()) for epoch in range(many))
+    counts = [found[one] for one in itertools.permutations(range(length))]
+    assert_fits(counts, many / len(counts), len(counts) - 1)
 
 
 @pytest.mark.parametrize(("length", "bins"), [(50, 50), (1797, 30), (10**9, 50)])
@@ -120,10 +120,9 @@ def test_any_sample_may_come_first(length: int, bins: int) -> None:
     shuffle, zero = Shuffle(length, 3), np.zeros(1, dtype=np.int64)
     first = np.array([shuffle(epoch, zero)[0] for epoch in range(many)])
     # Bins of a length that they do not divide differ in size.
-    sizes = np.bincount(np.arange(length) * bins // length) if length < 10**6 else None
-    expected = many * (sizes / length if sizes is not None else np.full(bins, 1 / bins))
+    sizes = np.diff(-(-length * np.arange(bins + 1) // bins))
     counts = np.bincount(first * bins // length, minlength=bins)
-    assert chi_square_fits(((counts - expected) ** 2 / expected).sum(), bins - 1)
+    assert_fits(counts, many * sizes / length, bins - 1)
 
 
 @pytest.mark.parametrize("length", [1000, 1024])
@@ -131,14 +130,10 @@ def test_any_sample_may_come_first(length: int, bins: int) -> None:
 def test_no_correlation_between_positions_or_epochs(length: int, lag: int) -> None:
     many = 100
     orders = [whole(length, 5, epoch) for epoch in range(many + 1)]
-
-    def correlation(pairs: list[tuple[Indices, Indices]]) -> np.ndarray:
-        return np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
-
-    neighbours = correlation([(o[:-lag], o[lag:]) for o in orders[:many]])
-    successors = correlation(list(itertools.pairwise(orders)))
-    for found in (neighbours, successors):
-        deviation = 1 / math.sqrt(length)
+    neighbours = [(one[:-lag], one[lag:]) for one in orders[:many]]
+    deviation = 1 / math.sqrt(length)
+    for pairs in (neighbours, itertools.pairwise(orders)):
+        found = np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
         assert abs(found.mean()) < 5 * deviation / math.sqrt(many)
         assert np.abs(found).max() < 5 * deviation
 
@@ -153,64 +148,21 @@ def test_huge_lengths_give_distinct_values_in_range(length: int) -> None:
         assert len(np.unique(indices)) == 20_000
 
 
-def test_sequential_is_the_data_sets_own_order() -> None:
-    assert sequential(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]
-
-
-DRAWS: dict[str, Callable[[int, int], Any]] = {
-    "replacement": lambda length, seed: make_order("replacement", None, length, seed),
-    "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, length, seed),
-}
-draws = pytest.mark.parametrize("kind", DRAWS)
-
-
-@draws
-@settings(deadline=None, max_examples=30)
-@given(length=st.integers(1, 500), seed=seeds, epoch=epochs, data=st.data())
-def test_draws_stand_alone(
-    kind: str, length: int, seed: int, epoch: int, data: st.DataObject
-) -> None:
-    """Seeking equals a slice of the whole, and how positions are batched changes nothing."""
-    made = DRAWS[kind](length, seed)
-    everything = made(epoch, np.arange(200))
-    assert everything.min() >= 0 and everything.max() < length
-    cuts = sorted(data.draw(st.lists(st.integers(0, 200), max_size=5)))
-    for start, stop in itertools.pairwise([0, *cuts, 200]):
-        assert np.array_equal(made(epoch, np.arange(start, stop)), everything[start:stop])
-    some = np.array(data.draw(st.lists(st.integers(0, 199), max_size=9)), dtype=np.int64)
-    assert np.array_equal(made(epoch, some), everything[some])
-
-
-@draws
-def test_draws_of_epochs_and_seeds_differ(kind: str) -> None:
-    positions = np.arange(200)
-    found = {
-        tuple(DRAWS[kind](1000, seed)(epoch, positions).tolist())
-        for seed in range(3)
-        for epoch in range(3)
-    }
-    assert len(found) == 9
-
-
 @pytest.mark.parametrize("length", [2, 7, 50])
 def test_replacement_is_uniform_and_independent(length: int) -> None:
     many = 40_000
     drawn = make_order("replacement", None, length, 3)(0, np.arange(many))
-    counts = np.bincount(drawn, minlength=length)
-    expected = many / length
-    assert chi_square_fits(((counts - expected) ** 2 / expected).sum(), length - 1)
+    assert_fits(np.bincount(drawn, minlength=length), many / length, length - 1)
     # Neighbours are drawn without regard to each other: every pair comes equally often.
     pairs = np.bincount(drawn[:-1:2] * length + drawn[1::2], minlength=length**2)
-    expected = many / 2 / length**2
-    assert chi_square_fits(((pairs - expected) ** 2 / expected).sum(), length**2 - 1)
+    assert_fits(pairs, many / 2 / length**2, length**2 - 1)
 
 
 @pytest.mark.parametrize("weights", [[1, 2, 3, 4], [0, 5, 0, 1, 0], [1e-6, 1], [0.1] * 30, [7]])
 def test_weighted_draws_follow_the_weights(weights: list[float]) -> None:
     many = 40_000
-    counts = np.bincount(
-        Weighted(weights, len(weights), 3)(0, np.arange(many)), minlength=len(weights)
-    )
+    drawn = Weighted(weights, len(weights), 3)(0, np.arange(many))
+    counts = np.bincount(drawn, minlength=len(weights))
     share = np.asarray(weights) / sum(weights)
     assert counts[share == 0].sum() == 0
     expected = many * share
@@ -228,12 +180,13 @@ def test_a_weight_of_zero_is_never_drawn_even_on_an_edge(
     assert weights[index] > 0
 
 
-def test_make_order() -> None:
+def test_the_sampler_names_the_order_and_sequential_is_the_data_sets_own() -> None:
     dataset = SimpleNamespace(weights=[1, 2, 3])
     for sampler, kind in (("shuffle", Shuffle), ("weighted", Weighted)):
         made = make_order(sampler, dataset, 3, 5)
         assert type(made) is kind and made.seed == 5  # type: ignore[attr-defined]
     assert make_order("sequential", dataset, 3, 5) is sequential
+    assert sequential(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]
 
 
 @pytest.mark.parametrize(

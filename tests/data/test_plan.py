@@ -1,32 +1,25 @@
 """Which positions a rank takes: each exactly once, evenly shared, the same batches at any size."""
 
+from itertools import chain, islice
+from typing import Any
+from unittest import mock
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.data.plan import Plan, share
+from launcher.data import plan as plan_module
+from launcher.data.order import Indices, Shuffle
+from launcher.data.plan import Plan, eval_requests, train_requests
 from launcher.errors import UsageError
+from tests.data.helpers import plans
 
 law = settings(deadline=None, max_examples=150)
 
 
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    batch_size = draw(st.integers(1, 40))
-    drop_last = draw(st.booleans())
-    length = draw(st.integers(batch_size if drop_last else 1, 120))
-    world_size = draw(st.integers(1, 8))
-    return Plan(length, batch_size, drop_last, world_size, draw(st.integers(0, 12)))
-
-
-@law
-@given(count=st.integers(0, 500), parts=st.integers(1, 40))
-def test_shares_are_a_partition_and_differ_by_at_most_one(count: int, parts: int) -> None:
-    shares = [share(count, parts, part) for part in range(parts)]
-    assert [i for start, stop in shares for i in range(start, stop)] == list(range(count))
-    sizes = [stop - start for start, stop in shares]
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)
+def micro_batch_sizes(plan: Plan, k: int, rank: int) -> list[int]:
+    return [stop - start for start, stop in plan.micro_batches(k, rank)]
 
 
 @law
@@ -46,52 +39,78 @@ def test_every_position_comes_exactly_once_an_epoch(plan: Plan) -> None:
 
 @law
 @given(plan=plans())
-def test_ranks_share_a_batch_evenly(plan: Plan) -> None:
-    for k in range(plan.steps_per_epoch):
-        sizes = [
-            sum(stop - start for start, stop in plan.micro_batches(k, rank))
-            for rank in range(plan.world_size)
-        ]
-        start, stop = plan.batch(k)
-        assert sum(sizes) == stop - start
-        assert max(sizes) - min(sizes) <= 1
-
-
-@law
-@given(plan=plans())
-def test_micro_batches_are_within_the_limit_and_even(plan: Plan) -> None:
+def test_ranks_share_a_batch_evenly_and_cut_it_evenly_within_the_limit(plan: Plan) -> None:
     limit = plan.micro_batch_size or plan.batch_size
     for k in range(plan.steps_per_epoch):
-        for rank in range(plan.world_size):
-            sizes = [stop - start for start, stop in plan.micro_batches(k, rank)]
+        shares = [micro_batch_sizes(plan, k, rank) for rank in range(plan.world_size)]
+        start, stop = plan.batch(k)
+        counts = [sum(sizes) for sizes in shares]
+        assert sum(counts) == stop - start
+        assert max(counts) - min(counts) <= 1
+        assert counts == sorted(counts, reverse=True)
+        for sizes in shares:
             assert all(0 < size <= limit for size in sizes)
             assert not sizes or max(sizes) - min(sizes) <= 1
+            assert sizes == sorted(sizes, reverse=True)
             assert len(sizes) == -(-sum(sizes) // limit)  # no more of them than needed
-
-
-@law
-@given(plan=plans(), world_size=st.integers(1, 8), micro=st.integers(0, 12))
-def test_global_batches_depend_on_length_and_batch_size_alone(
-    plan: Plan, world_size: int, micro: int
-) -> None:
-    other = Plan(plan.length, plan.batch_size, plan.drop_last, world_size, micro)
-    assert other.steps_per_epoch == plan.steps_per_epoch
-    assert [other.batch(k) for k in range(plan.steps_per_epoch)] == [
-        plan.batch(k) for k in range(plan.steps_per_epoch)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("length", "batch_size", "drop_last", "steps", "samples"),
-    [(10, 4, False, 3, 10), (10, 4, True, 2, 8), (8, 4, True, 2, 8), (3, 64, False, 1, 3)],
-)
-def test_steps_and_samples_of_an_epoch(
-    length: int, batch_size: int, drop_last: bool, steps: int, samples: int
-) -> None:
-    plan = Plan(length, batch_size, drop_last)
-    assert (plan.steps_per_epoch, plan.samples_per_epoch) == (steps, samples)
 
 
 def test_a_split_too_small_for_one_batch_is_told() -> None:
     with pytest.raises(UsageError, match=r"3 samples.*TRAIN\.DROP_LAST.*TRAIN\.BATCH_SIZE"):
         Plan(3, 4, drop_last=True)
+
+
+def plain_batch(plan: Plan, step: int) -> list[tuple[int, int]]:
+    """The (epoch, sample)s of a global batch, written down the plain way: shuffle an epoch, cut it.
+    Knows of neither ranks nor micro-batches."""
+    whole, odd = divmod(plan.length, plan.batch_size)
+    epoch, k = divmod(step, whole if plan.drop_last or not odd else whole + 1)
+    samples = Shuffle(plan.length, 11)(epoch, np.arange(plan.length)).tolist()
+    return [(epoch, i) for i in samples[k * plan.batch_size : (k + 1) * plan.batch_size]]
+
+
+@law
+@given(plan=plans(), first=st.integers(0, 30), count=st.integers(0, 12), at_once=st.integers(1, 64))
+def test_any_rank_count_from_any_batch_on_gives_the_same_global_batches(
+    plan: Plan, first: int, count: int, at_once: int
+) -> None:
+    """And nothing before `first` is even computed."""
+    asked: list[tuple[int, int]] = []
+
+    def watched(epoch: int, positions: Indices) -> Indices:
+        asked.extend((epoch, position) for position in positions.tolist())
+        return Shuffle(plan.length, 11)(epoch, positions)
+
+    steps: dict[int, list[Any]] = {step: [] for step in range(first, first + count)}
+    with mock.patch.object(plan_module, "POSITIONS_AT_ONCE", at_once):
+        for rank in range(plan.world_size):
+            requests = train_requests(plan, watched, rank, first, first + count)
+            for step, samples in steps.items():
+                sizes = micro_batch_sizes(plan, step % plan.steps_per_epoch, rank)
+                own = list(islice(requests, len(sizes)))
+                assert [len(request.samples) for request in own] == sizes
+                samples += [(request.epoch, i) for request in own for i in request.samples]
+            assert next(requests, None) is None
+    assert steps == {step: plain_batch(plan, step) for step in steps}
+    epoch, k = divmod(first, plan.steps_per_epoch)
+    assert all(place >= (epoch, plan.batch(k)[0]) for place in asked)
+
+
+def test_seeking_far_into_an_endless_run_is_immediate() -> None:
+    plan = Plan(10**9, 256, world_size=8)
+    first = 10**12
+    request = next(train_requests(plan, Shuffle(10**9, 0), 3, first, 1 << 62))
+    assert request.epoch == first // plan.steps_per_epoch
+    assert len(request.samples) == 32
+
+
+@law
+@given(length=st.integers(1, 100), batch_size=st.integers(1, 30), world_size=st.integers(1, 8))
+def test_evaluation_deals_whole_batches_and_every_sample_once(
+    length: int, batch_size: int, world_size: int
+) -> None:
+    plan = Plan(length, batch_size, world_size=world_size)
+    alone = [request.samples for request in eval_requests(Plan(length, batch_size), 0)]
+    for rank in range(world_size):
+        assert [r.samples for r in eval_requests(plan, rank)] == alone[rank::world_size]
+    assert list(chain(*alone)) == list(range(length))

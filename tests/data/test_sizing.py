@@ -30,37 +30,59 @@ def size(
     pin: str = "auto",
     kind: str = "map-style",
     free: MemoryBudget = PLENTY,
-    own: int = 100 * MIB,
-    nbytes: int = MIB,
+    nbytes: int = 8 * MIB,
 ) -> LoaderSize:
     keys = config("DATALOADER.NUM_WORKERS", wanted, "DATALOADER.PIN_MEMORY", pin).DATALOADER
     cpu = CpuBudget(64, per_rank * ranks, per_rank, "cgroup quota; host has 64")
     topology = Topology(world_size=ranks, local_world_size=ranks)
     runtime = Runtime(topology, torch.device("cuda" if cuda else "cpu"), cpu)
-    return size_loader(keys, runtime, kind, free, own, nbytes)
+    return size_loader(keys, runtime, kind, free, 400 * MIB, nbytes)
+
+
+WANTED, LIMIT = "DATALOADER.NUM_WORKERS", "cgroup memory limit"
+
+
+def granted(usable: int, among: str = "2 local ranks") -> str:
+    return f"{usable} usable CPUs (cgroup quota; host has 64), {among}"
+
+
+def short_of(what: str, gib: str, each: int) -> str:
+    return f"{what} {gib} GiB free, {each} MiB a worker, 2 local ranks"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "per_rank", "more", "workers", "threads"),
+    ("options", "workers", "threads", "why"),
     [
-        (5, 2, {}, 5, 1),  # a user's value wins, even over the budget
-        (5, 2, {"kind": "tensors", "free": NONE}, 5, 1),
-        (0, 8, {"cuda": True}, 0, 8),
-        (-1, 8, {"kind": "tensors"}, 0, 8),
-        (-1, 8, {}, 4, 4),  # a model on the CPU takes half
-        (-1, 8, {"cuda": True}, 7, 1),  # the rank's own thread takes one
-        (-1, 1, {}, 0, 1),
-        (-1, 1, {"cuda": True}, 0, 1),
-        (-1, 8, {"kind": "iterable"}, 1, 7),
-        (-1, 1, {"kind": "iterable"}, 0, 1),
-        (3, 8, {"kind": "iterable"}, 3, 5),
+        ({"wanted": 5, "per_rank": 2}, 5, 1, WANTED),  # a user's value wins, even over the budget
+        ({"wanted": 5, "per_rank": 2, "kind": "tensors", "free": NONE}, 5, 1, WANTED),
+        ({"wanted": 0, "cuda": True}, 0, 8, WANTED),
+        ({"wanted": 3, "kind": "iterable"}, 3, 5, WANTED),
+        ({"kind": "tensors"}, 0, 8, "the data set is in memory"),
+        ({"kind": "iterable"}, 1, 7, "an iterable data set is read by one"),
+        ({"kind": "iterable", "per_rank": 1}, 0, 1, "an iterable data set is read by one"),
+        ({}, 4, 4, granted(16)),  # a model on the CPU takes half
+        ({"cuda": True}, 7, 1, granted(16)),  # the rank's own thread takes one
+        ({"per_rank": 1}, 0, 1, granted(2)),
+        ({"per_rank": 1, "cuda": True}, 0, 1, granted(2)),
+        ({"per_rank": 2, "ranks": 1}, 1, 1, granted(2, "1 local rank")),
+        # Half of 4 GiB by 2 ranks is 1 GiB; a worker takes 400 + 3 * 8 = 424 MiB.
+        ({"cuda": True, "free": memory(4 * GIB)}, 2, 1, short_of(LIMIT, "4.00", 424)),
+        ({"cuda": True, "free": memory(GIB)}, 0, 1, short_of(LIMIT, "1.00", 424)),
+        # Half of 128 MiB by 2 ranks is 32 MiB; a worker's batches take 2 * 8.
+        ({"cuda": True, "free": memory(shm=128 * MIB)}, 2, 1, short_of("/dev/shm", "0.12", 16)),
+        ({"cuda": True, "free": memory(shm=0)}, 0, 1, short_of("/dev/shm", "0.00", 16)),
+        ({"cuda": True, "free": memory(shm=None)}, 7, 1, granted(16)),
+        # The tighter of the two is the reason.
+        ({"cuda": True, "free": memory(4 * GIB, 64 * MIB)}, 1, 1, short_of("/dev/shm", "0.06", 16)),
+        ({"cuda": True, "free": memory(2 * GIB, 160 * MIB)}, 1, 1, short_of(LIMIT, "2.00", 424)),
     ],
 )
-def test_workers_and_threads(
-    wanted: int, per_rank: int, more: dict[str, Any], workers: int, threads: int
+def test_workers_and_threads_and_the_reason_for_the_log(
+    options: dict[str, Any], workers: int, threads: int, why: str
 ) -> None:
-    found = size(wanted, per_rank, **more)
+    found = size(**options)
     assert (found.workers, found.threads) == (workers, threads)
+    assert found.reason == f"{workers} worker{'' if workers == 1 else 's'} a rank: {why}"
 
 
 @pytest.mark.parametrize("per_rank", range(1, 20))
@@ -78,30 +100,6 @@ def test_what_is_chosen_fits_in_the_cpus_and_threads_follow_from_them_alone(
 
 
 @pytest.mark.parametrize(
-    ("budget", "workers", "told"),
-    [
-        # Half of 4 GiB by 2 ranks is 1 GiB; a worker takes 400 + 3 * 8 = 424 MiB.
-        (memory(4 * GIB), 2, ["cgroup memory limit 4.00 GiB free", "424 MiB a worker"]),
-        (memory(GIB), 0, ["cgroup memory limit 1.00 GiB free"]),
-        # Half of 128 MiB by 2 ranks is 32 MiB; a worker's batches take 2 * 8.
-        (memory(shm=128 * MIB), 2, ["/dev/shm 0.12 GiB free", "16 MiB a worker"]),
-        (memory(shm=0), 0, ["/dev/shm 0.00 GiB free"]),
-        (memory(shm=None), 7, ["cgroup quota"]),
-        # The tighter of the two is the reason.
-        (memory(4 * GIB, 64 * MIB), 1, ["/dev/shm 0.06 GiB free"]),
-        (memory(2 * GIB, 160 * MIB), 1, ["cgroup memory limit 2.00 GiB free"]),
-    ],
-)
-def test_memory_caps_the_workers_and_is_named(
-    budget: MemoryBudget, workers: int, told: list[str]
-) -> None:
-    found = size(cuda=True, free=budget, nbytes=8 * MIB, own=400 * MIB)
-    assert found.workers == workers
-    for words in [*told, "2 local ranks"]:
-        assert words in found.reason
-
-
-@pytest.mark.parametrize(
     ("cuda", "pin", "budget", "pinned"),
     [
         (True, "auto", PLENTY, True),
@@ -116,19 +114,3 @@ def test_memory_caps_the_workers_and_is_named(
 )
 def test_pinned_memory(cuda: bool, pin: str, budget: MemoryBudget, pinned: bool) -> None:
     assert size(7, cuda=cuda, pin=pin, free=budget).pin_memory is pinned
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({}, "2 workers a rank: 8 usable CPUs (cgroup quota; host has 64), 2 local ranks"),
-        (
-            {"per_rank": 2, "ranks": 1},
-            "1 worker a rank: 2 usable CPUs (cgroup quota; host has 64), 1 local rank",
-        ),
-        ({"wanted": 3}, "3 workers a rank: DATALOADER.NUM_WORKERS"),
-        ({"kind": "tensors"}, "0 workers a rank: the data set is in memory"),
-    ],
-)
-def test_the_reason_for_the_log(options: dict[str, Any], reason: str) -> None:
-    assert size(**{"per_rank": 4, **options}).reason == reason

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,27 +65,27 @@ def _first(dataset: TokenFile, index: int) -> int:
     return int(dataset[index][0][0])
 
 
-def test_mistakes_in_token_files(tmp_path: Path) -> None:
-    path = tokens(tmp_path / "t.bin", 5)
-    with pytest.raises(UsageError, match="has 5 tokens; one sample of length 5 needs 6"):
-        TokenFile(path, 5)
-    path.write_bytes(b"12345")
-    with pytest.raises(UsageError, match="5 bytes, no multiple of the 2 of uint16"):
-        TokenFile(path, 1)
-    path.write_bytes(b"")
-    with pytest.raises(UsageError, match="has 0 tokens"):
-        TokenFile(path, 1)
-    with pytest.raises(UsageError, match="integers, not float32"):
-        TokenFile(path, 1, "float32")
-    with pytest.raises(UsageError, match="no type 'tokens'"):
-        TokenFile(path, 1, "tokens")
-    with pytest.raises(UsageError, match="length must be at least 1"):
-        TokenFile(path, 0)
-    with pytest.raises(UsageError, match=r"none\.bin: No such file"):
-        TokenFile(tmp_path / "none.bin", 1)
-    np.save(tmp_path / "t.npy", np.zeros((2, 3), np.int64))
-    with pytest.raises(UsageError, match=r"shape \(2, 3\)"):
-        TokenFile(tmp_path / "t.npy", 1)
-    (tmp_path / "t.npy").write_bytes(b"no numpy file")
-    with pytest.raises(UsageError, match=r"t\.npy is no \.npy file"):
-        TokenFile(tmp_path / "t.npy", 1)
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "told"),
+    [
+        ("t.bin", bytes(10), (5,), "has 5 tokens; one sample of length 5 needs 6"),
+        ("t.bin", b"12345", (1,), "5 bytes, no multiple of the 2 of uint16"),
+        ("t.bin", b"", (1,), "has 0 tokens"),
+        ("t.bin", b"", (1, "float32"), "integers, not float32"),
+        ("t.bin", b"", (1, "tokens"), "no type 'tokens'"),
+        ("t.bin", b"", (0,), "length must be at least 1"),
+        ("none/t.bin", None, (1,), r"t\.bin: No such file"),
+        ("t.npy", np.zeros((2, 3), np.int64), (1,), r"shape \(2, 3\)"),
+        ("t.npy", b"no numpy file", (1,), r"t\.npy is no \.npy file"),
+    ],
+)
+def test_mistakes_in_token_files(
+    tmp_path: Path, name: str, content: bytes | np.ndarray | None, arguments: Any, told: str
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content)
+    with pytest.raises(UsageError, match=told):
+        TokenFile(path, *arguments)

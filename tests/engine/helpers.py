@@ -1,6 +1,5 @@
 """A small task whose right answers can be written down by hand."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,14 +39,14 @@ def config(*words: object) -> CfgNode:
 
 
 class Regression:
-    """Least squares; with `weighted` every sample has a weight of its own."""
+    """Least squares; with `weighted` every sample has a weight of its own, some of 0."""
 
     def __init__(self, weighted: bool = False) -> None:
         self.weighted = weighted
         made = torch.Generator().manual_seed(5)
         self.x = torch.randn(LENGTH, 4, generator=made)
         self.y = torch.randn(LENGTH, 1, generator=made)
-        self.w = torch.arange(LENGTH) % 4 + 0.5 if weighted else torch.ones(LENGTH)
+        self.w = (torch.arange(LENGTH) % 4).float() if weighted else torch.ones(LENGTH)
 
     def build_model(self) -> nn.Module:
         torch.manual_seed(1)
@@ -59,13 +58,9 @@ class Regression:
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y, w = batch
         errors = ((model(x) - y) ** 2).squeeze(1)
-        total = w.sum()
-        values = {"loss": (errors * w).sum() / total.clamp_min(1e-9), "error": errors.mean()}
-        if self.weighted:
-            values["weight"] = total
-            # The mean that is recorded is weighted too.
-            values["error"] = values["loss"].detach()
-        return values
+        loss = (errors * w).sum() / w.sum().clamp_min(1e-9)
+        weight = {"weight": w.sum()} if self.weighted else {}
+        return {"loss": loss, "error": loss.detach(), **weight}
 
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y, w = batch
@@ -82,44 +77,39 @@ def fresh(task: Any, *words: object, runtime: Runtime = ALONE) -> TrainingState:
     return build_state(job, task, data, recorder, runtime)
 
 
+def unasked() -> Any:
+    """In place of a guard: one that was not asked to stop."""
+    return SimpleNamespace(enter=lambda phase: None, stop=None)
+
+
 def evaluation(
     task: Any, batches: Any, plan: Plan, runtime: Runtime = ALONE, guard: Any = None
 ) -> Evaluation:
     """An evaluation of these batches, of which all ranks together have those of the plan."""
     data: Any = SimpleNamespace(evaluation=lambda: iter(batches), val_plan=plan)
-    guard = guard or SimpleNamespace(enter=lambda phase: None, stop=None)
-    return Evaluation(config(), task, runtime, guard, data)
+    return Evaluation(config(), task, runtime, guard or unasked(), data)
 
 
 class Trainer:
     """A TrainStep with what it works on; steps take their batches from the real order."""
 
     def __init__(
-        self,
-        task: Any,
-        *words: object,
-        runtime: Runtime = ALONE,
-        batch_size: int = 8,
-        micro_batch_size: int = 0,
+        self, task: Any, *words: object, runtime: Runtime = ALONE, batch: int = 8, micro: int = 0
     ) -> None:
-        sizes = ("TRAIN.BATCH_SIZE", batch_size, "TRAIN.MICRO_BATCH_SIZE", micro_batch_size)
+        sizes = ("TRAIN.BATCH_SIZE", batch, "TRAIN.MICRO_BATCH_SIZE", micro)
         self.state = fresh(task, *sizes, *words, runtime=runtime)
         self.step = TrainStep(self.state.cfg, task, self.state, runtime)
-        self.plan, self.rank, self.data = (
-            self.state.data.train_plan,
-            runtime.rank,
-            task.build_dataset(),
-        )
+        self.task, self.rank, self.plan = task, runtime.rank, self.state.data.train_plan
 
-    def run(self, steps: int, asked: dict[int, frozenset[str]] | None = None) -> list[Any]:
+    def run(self, steps: int) -> list[Any]:
         """Steps 0 to `steps`; the (skipped, seen) of each."""
-        return [self.one(k, (asked or {}).get(k, frozenset())) for k in range(steps)]
+        return [self.one(k) for k in range(steps)]
 
     def one(self, step: int, asked: frozenset[str] = frozenset()) -> Any:
         epoch, k = divmod(step, self.plan.steps_per_epoch)
         cuts = self.plan.micro_batches(k, self.rank)
         start, stop = self.plan.batch(k)
-        batches = (take(self.data, rows(epoch, *cut)) for cut in cuts)
+        batches = (drawn(self.task, epoch, *cut) for cut in cuts)
         return self.step(GlobalBatch(stop - start, [b - a for a, b in cuts], batches), asked)
 
     def recorded(self) -> dict[str, float]:
@@ -132,14 +122,9 @@ class Trainer:
         return [p.detach().clone() for p in self.state.model.parameters()]
 
 
-def take(dataset: TensorDataset, indices: Sequence[int]) -> Any:
-    """These samples as one batch."""
-    return dataset[torch.as_tensor(indices)]
-
-
-def rows(epoch: int, start: int, stop: int) -> list[int]:
-    """The samples at these positions of an epoch."""
-    return Shuffle(LENGTH, 0)(epoch, np.arange(start, stop)).tolist()
+def drawn(task: Regression, epoch: int, start: int, stop: int) -> Any:
+    """The samples at these positions of an epoch, as one batch."""
+    return task.build_dataset()[Shuffle(LENGTH, 0)(epoch, np.arange(start, stop))]
 
 
 def by_hand(task: Regression, batch_size: int, steps: int, **sgd: Any) -> Weights:
@@ -148,15 +133,22 @@ def by_hand(task: Regression, batch_size: int, steps: int, **sgd: Any) -> Weight
     optimizer = torch.optim.SGD(model.parameters(), **sgd)
     for step in range(steps):
         epoch, k = divmod(step, plan.steps_per_epoch)
-        x, y, w = take(task.build_dataset(), rows(epoch, *plan.batch(k)))
-        loss = (w * ((model(x) - y) ** 2).squeeze(1)).sum() / w.sum()
         optimizer.zero_grad()
-        loss.backward()
+        task.train_step(model, drawn(task, epoch, *plan.batch(k)))["loss"].backward()
         optimizer.step()
     return [p.detach() for p in model.parameters()]
 
 
-def assert_close(a: Weights, b: Weights) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+def assert_close(a: Weights, b: Weights, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether they are equal to the last bit, tensors deep inside too."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)

@@ -14,7 +14,7 @@ from torch import nn
 from launcher.data.plan import Plan
 from launcher.runtime.process import Runtime, end, start
 from launcher.runtime.topology import Topology
-from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording, take
+from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -26,57 +26,43 @@ ASKED = {(1, 1): frozenset({"stop"}), (2, 0): frozenset({"checkpoint"})}
 
 
 class Shifted(Regression):
-    """Each rank's model has a buffer of its own, as batch norm's are after a step."""
-
-    def __init__(self, shift: float) -> None:
-        super().__init__(weighted=True)
-        self.shift = shift
-
-    def build_model(self) -> nn.Module:
-        model = super().build_model()
-        model.register_buffer("shift", torch.tensor(self.shift))
-        return model
+    """Its metrics hang on a buffer, on what it draws, and on the order of the samples."""
 
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         values = super().eval_step(model, batch)
-        assert isinstance(model.shift, torch.Tensor)
-        # What it draws is the same at any number of ranks, too.
-        return {
-            **values,
-            "loss": values["loss"] + model.shift,
-            "draw": torch.rand(len(values["loss"])),
-        }
+        shifted = values["loss"] + model.get_buffer("shift")
+        return {**values, "loss": shifted, "draw": torch.rand(len(shifted))}
 
     def summarize(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ramp = torch.arange(len(outputs["x"]))
         return {"order": (outputs["x"][:, 0] * ramp).sum()}
 
 
-def evaluated(runtime: Runtime, batch_size: int = 5) -> dict[str, float] | None:
-    """The metrics of a split over the ranks of a group."""
-    task = Shifted(float(runtime.rank))
+def evaluated(runtime: Runtime) -> dict[str, float] | None:
+    """The metrics of a split over the ranks of a group. Each rank's model has a buffer of its own,
+    as batch norm's are after a step."""
+    task: Any = Shifted(weighted=True)
     task.recorder = recording(runtime)
-    plan = Plan(LENGTH, batch_size, world_size=runtime.world_size)
+    model = task.build_model()
+    model.register_buffer("shift", torch.tensor(float(runtime.rank)))
+    plan = Plan(LENGTH, 5, world_size=runtime.world_size)
     batches = [
-        take(task.build_dataset(), range(*plan.batch(k)))
+        task.build_dataset()[slice(*plan.batch(k))]
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
-    return evaluation(task, batches, plan, runtime)(task.build_model())
+    return evaluation(task, batches, plan, runtime)(model)
 
 
-def trained(runtime: Runtime, batch_size: int, micro: int, weighted: bool) -> dict[str, Any]:
+def trained(runtime: Runtime, batch: int, micro: int, weighted: bool) -> dict[str, Any]:
     """Weights after some steps, the requests seen after each, and the record of all of them."""
-    trainer = Trainer(
-        Regression(weighted), runtime=runtime, batch_size=batch_size, micro_batch_size=micro
-    )
-    asked = {step: names for (step, rank), names in ASKED.items() if rank == runtime.rank}
+    trainer = Trainer(Regression(weighted), runtime=runtime, batch=batch, micro=micro)
     seen, begun = [], []
     for step in range(STEPS):
-        seen.append(trainer.one(step, asked.get(step, frozenset()))[1])
+        asked = ASKED.get((step, runtime.rank), frozenset())
+        seen.append(sorted(trainer.one(step, asked)[1]))
         begun.append(runtime.collectives())
-    seen_names = [sorted(names) for names in seen]
     return {
-        **{"weights": trainer.weights, "seen": seen_names, "written": trainer.recorded()},
+        **{"weights": trainer.weights, "seen": seen, "written": trainer.recorded()},
         # In the first step DDP agrees on its layout of buckets, in two more.
         "collectives": [after - before for before, after in itertools.pairwise(begun)],
     }
@@ -88,15 +74,8 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
     for world_size, port in zip(WORLDS, ports, strict=True):
         if rank >= world_size:
             break
-        topology = Topology(
-            rank,
-            rank,
-            world_size,
-            world_size,
-            launched_by="torchrun",
-            master_addr="127.0.0.1",
-            master_port=int(port),
-        )
+        world = rank, rank, world_size, world_size
+        topology = Topology(*world, "torchrun", master_addr="127.0.0.1", master_port=int(port))
         runtime = start(topology, config("DIST.DEVICE", "cpu"))
         results[world_size] = {
             (*case, weighted): trained(runtime, *case, weighted)

@@ -12,7 +12,7 @@ from launcher.errors import RunError
 from launcher.runtime.progress import Progress
 from launcher.telemetry.media import Media
 from launcher.telemetry.recorder import Recorder
-from tests.engine.helpers import ALONE, evaluation, recording
+from tests.engine.helpers import ALONE, evaluation, recording, same, unasked
 
 N = 10
 X = torch.arange(N, dtype=torch.float32) ** 2 / 7
@@ -25,6 +25,7 @@ class Table:
         self.columns, self.recorder = columns, recording()
 
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
+        assert not model.training and not torch.is_grad_enabled()
         return {key: value[batch] for key, value in self.columns.items()}
 
 
@@ -35,12 +36,8 @@ class Summed(Table):
 
 
 class Always(Table):
-    def __init__(self, answer: Any) -> None:
-        super().__init__()
-        self.answer = answer
-
     def eval_step(self, model: nn.Module, batch: slice) -> Any:
-        return self.answer
+        return self.columns["answer"]
 
 
 def run(
@@ -52,11 +49,16 @@ def run(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 10, 99])
-def test_means_count_every_sample_once_at_any_batch_size(batch_size: int) -> None:
+def test_every_sample_counts_once_and_in_order_at_any_batch_size(batch_size: int) -> None:
     """A mean of the batches' means would be wrong at 3 and 4, whose last batch is smaller."""
-    metrics = run(Table(loss=X, right=X > 3, label=torch.arange(N)), batch_size)
-    right = (X > 3).double().mean().item()
-    assert metrics == {"val/loss": X.double().mean().item(), "val/right": right}
+    columns = {"loss": X, "right": X > 3, "label": torch.arange(N), "rows": torch.randn(N, 3)}
+    task = Summed(**columns)
+    assert run(task, batch_size) == {
+        "val/loss": X.double().mean().item(),
+        "val/right": (X > 3).double().mean().item(),
+        "val/largest": X.max().item(),
+    }
+    assert same(task.outputs, columns)
 
 
 def test_weights_are_those_of_samples() -> None:
@@ -66,14 +68,6 @@ def test_weights_are_those_of_samples() -> None:
         "val/loss": pytest.approx((X * weight).sum().item() / 45, rel=1e-6),
         "val/right": pytest.approx(((X > 3) * weight).sum().item() / 45, rel=1e-6),
     }
-
-
-def test_summarize_gets_the_whole_split_in_order() -> None:
-    rows = torch.randn(N, 3)
-    task = Summed(loss=X, rows=rows, label=torch.arange(N))
-    assert run(task, 3)["val/largest"] == X.max().item()
-    assert torch.equal(task.outputs["rows"], rows)
-    assert torch.equal(task.outputs["label"], torch.arange(N))
 
 
 def test_float16_values_are_averaged_in_double_precision() -> None:
@@ -89,32 +83,20 @@ def test_float16_values_are_averaged_in_double_precision() -> None:
         ({"loss": torch.tensor(1.0)}, r"\{'loss': \(\)\}.*reduction='none'"),
         ({"loss": 1.0}, "{'loss': 'float'}.*reduction='none'"),
         ({"loss": torch.zeros(4), "x": torch.zeros(3)}, r"\(4,\).*\(3,\).*reduction='none'"),
-        ({"loss": torch.zeros(1)}, "returned 3 values of 'loss' for the 10 samples"),
+        ({"loss": torch.zeros(1)}, "returned 2 values of 'loss' for the 10 samples"),
+        # (B,) times (B, 1) is (B, B): a wrong number that looks like one.
+        ({"loss": torch.zeros(5), "weight": torch.ones(5, 1)}, r"'weight' of .*\('B', 1\)"),
     ],
 )
 def test_wrong_shapes_are_told_with_the_remedy(answer: Any, told: str) -> None:
     with pytest.raises(RunError, match=rf"Always\.eval_step .*{told}"):
-        run(Always(answer))
-
-
-def test_a_weight_with_a_second_dimension_is_told() -> None:
-    """(B,) times (B, 1) is (B, B): a wrong number that looks like one."""
-    with pytest.raises(RunError, match="weight"):
-        run(Table(loss=X, weight=torch.ones(N, 1)))
+        run(Always(answer=answer), batch_size=5)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_evaluates_without_gradients_and_is_put_back(training: bool) -> None:
-    seen = []
-
-    class Looks(Table):
-        def eval_step(self, model: nn.Module, batch: slice) -> Any:
-            seen.append((model.training, torch.is_grad_enabled()))
-            return super().eval_step(model, batch)
-
     model = nn.Linear(1, 1).train(training)
-    run(Looks(loss=X), model=model)
-    assert set(seen) == {(False, False)}
+    run(Table(loss=X), model=model)
     assert model.training is training and torch.is_grad_enabled()
 
 
@@ -124,7 +106,7 @@ class Recording(Table):
     def __init__(self, stops: bool) -> None:
         super().__init__(loss=X)
         self.stops, self.seen, self.shown = stops, 0, list[Media]()
-        self.guard = SimpleNamespace(enter=lambda phase: None, stop=None)
+        self.guard = unasked()
         writer: Any = SimpleNamespace(show=self.shown.append, is_open=True)
         self.recorder = Recorder(ALONE, Progress(), writer)
 

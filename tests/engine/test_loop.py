@@ -12,7 +12,7 @@ from launcher.engine.loop import Loop
 from launcher.engine.schedule import Schedule, constant
 from launcher.engine.step import TrainStep
 from launcher.errors import RunError
-from tests.engine.helpers import ALONE, Regression, fresh
+from tests.engine.helpers import ALONE, Regression, fresh, unasked
 
 
 class Step(TrainStep):
@@ -38,18 +38,15 @@ class Scripted(Loop):
         state.data.start(0, threads=1)
         self.evaluations, self.records = list[int](), list[int]()
         self.saves: list[tuple[int, bool, dict[str, float]]] = []
-        guard: Any = SimpleNamespace(enter=lambda phase: None, stop=None)
         store = SimpleNamespace(is_best=lambda metrics, pending: False)
         saver: Any = SimpleNamespace(store=store, pending=None, save=self.note_save)
         evaluate: Any = self.evaluate_once
-        super().__init__(ALONE, guard, state, Step(skips), evaluate, saver)
-        self.note_records(state.recorder)
-
-    def note_records(self, recorder: Any) -> None:
+        super().__init__(ALONE, unasked(), state, Step(skips), evaluate, saver)
+        recorder: Any = state.recorder
         recorder.write = lambda values: self.records.append(self.progress.step)
 
     def evaluate_once(self, model: Any) -> dict[str, float]:
-        self.evaluations.append(self.state.progress.step)
+        self.evaluations.append(self.progress.step)
         return {"val/loss": 1.0}
 
     def note_save(self, captured: Any, manifest: dict[str, Any], last: bool) -> None:
@@ -85,12 +82,11 @@ def test_what_was_recorded_before_a_resume_is_not_recorded_again() -> None:
     assert loop.records == [] and loop.evaluations == []
 
 
-def test_a_run_is_not_complete_without_its_last_checkpoint(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_run_is_not_complete_without_its_last_checkpoint() -> None:
     """Where the records before it cannot be written, the run says so and fails."""
     loop = Scripted()
-    monkeypatch.setattr(loop.state.recorder.writer, "flush", lambda: False)
+    writer: Any = loop.state.recorder.writer
+    writer.flush = lambda: False
     loop.save()  # a save under way is only skipped
     assert loop.saves == []
     with pytest.raises(RunError, match="no last checkpoint"):

@@ -5,14 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD, AdamW
 
 from launcher.engine.optim import build_optimizer
 from launcher.errors import UsageError
 from tests.engine.helpers import config
-
-
-class Plain:
-    pass
 
 
 class Own:
@@ -27,25 +24,22 @@ class Own:
     ("words", "kind", "options"),
     [
         (
-            ["OPTIM.LR", "0.3", "OPTIM.MOMENTUM", "0.8", "OPTIM.WEIGHT_DECAY", "0.01"],
-            torch.optim.SGD,
+            "LR=0.3 MOMENTUM=0.8 WEIGHT_DECAY=0.01",
+            SGD,
             {"lr": 0.3, "momentum": 0.8, "weight_decay": 0.01, "nesterov": False, "fused": True},
         ),
-        (["OPTIM.NESTEROV", "true"], torch.optim.SGD, {"nesterov": True, "momentum": 0.9}),
+        ("NESTEROV=true", SGD, {"nesterov": True, "momentum": 0.9}),
         (
-            ["OPTIM.NAME", "adamw", "OPTIM.LR", "1e-3", "OPTIM.BETAS", "[0.8, 0.9]"],
-            torch.optim.AdamW,
+            "NAME=adamw LR=1e-3 BETAS=[0.8,0.9]",
+            AdamW,
             {"lr": 1e-3, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.0, "fused": True},
         ),
-        (
-            ["OPTIM.NAME", "adamw", "OPTIM.EPS", "1e-6", "OPTIM.WEIGHT_DECAY", "0.05"],
-            torch.optim.AdamW,
-            {"eps": 1e-6, "weight_decay": 0.05},
-        ),
+        ("NAME=adamw EPS=1e-6 WEIGHT_DECAY=0.05", AdamW, {"eps": 1e-6, "weight_decay": 0.05}),
     ],
 )
-def test_optimiser_of_a_config(words: list[str], kind: type, options: dict[str, Any]) -> None:
-    optimizer = build_optimizer(config(*words), Plain(), nn.Linear(2, 2))
+def test_optimiser_of_a_config(words: str, kind: type, options: dict[str, Any]) -> None:
+    cfg = config(*(f"OPTIM.{word}" for word in words.split()))
+    optimizer = build_optimizer(cfg, object(), nn.Linear(2, 2))
     assert type(optimizer) is kind
     assert {key: optimizer.param_groups[0][key] for key in options} == options
 
@@ -53,14 +47,14 @@ def test_optimiser_of_a_config(words: list[str], kind: type, options: dict[str, 
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    (group,) = build_optimizer(config(), Plain(), model).param_groups
+    (group,) = build_optimizer(config(), object(), model).param_groups
     assert [id(p) for p in group["params"]] == [id(model.weight)]
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(1, 1).requires_grad_(False)])
 def test_nothing_to_train(model: nn.Module) -> None:
     with pytest.raises(UsageError, match="no parameter to train"):
-        build_optimizer(config(), Plain(), model)
+        build_optimizer(config(), object(), model)
 
 
 def test_the_tasks_own_wins() -> None:

@@ -1,19 +1,17 @@
 """Real gloo groups of 3 and 2 ranks against one process: weights, records, requests, metrics."""
 
+import itertools
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tests.engine.helpers import ALONE, Regression, assert_close, by_hand
 from tests.engine.ranks import ASKED, CASES, STEPS, WORLDS, evaluated, trained
-
-cases = pytest.mark.parametrize("case", CASES, ids=str)
-worlds = pytest.mark.parametrize("world_size", WORLDS)
+from tests.system.jobs import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +22,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         for s in (a, b):
             s.bind(("127.0.0.1", 0))
         ports = [str(s.getsockname()[1]) for s in (a, b)]
+    command = [sys.executable, "-m", "tests.engine.ranks"]
     started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.engine.ranks", str(rank), str(folder), *ports],
-            cwd=Path(__file__).parents[2],
-        )
+        subprocess.Popen([*command, str(rank), str(folder), *ports], cwd=ROOT)
         for rank in range(max(WORLDS))
     ]
     try:
@@ -39,67 +35,54 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
 
 
-def found_by(rank: Any, world_size: int, case: tuple[int, int], weighted: bool) -> dict[str, Any]:
-    key = (*case, weighted)
-    return rank[world_size][key]
+class Run(NamedTuple):
+    """A case, and what each rank of its group found."""
+
+    batch_size: int
+    weighted: bool
+    found: list[dict[str, Any]]
 
 
-@worlds
-@cases
-@pytest.mark.parametrize("weighted", [False, True])
-def test_weights_are_those_of_one_process_with_one_large_batch(
-    ranks: list[Any], world_size: int, case: tuple[int, int], weighted: bool
-) -> None:
-    expected = by_hand(Regression(weighted), case[0], STEPS, lr=0.1, momentum=0.9)
-    found = [found_by(rank, world_size, case, weighted)["weights"] for rank in ranks[:world_size]]
-    for weights in found:
-        assert_close(weights, expected)
+@pytest.fixture(params=itertools.product(WORLDS, CASES, (False, True)), ids=str)
+def run(request: pytest.FixtureRequest, ranks: list[Any]) -> Run:
+    world_size, (batch_size, micro), weighted = request.param
+    key = batch_size, micro, weighted
+    return Run(batch_size, weighted, [rank[world_size][key] for rank in ranks[:world_size]])
+
+
+def test_weights_are_those_of_one_process_with_one_large_batch(run: Run) -> None:
+    expected = by_hand(Regression(run.weighted), run.batch_size, STEPS, lr=0.1, momentum=0.9)
+    for rank in run.found:
+        assert_close(rank["weights"], expected)
         # Between the ranks themselves there is no rounding: they hold the same bits.
-        assert all(map(torch.equal, weights, found[0]))
+        assert all(map(torch.equal, rank["weights"], run.found[0]["weights"]))
 
 
-@worlds
-@cases
-@pytest.mark.parametrize("weighted", [False, True])
-def test_requests_are_seen_on_all_ranks_after_the_same_step(
-    ranks: list[Any], world_size: int, case: tuple[int, int], weighted: bool
-) -> None:
-    asked = [sorted(set().union(*(v for (s, _), v in ASKED.items() if s == k))) for k in range(3)]
-    for rank in ranks[:world_size]:
-        assert found_by(rank, world_size, case, weighted)["seen"] == asked
+def test_requests_are_seen_on_all_ranks_after_the_same_step(run: Run) -> None:
+    asked = [
+        sorted(set().union(*(v for (s, _), v in ASKED.items() if s == k))) for k in range(STEPS)
+    ]
+    assert [rank["seen"] for rank in run.found] == [asked] * len(run.found)
 
 
-@worlds
-@cases
-@pytest.mark.parametrize("weighted", [False, True])
-def test_records_are_those_of_one_process_and_rank_0_alone_writes(
-    ranks: list[Any], world_size: int, case: tuple[int, int], weighted: bool
-) -> None:
-    alone = trained(ALONE, case[0], 0, weighted)["written"]
-    record, *others = (
-        found_by(rank, world_size, case, weighted)["written"] for rank in ranks[:world_size]
-    )
-    assert others == [{}] * (world_size - 1)
+def test_records_are_those_of_one_process_and_rank_0_alone_writes(run: Run) -> None:
+    alone = trained(ALONE, run.batch_size, 0, run.weighted)["written"]
+    record, *others = (rank["written"] for rank in run.found)
+    assert others == [{}] * len(others)
     assert record.keys() == alone.keys() >= {"train/loss", "train/error", "train/grad_norm"}
-    for key in record:
-        assert record[key] == pytest.approx(alone[key], rel=1e-5)
+    assert record == pytest.approx(alone, rel=1e-5)
 
 
-@worlds
+def test_a_step_has_one_collective_that_of_the_gradients(run: Run) -> None:
+    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one."""
+    expected = [[1] * (STEPS - 1)] * len(run.found)
+    assert [rank["collectives"] for rank in run.found] == expected
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_metrics_are_those_of_one_process_to_the_last_bit(
     ranks: list[Any], world_size: int
 ) -> None:
     """Also where the ranks' buffers differ: rank 0's count."""
-    for rank in ranks[:world_size]:
-        assert rank[world_size]["evaluated"] == evaluated(ALONE)
-
-
-@worlds
-@cases
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_step_has_one_collective_that_of_the_gradients(
-    ranks: list[Any], world_size: int, case: tuple[int, int], weighted: bool
-) -> None:
-    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one."""
-    found = [found_by(rank, world_size, case, weighted) for rank in ranks[:world_size]]
-    assert [one["collectives"] for one in found] == [[1] * (STEPS - 1)] * world_size
+    expected = [evaluated(ALONE)] * world_size
+    assert [rank[world_size]["evaluated"] for rank in ranks[:world_size]] == expected

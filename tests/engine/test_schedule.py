@@ -13,25 +13,6 @@ from launcher.engine import schedule
 from launcher.engine.schedule import Factor, Schedule, build_schedule
 from tests.engine.helpers import config
 
-STEPS = schedule.step([0.3, 0.8], 0.1)
-
-
-@pytest.mark.parametrize(
-    ("factor", "values"),
-    [
-        (schedule.constant(), {0: 1, 0.5: 1, 1: 1}),
-        (schedule.linear(0), {0: 1, 0.25: 0.75, 0.5: 0.5, 1: 0}),
-        (schedule.linear(0.2), {0: 1, 0.5: 0.6, 1: 0.2}),
-        (schedule.cosine(0), {0: 1, 1 / 3: 0.75, 0.5: 0.5, 2 / 3: 0.25, 1: 0}),
-        (schedule.cosine(0.1), {0: 1, 0.5: 0.55, 1: 0.1}),
-        (STEPS, {0: 1, 0.29: 1, 0.3: 0.1, 0.79: 0.1, 0.8: 0.01, 1: 0.01}),
-        (schedule.step([], 0.1), {0: 1, 1: 1}),
-    ],
-)
-def test_factor(factor: Factor, values: dict[float, float]) -> None:
-    for done, value in values.items():
-        assert factor(done) == pytest.approx(value, abs=1e-12)
-
 
 @settings(deadline=None)
 @given(
@@ -53,34 +34,29 @@ def test_warm_up_rises_and_the_rest_falls(
     assert after == [kind(final)(min(s / left, 1)) for s in range(total + 3 - warmup)]
 
 
-def test_warm_up_is_linear_and_never_zero() -> None:
-    made = Schedule(schedule.constant(), 100, 4)
-    assert [made(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
-
-
+# 12 steps an epoch, 48 in all.
 @pytest.mark.parametrize(
     ("words", "values"),
     [
-        (["OPTIM.SCHEDULE", "constant"], {0: 1, 39: 1}),
-        (["OPTIM.SCHEDULE", "cosine"], {0: 1, 20: 0.5, 40: 0}),
-        (["OPTIM.SCHEDULE", "linear", "OPTIM.FINAL_FACTOR", "0.5"], {0: 1, 20: 0.75, 40: 0.5}),
+        ("SCHEDULE=constant", {0: 1, 24: 1, 48: 1}),
+        ("SCHEDULE=linear", {0: 1, 12: 0.75, 24: 0.5, 48: 0}),
+        ("SCHEDULE=linear FINAL_FACTOR=0.2", {0: 1, 24: 0.6, 48: 0.2}),
+        ("SCHEDULE=cosine", {0: 1, 16: 0.75, 24: 0.5, 32: 0.25, 48: 0}),
+        ("SCHEDULE=cosine FINAL_FACTOR=0.1", {0: 1, 24: 0.55, 48: 0.1}),
         (
-            ["OPTIM.SCHEDULE", "step", "OPTIM.MILESTONES", "[1ep, 25step]", "OPTIM.GAMMA", "0.5"],
-            {9: 1, 10: 0.5, 24: 0.5, 25: 0.25, 40: 0.25},
+            "SCHEDULE=step MILESTONES=[1ep,30step] GAMMA=0.5",
+            {0: 1, 11: 1, 12: 0.5, 29: 0.5, 30: 0.25, 48: 0.25},
         ),
-        (["OPTIM.WARMUP", "1ep"], {0: 1 / 11, 9: 10 / 11, 10: 1}),
-        (["OPTIM.WARMUP", "4step"], {0: 0.2, 3: 0.8, 4: 1}),
-        (["OPTIM.WARMUP", "1ep", "OPTIM.SCHEDULE", "cosine"], {9: 10 / 11, 10: 1, 25: 0.5, 40: 0}),
-        (
-            [*("OPTIM.WARMUP", "1ep", "OPTIM.SCHEDULE", "step", "OPTIM.MILESTONES", "[2ep]")],
-            {10: 1, 19: 1, 20: 0.1},
-        ),
+        ("WARMUP=1ep", {0: 1 / 13, 11: 12 / 13, 12: 1}),
+        ("WARMUP=4step", {0: 0.2, 1: 0.4, 2: 0.6, 3: 0.8, 4: 1, 5: 1}),
+        ("WARMUP=1ep SCHEDULE=cosine", {11: 12 / 13, 12: 1, 30: 0.5, 48: 0}),
+        ("WARMUP=1ep SCHEDULE=step MILESTONES=[2ep]", {12: 1, 23: 1, 24: 0.1}),
     ],
 )
-def test_schedule_of_a_config(words: list[str], values: dict[int, float]) -> None:
-    made = build_schedule(config("TRAIN.DURATION", "4ep", *words), Plan(80, 8))
-    for step, value in values.items():
-        assert made(step) == pytest.approx(value, abs=1e-12)
+def test_schedule_of_a_config(words: str, values: dict[int, float]) -> None:
+    keys = [f"OPTIM.{word}" for word in words.split()]
+    made = build_schedule(config("TRAIN.DURATION=4ep", *keys), Plan(96, 8))
+    assert {step: made(step) for step in values} == pytest.approx(values, abs=1e-12)
 
 
 def test_apply_keeps_the_ratio_of_the_groups() -> None:

@@ -10,53 +10,40 @@ from torch import nn
 
 from launcher.data.plan import Plan
 from launcher.errors import RunError
-from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, evaluation, rows, take
+from tests.engine.helpers import Regression, Trainer, assert_close, by_hand, drawn, evaluation, same
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("micro_batch_size", [0, 1, 2, 3, 5, 8])
-@pytest.mark.parametrize("batch_size", [1, 7, 8, 23, 64])
-def test_weights_are_those_of_one_large_batch(
-    batch_size: int, micro_batch_size: int, weighted: bool
-) -> None:
-    """Four steps reach an epoch's last, smaller batch and the next epoch."""
+@pytest.mark.parametrize("micro", [0, 1, 2, 3, 5, 8])
+@pytest.mark.parametrize("batch", [1, 7, 8, 23, 64])
+def test_weights_are_those_of_one_large_batch(batch: int, micro: int, weighted: bool) -> None:
+    """Four steps reach an epoch's last, smaller batch and the next epoch. Whole micro-batches have
+    no weight at all."""
     task = Regression(weighted)
-    trainer = Trainer(task, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    trainer = Trainer(task, batch=batch, micro=micro)
     trainer.run(4)
-    assert_close(trainer.weights, by_hand(task, batch_size, 4, **SGD))
+    assert_close(trainer.weights, by_hand(task, batch, 4, **SGD))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("micro_batch_size", [0, 3])
-def test_recorded_values_are_means_over_the_large_batch(
-    micro_batch_size: int, weighted: bool
-) -> None:
+@pytest.mark.parametrize("micro", [0, 3])
+def test_recorded_values_are_means_over_the_large_batch(micro: int, weighted: bool) -> None:
     task = Regression(weighted)
-    trainer = Trainer(task, batch_size=8, micro_batch_size=micro_batch_size)
-    x, y, w = take(task.build_dataset(), rows(0, 0, 8))
-    errors = ((trainer.state.model(x) - y) ** 2).squeeze(1)
-    loss = ((errors * w).sum() / w.sum()).item()
+    trainer = Trainer(task, micro=micro)
+    loss = task.train_step(trainer.state.model, drawn(task, 0, 0, 8))["loss"].item()
     trainer.run(1)
     recorded = trainer.recorded()
     assert recorded["train/loss"] == pytest.approx(loss, rel=1e-6)
     assert recorded["train/error"] == pytest.approx(loss, rel=1e-6)
 
 
-def test_micro_batches_without_weight_do_not_count() -> None:
-    task = Regression(weighted=True)
-    task.w = (torch.arange(23) % 4 == 0).float() * 2
-    trainer = Trainer(task, batch_size=23, micro_batch_size=2)
-    trainer.run(2)
-    assert_close(trainer.weights, by_hand(task, 23, 2, **SGD))
-
-
 def test_a_batch_without_weight_changes_nothing() -> None:
     """A batch of padding alone: weight 0 and loss 0. No gradient comes of it, not even a NaN."""
     task = Regression(weighted=True)
     task.w = torch.zeros_like(task.w)
-    trainer = Trainer(task, "OPTIM.MOMENTUM", 0, micro_batch_size=3)
+    trainer = Trainer(task, "OPTIM.MOMENTUM", 0, micro=3)
     before = trainer.weights
     trainer.run(1)
     assert_close(trainer.weights, before)
@@ -65,97 +52,69 @@ def test_a_batch_without_weight_changes_nothing() -> None:
 @pytest.mark.parametrize("clip", [0.01, 0.5, 1e6])
 def test_clipping_is_torchs(clip: float) -> None:
     task = Regression()
-    trainer = Trainer(
-        task, "TRAIN.GRAD_CLIP", clip, "OPTIM.MOMENTUM", 0, "OPTIM.LR", 1, micro_batch_size=3
-    )
+    words = ("TRAIN.GRAD_CLIP", clip, "OPTIM.MOMENTUM", 0, "OPTIM.LR", 1)
+    trainer = Trainer(task, *words, micro=3)
     model = copy.deepcopy(trainer.state.model)
-    x, y, _ = take(task.build_dataset(), rows(0, 0, 8))
-    ((model(x) - y) ** 2).mean().backward()
+    task.train_step(model, drawn(task, 0, 0, 8))["loss"].backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     trainer.run(1)
-    assert_close(
-        trainer.weights, [p.detach() - p.grad for p in model.parameters() if p.grad is not None]
-    )
-    recorded = trainer.recorded()
+    torch.optim.SGD(model.parameters(), 1.0).step()
+    assert_close(trainer.weights, [*model.parameters()])
     # What is recorded is the norm before clipping.
-    assert recorded["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert trainer.recorded()["train/grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
 
 
 def test_average_of_the_weights() -> None:
     """The first update copies the weights, as torch's AveragedModel does; then the formula."""
     trainer = Trainer(Regression(), "MODEL.EMA_DECAY", 0.9)
-    average: list[torch.Tensor] = []
-    for step in range(4):
+    trainer.one(0)
+    average = trainer.weights
+    for step in (1, 2, 3):
         trainer.one(step)
-        weights = trainer.weights
-        average = (
-            [0.9 * a + 0.1 * w for a, w in zip(average, weights, strict=True)]
-            if average
-            else weights
-        )
+        average = [0.9 * a + 0.1 * w for a, w in zip(average, trainer.weights, strict=True)]
     assert trainer.state.ema is not None
     assert_close([p.detach() for p in trainer.state.ema.module.parameters()], average)
 
 
 class Overflow(Regression):
-    """The loss of chosen steps is infinite."""
+    """The loss of the second step is infinite."""
 
-    def __init__(self, bad: set[int]) -> None:
-        super().__init__()
-        self.bad, self.calls = bad, 0
+    calls = 0
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         values = super().train_step(model, batch)
         self.calls += 1
-        if self.calls - 1 in self.bad:
-            values["loss"] = values["loss"] * torch.inf
-        return values
+        return {**values, "loss": values["loss"] * (torch.inf if self.calls == 2 else 1.0)}
 
 
 def test_a_step_skipped_by_the_scaler_changes_nothing() -> None:
-    trainer = Trainer(Overflow({1}), "TRAIN.PRECISION", "fp16", "MODEL.EMA_DECAY", 0.9)
+    trainer = Trainer(Overflow(), "TRAIN.PRECISION", "fp16", "MODEL.EMA_DECAY", 0.9)
     ema = trainer.state.ema
     assert ema is not None
     assert trainer.one(0)[0] is False
-    before = copy.deepcopy(
-        (trainer.weights, trainer.state.optimizer.state_dict(), ema.state_dict())
-    )
+
+    def changing() -> tuple[Any, ...]:
+        return trainer.weights, trainer.state.optimizer.state_dict(), ema.state_dict()
+
+    before = copy.deepcopy(changing())
     assert trainer.one(1, frozenset({"stop"})) == (True, {"stop"})
-    after = (trainer.weights, trainer.state.optimizer.state_dict(), ema.state_dict())
-    assert same(before, after)
+    assert same(changing(), before)
     assert trainer.one(2)[0] is False
-    assert not same(before[0], trainer.weights)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def test_a_skipped_step_is_not_counted_into_the_norm() -> None:
-    trainer = Trainer(Overflow({1}), "TRAIN.PRECISION", "fp16")
-    trainer.run(3)
-    recorded = trainer.recorded()
-    assert 0 < recorded["train/grad_norm"] < float("inf")
+    assert not same(trainer.weights, before[0])
+    # Nor is its norm counted.
+    assert 0 < trainer.recorded()["train/grad_norm"] < float("inf")
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_other_precisions_come_close(precision: str, weighted: bool) -> None:
     task = Regression(weighted)
-    trainer = Trainer(task, "TRAIN.PRECISION", precision, micro_batch_size=3)
+    trainer = Trainer(task, "TRAIN.PRECISION", precision, micro=3)
     # torch's first scale is meant to be too large at first; this one is not.
     trainer.step.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=precision == "fp16")
     assert [skipped for skipped, _ in trainer.run(2)] == [False, False]
     assert all(w.dtype == torch.float32 for w in trainer.weights)
-    expected = by_hand(task, 8, 2, **SGD)
-    for a, b in zip(trainer.weights, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02)
+    assert_close(trainer.weights, by_hand(task, 8, 2, **SGD), rtol=0.05, atol=0.02)
 
 
 class Says(Regression):
@@ -187,40 +146,32 @@ def test_a_bad_train_step_is_told(answer: Any, told: str) -> None:
 
 
 def test_requests_come_back_once() -> None:
-    asked = {1: frozenset({"stop", "record"}), 2: frozenset({"checkpoint"})}
-    trainer = Trainer(Regression(), micro_batch_size=3)
-    seen = [seen for _, seen in trainer.run(4, asked)]
-    assert seen == [frozenset(), asked[1], asked[2], frozenset()]
+    asked = [frozenset(), frozenset({"stop", "record"}), frozenset({"checkpoint"}), frozenset()]
+    trainer = Trainer(Regression(), micro=3)
+    assert [trainer.one(step, names)[1] for step, names in enumerate(asked)] == asked
 
 
-def test_a_module_that_the_task_put_into_eval_mode_stays_there() -> None:
+@pytest.mark.parametrize(
+    ("in_eval", "modes"), [("1", [True, False, True]), ("", [True, True, True])]
+)
+def test_a_module_that_the_task_put_into_eval_mode_stays_there(
+    in_eval: str, modes: list[bool]
+) -> None:
     """A frozen batch-norm, say; a whole model in eval mode, as a pretrained one comes, trains."""
-
-    class Frozen(Regression):
-        def build_model(self) -> nn.Module:
-            model = super().build_model()
-            model[1].eval()
-            return model
-
-    class Pretrained(Regression):
-        def build_model(self) -> nn.Module:
-            return super().build_model().eval()
-
-    for task, modes in ((Frozen(), [True, False, True]), (Pretrained(), [True, True, True])):
-        trainer = Trainer(task)
-        for _ in range(2):
-            trainer.run(1)
-            assert [module.training for module in trainer.state.model] == modes
-            evaluation(task, [take(trainer.data, range(23))], Plan(23, 23))(trainer.state.model)
-            assert [module.training for module in trainer.state.model] == modes
+    task: Any = Regression()
+    model = task.build_model()
+    model.get_submodule(in_eval).eval()
+    task.build_model = lambda: model
+    trainer = Trainer(task)
+    for _ in range(2):
+        trainer.run(1)
+        assert [module.training for module in model] == modes
+        evaluation(task, [task.build_dataset()[:]], Plan(23, 23))(model)
+        assert [module.training for module in model] == modes
 
 
 @pytest.mark.parametrize("value", [3, np.float32(0.1), np.int64(2**53), 1 / 3])
 def test_numbers_of_python_and_numpy_are_recorded_exactly(value: Any) -> None:
-    class Counts(Regression):
-        def train_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
-            return {**super().train_step(model, batch), "value": value}
-
-    trainer = Trainer(Counts(), batch_size=1)
+    trainer = Trainer(Says(lambda out: {"loss": out.mean(), "value": value}), batch=1)
     trainer.run(1)
     assert trainer.recorded()["train/value"] == float(value)

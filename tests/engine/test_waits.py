@@ -2,6 +2,7 @@
 hold no values, so that to read one raises."""
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,10 @@ from torch import nn
 from launcher.callbacks.histograms import Histograms
 from launcher.engine import step
 from launcher.engine.agreement import Agreement
-from launcher.runtime.cpu import CpuBudget
-from launcher.runtime.process import Runtime
-from launcher.runtime.topology import Topology
 from launcher.telemetry.media import spread
-from tests.engine.helpers import Regression, Trainer
+from tests.engine.helpers import ALONE, Regression, Trainer
 
-META = Runtime(Topology(), torch.device("meta"), CpuBudget(1, 1, 1, ""))
+META = replace(ALONE, device=torch.device("meta"))
 
 
 class Recording(Regression):
@@ -34,7 +32,7 @@ class Recording(Regression):
         return {**super().train_step(model, batch), "number": 0.5, "coin": torch.ones(())}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for what torch does not do on this device, and does not wait for on CUDA."""
 
@@ -47,12 +45,11 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Agreement, "seen", lambda self: frozenset())
 
 
-@pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_steps(weighted: bool) -> None:
     """Only a record reads: what all steps added, at once."""
     words = ("MODEL.EMA_DECAY", 0.9, "LOG.HISTOGRAMS", "1step")
-    trainer = Trainer(Recording(weighted), *words, runtime=META, micro_batch_size=3)
+    trainer = Trainer(Recording(weighted), *words, runtime=META, micro=3)
     trainer.run(5)
     found = next(c.found for c in trainer.state.callbacks.all if isinstance(c, Histograms))
     assert found and all(values.is_meta for values in found.values())

@@ -1,37 +1,30 @@
 """Guards of several ranks in one process, with a clock of their own and a store between them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from launcher.config import CfgNode, load_config
 from launcher.errors import UsageError
 from launcher.guard.board import Unreachable
 from launcher.guard.guard import TICK_S, Guard
 from launcher.guard.stop import Signals
-from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.member import Member
-from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
 from launcher.telemetry.rundir import RunDirectory
+from tests.engine.helpers import ALONE, config
+from tests.system import jobs
 
 HERE = Member.here()
 ELSEWHERE = Member("elsewhere", 1)
 # A process that has been on this host.
 ENDED = Member(HERE.host, HERE.pid, created=1.0)
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-
-
-def config(*words: object) -> CfgNode:
-    return load_config(None, [str(word) for word in words], require_task=False).cfg
 
 
 class Left(BaseException):
@@ -56,36 +49,35 @@ class Claimed(RunDirectory):
 
 class Ranks:
     """The clock of all, whose `sleep` lets the others act; and each rank's guard that has met the
-    others, by rank. `members` says which of them are processes of this test."""
+    others unless `met` is False, by rank. `members` says which of them are processes of this test;
+    they have one progress."""
 
     def __init__(
         self,
         folder: Path,
         members: Sequence[Member],
+        *words: object,
         store: dist.Store | None = None,
-        words: Sequence[object] = ("DIST.INIT_TIMEOUT", "30s", "DIST.TRAIN_TIMEOUT", "20s"),
-        progress: Progress | None = None,
         signals: Signals | None = None,
         leave: Callable[[int], None] | None = None,
+        met: bool = True,
     ) -> None:
         self.now, self.codes, self.busy = 0.0, dict[int, int](), set[int]()
-        self.run, self.guards = folder / "run", dict[int, Guard]()
-        store, world, cfg = store or dist.HashStore(), len(members), config(*words)
+        self.run, self.guards, self.progress = folder / "run", dict[int, Guard](), Progress()
+        store, world = store or dist.HashStore(), len(members)
+        cfg = config("DIST.INIT_TIMEOUT", "30s", "DIST.TRAIN_TIMEOUT", "20s", *words)
         (self.run / "logs").mkdir(parents=True)
         owner = {"host": members[0].host, "pid": members[0].pid}
         (self.run / "status.json").write_text(json.dumps({"state": "running", **owner}))
         for rank in (r for r, member in enumerate(members) if member == HERE):
-            topology = Topology(
-                rank, rank, world, world, launched_by="srun" if world > 1 else "python"
-            )
+            topology = Topology(rank, rank, world, world, "srun" if world > 1 else "python")
             directory = (Claimed if members[0] == HERE else RunDirectory)(self.run)
             guard = Guard(
-                cfg, topology, directory, progress or Progress(), signals, self, leave or self.leave
+                cfg, topology, directory, self.progress, signals, self, leave or self.leave
             )
-            guard.meet(
-                Runtime(topology, torch.device("cpu"), CpuBudget(1, 1, 1, ""), store), members
-            )
-            guard.open()
+            if met:
+                guard.meet(replace(ALONE, topology=topology, store=store), members)
+                guard.open()
             self.guards[rank] = guard
 
     def monotonic(self) -> float:
@@ -135,8 +127,12 @@ class Ranks:
 
     @property
     def status(self) -> dict[str, Any]:
-        return json.loads((self.run / "status.json").read_text())
+        return jobs.status(self.run)
 
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run / "history.jsonl").open()]
+    def assert_told(self, rank: int, words: str, by: int | None = None) -> None:
+        """A rank's failure was told once, and ended the run."""
+        told, status = self.told, self.status
+        assert told["rank"] == rank and by in (None, told["told_by"])
+        assert words in told["exception"]
+        assert status["state"] == "failed" and status["reason"].endswith(told["exception"])
+        assert [record["rank"] for record in jobs.history(self.run)] == [rank]

@@ -1,36 +1,34 @@
 """Who tells of a failure, and what: several ranks in one process, with a store between them."""
 
-from __future__ import annotations
-
 import json
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from launcher.errors import Ended, RunError, UsageError
 from launcher.guard.board import Board, Unreachable
 from launcher.guard.failure import describe
-from launcher.runtime.progress import Progress
-from tests.guard.ranks import ELSEWHERE, ENDED, HERE, LOST, Gone, Ranks, config
+from tests.engine.helpers import config
+from tests.guard.ranks import ELSEWHERE, ENDED, HERE, LOST, Gone, Ranks
 from tests.waiting import wait_until
 
+Printed = pytest.CaptureFixture[str]
 
-def test_an_error_is_told_once_by_the_rank_that_had_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+
+def test_an_error_is_told_once_by_the_rank_that_had_it(tmp_path: Path, capfd: Printed) -> None:
     """Rank 0 finds only that its connection is gone; it writes the run's status."""
     ranks = Ranks(tmp_path, [HERE, HERE])
     ranks.codes[0] = 0  # it comes to its end by itself, below
     assert isinstance(ranks.fail(1, ValueError("a bad batch")), Ended)
-    assert ranks.told["rank"] == 1 and ranks.told["exception"] == "ValueError: a bad batch"
+    assert ranks.told["exception"] == "ValueError: a bad batch"
     assert "in fail" in ranks.told["traceback"]
     assert ranks.status["state"] == "running"
     assert isinstance(ranks.fail(0, LOST), Ended)
-    assert ranks.status["state"] == "failed"
+    ranks.assert_told(1, "ValueError: a bad batch", by=1)
     assert ranks.status["reason"] == f"rank 1 on {HERE.host}: ValueError: a bad batch"
-    assert [record["rank"] for record in ranks.history] == [1]
     assert capfd.readouterr().err.count("failed first") == 1
 
 
@@ -48,23 +46,18 @@ def test_a_killed_rank_0_leaves_the_writing_to_who_tells(
     monkeypatch.setattr("launcher.guard.guard.oom_kills", lambda: 10**9)
     ranks.busy.add(1)
     ranks.fail(2, LOST)
-    assert ranks.told["rank"] == 0 and ranks.told["told_by"] == 2
-    assert "rank 0 was killed from outside, by the kernel for want" in ranks.told["exception"]
-    assert ranks.status["state"] == "failed"
+    ranks.assert_told(0, "rank 0 was killed from outside, by the kernel for want", by=2)
     ranks.fail(1, LOST)
-    assert ranks.told["told_by"] == 2 and len(ranks.history) == 1
+    ranks.assert_told(0, "rank 0 was killed", by=2)
 
 
 def test_a_silent_host_is_named(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, [HERE, ELSEWHERE])
     ranks.fail(0, LOST)
-    assert ranks.told["rank"] == 1
-    assert "its host elsewhere is down, or cannot be reached" in ranks.told["exception"]
+    ranks.assert_told(1, "its host elsewhere is down, or cannot be reached")
 
 
-def test_what_the_user_must_mend_is_raised_as_it_is(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_user_must_mend_is_raised_as_it_is(tmp_path: Path, capfd: Printed) -> None:
     """Where it is at one rank alone, rank 0 tells of it: torchrun may end that rank before."""
     ranks = Ranks(tmp_path, [HERE, HERE])
     error = UsageError("no such file")
@@ -72,40 +65,35 @@ def test_what_the_user_must_mend_is_raised_as_it_is(
     assert ranks.fail(1, error) is error
     assert not (ranks.run / "failure.json").exists()
     assert isinstance(ranks.fail(0, LOST), Ended)
-    assert ranks.told["rank"] == 1 and "UsageError: no such file" in capfd.readouterr().err
+    ranks.assert_told(1, "UsageError: no such file", by=0)
+    assert "UsageError: no such file" in capfd.readouterr().err
 
 
-def test_a_hang_is_told_once_with_the_stacks_of_all(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hang_is_told_once_with_the_stacks_of_all(tmp_path: Path, capfd: Printed) -> None:
     """Rank 1 gives no sign of life; who judges last learns of the verdict from the board."""
     ranks = Ranks(tmp_path, [HERE, ELSEWHERE, HERE])
     ranks.stall()
     assert ranks.codes == {0: 1, 2: 1}
-    assert ranks.told["rank"] == 1 and "gives no sign of life" in ranks.told["exception"]
+    ranks.assert_told(1, "gives no sign of life")
     assert ranks.told["exception"].startswith("hang: nothing has moved for ")
-    assert len(ranks.history) == 1 and ranks.status["state"] == "failed"
     assert capfd.readouterr().err.count("failed first") == 1
     for rank in (0, 2):
         assert "thread MainThread" in (ranks.run / f"logs/rank{rank}.log").read_text()
 
 
-def test_the_rank_that_all_wait_for_is_told_with_its_stack(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    progress = Progress()
-    ranks = Ranks(tmp_path, [HERE, HERE], progress=progress)
-    progress.samples = 8
+def test_the_rank_that_all_wait_for_is_told_with_its_stack(tmp_path: Path, capfd: Printed) -> None:
+    ranks = Ranks(tmp_path, [HERE, HERE])
+    ranks.progress.samples = 8
     ranks.guards[1].enter("step")
     ranks.guards[0].enter("evaluate")  # which may take longer
     ranks.stall()
-    assert ranks.told["rank"] == 1 and "rank 1 (step, 0 steps done)" in ranks.told["exception"]
+    ranks.assert_told(1, "rank 1 (step, 0 steps done)")
     assert ranks.codes == {0: 1, 1: 1} and "in stall" in capfd.readouterr().err
 
 
 def test_a_lost_store_leaves_the_word_to_who_has_it(tmp_path: Path) -> None:
     """Rank 0 is cut off: it waits for failure.json, and writes the status by it."""
-    ranks = Ranks(tmp_path, [HERE, ELSEWHERE], Gone())
+    ranks = Ranks(tmp_path, [HERE, ELSEWHERE], store=Gone())
     others = {"rank": 0, "host": "x", "pid": 1, "step": 3, "exception": "hang", "traceback": ""}
 
     def write(code: int) -> None:
@@ -114,21 +102,19 @@ def test_a_lost_store_leaves_the_word_to_who_has_it(tmp_path: Path) -> None:
 
     tick, ranks.tick = ranks.tick, lambda rank: (write(rank), tick(rank))  # type: ignore[method-assign]
     ranks.stall()
-    assert ranks.codes == {0: 1} and ranks.told["told_by"] == 1
-    assert ranks.status["reason"] == "hang" and len(ranks.history) == 1
+    assert ranks.codes == {0: 1} and ranks.status["reason"] == "hang"
+    ranks.assert_told(0, "hang", by=1)
 
 
 @pytest.mark.parametrize("how", ["hang", "lost connection"])
 def test_a_store_that_is_gone_went_with_its_host(how: str, tmp_path: Path) -> None:
     """Rank 0's; nobody tells of it, so this rank does, and writes for rank 0."""
-    ranks = Ranks(tmp_path, [ELSEWHERE, HERE], Gone())
+    ranks = Ranks(tmp_path, [ELSEWHERE, HERE], store=Gone())
     if how == "hang":
         ranks.stall()
     else:
         ranks.fail(1, LOST)
-    assert ranks.told["rank"] == 0 and ranks.told["told_by"] == 1
-    assert "its host elsewhere is down, or cannot be reached" in ranks.told["exception"]
-    assert ranks.status["state"] == "failed"
+    ranks.assert_told(0, "its host elsewhere is down, or cannot be reached", by=1)
 
 
 def test_a_stuck_main_thread_is_ended_for_the_failure_of_another(tmp_path: Path) -> None:
@@ -137,37 +123,37 @@ def test_a_stuck_main_thread_is_ended_for_the_failure_of_another(tmp_path: Path)
     ranks = Ranks(tmp_path, [HERE, HERE])
     ranks.fail(1, ValueError("a bad batch"))
     assert ranks.codes[0] == 1 and ranks.now < 20
-    assert ranks.told["rank"] == 1 and ranks.status["state"] == "failed"
-    assert len(ranks.history) == 1
+    ranks.assert_told(1, "a bad batch")
 
 
 def test_a_stuck_main_thread_is_ended_for_a_killed_rank(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, [HERE, ENDED])
     ranks.stall(10)
-    assert ranks.codes == {0: 1} and "killed from outside" in ranks.told["exception"]
+    assert ranks.codes == {0: 1}
+    ranks.assert_told(1, "killed from outside")
 
 
-def test_a_rank_that_saves_is_not_stuck(tmp_path: Path) -> None:
-    """What it has open is closed first: its main thread has the word."""
+def test_who_tells_waits_for_a_rank_0_that_lives_and_only_saves(tmp_path: Path) -> None:
+    """What it has open is closed first, and its main thread has the word on the run's end, however
+    late; no two write it."""
     ranks = Ranks(tmp_path, [HERE, HERE])
     ranks.guards[0].enter("save")
     ranks.fail(1, ValueError("a bad batch"))
+    assert ranks.status["state"] == "running" and not (ranks.run / "history.jsonl").exists()
     ranks.stall(20)
     assert 0 not in ranks.codes
     ranks.fail(0, LOST)
-    assert ranks.told["rank"] == 1 and len(ranks.history) == 1
+    ranks.assert_told(1, "a bad batch")
 
 
 def test_the_first_step_may_take_longer_and_a_save_has_a_time_of_its_own(tmp_path: Path) -> None:
-    progress = Progress()
-    ranks = Ranks(tmp_path, [HERE], progress=progress)
-    (guard,) = ranks.guards.values()
-    limits = []
+    ranks = Ranks(tmp_path, [HERE])
+    guard, limits = ranks.guards[0], {}
     for phase in ("start", "data", "step", "evaluate", "save"):
         guard.enter(phase)
-        limits.append(guard.limit)
-    assert limits == [30, 30, 30, 25, 1800]
-    progress.advance(8, 80, skipped=True)
+        limits[phase] = guard.limit
+    assert limits == {"start": 30, "data": 30, "step": 30, "evaluate": 25, "save": 1800}
+    ranks.progress.advance(8, 80, skipped=True)
     guard.enter("step")
     assert guard.limit == 20
 
@@ -179,61 +165,41 @@ def test_a_frozen_process_has_not_watched_meanwhile(tmp_path: Path) -> None:
     assert not ranks.codes and ranks.guards[0].age < 12
 
 
-class Troubled(Progress):
-    @property  # type: ignore[override]
-    def step(self) -> int:
+def test_trouble_in_the_watching_ends_no_watch(
+    tmp_path: Path, capfd: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said once, and what has nothing to do with it goes on: here, to look at the time."""
+
+    def fail(name: str, value: object) -> None:
         raise OSError("no descriptor left")
 
-    @step.setter
-    def step(self, value: int) -> None: ...
-
-
-def test_trouble_in_the_watching_ends_no_watch(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """It is said once, and what has nothing to do with it goes on: here, to take requests."""
-    words = ["TRAIN.MAX_TIME", "60s", "DIST.INIT_TIMEOUT", "30s"]
-    ranks = Ranks(tmp_path, [HERE], words=words, progress=Progress())
-    ranks.guards[0].progress = Troubled()
+    ranks = Ranks(tmp_path, [HERE], "TRAIN.MAX_TIME", "1s")
+    monkeypatch.setattr(ranks.guards[0].board, "post", fail)
     ranks.stall(2)
+    assert ranks.guards[0].stop == "TRAIN.MAX_TIME 1s"
     assert capfd.readouterr().err.count("trouble in watching the run: OSError") == 1
 
 
 def test_to_say_what_comes_next_never_raises(tmp_path: Path) -> None:
     """Though nobody takes what it tells, and more than a pipe holds."""
-    (guard,) = Ranks(tmp_path, [HERE]).guards.values()
+    guard = Ranks(tmp_path, [HERE]).guards[0]
     for _ in range(50_000):
         guard.enter("save")
         guard.enter("step")
 
 
 def test_before_ranks_know_each_other_each_ends_with_its_stacks(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: Printed
 ) -> None:
     """Say in a collective that one of them never comes to."""
-    ranks = Ranks(tmp_path, [HERE])
-    fresh = type(ranks.guards[0])
-    known = ranks.guards[0]
-    ranks.guards[0] = fresh(
-        known.cfg, known.topology, known.directory, Progress(), None, ranks, ranks.leave
-    )
+    ranks = Ranks(tmp_path, [HERE], met=False)
     ranks.stall(45)
     err = capfd.readouterr().err
     assert ranks.codes == {0: 1} and not (ranks.run / "failure.json").exists()
     assert "rank 0 of 1" in err and "nothing has moved for" in err and "thread MainThread" in err
 
 
-def test_who_tells_waits_for_a_rank_0_that_lives(tmp_path: Path) -> None:
-    """It has the word on the run's end, however late; no two write it."""
-    ranks = Ranks(tmp_path, [HERE, HERE])
-    ranks.guards[0].enter("save")
-    ranks.fail(1, ValueError("a bad batch"))
-    assert ranks.status["state"] == "running" and not (ranks.run / "history.jsonl").exists()
-
-
 def test_short_device_memory_names_the_key_to_change() -> None:
-    import torch
-
     text = describe(torch.OutOfMemoryError("out"), config("TRAIN.BATCH_SIZE", 16), 2)
     assert "TRAIN.MICRO_BATCH_SIZE 4 needs about half the memory" in text
 

@@ -1,11 +1,10 @@
 """Which rank is to blame for a hang, and what can be said of it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,33 +21,31 @@ def beat(
 @pytest.mark.parametrize(
     ("before", "after", "verdict"),
     [
-        # Rank 1 has begun fewer collectives than the others.
-        ([beat(1, 9, 1), beat(1, 8, 1)], [beat(3, 9, 6), beat(3, 8, 7)], (1, [])),
-        # It does as well, but still moves.
-        ([beat(1, 9, 1), beat(1, 8, 1)], [beat(3, 9, 6), beat(3, 8, 1)], None),
-        # It is within the time that its phase may take.
-        ([beat(1, 9, 1), beat(1, 8, 1)], [beat(3, 9, 6), beat(3, 8, 7, 60)], None),
-        # It gives no sign of life; that it had begun as many collectives says nothing.
-        ([beat(1, 9, 1), beat(2, 9, 0)], [beat(3, 9, 6), beat(2, 9, 0)], (1, [1])),
-        # Its last word was from the start, which may take long; but the others train already.
-        ([beat(1, 9, 1), beat(2, 1, 0, 600)], [beat(3, 9, 6), beat(2, 1, 0, 600)], (1, [1])),
-        # It was saving, alone, which may take long.
-        (
-            [beat(1, 9, 1), beat(2, 9, 0, 60, "save")],
-            [beat(3, 9, 6), beat(2, 9, 0, 60, "save")],
-            None,
-        ),
-        # It never posted anything.
-        ([beat(1, 9, 1)], [beat(3, 9, 6)], (1, [1])),
+        pytest.param(beat(1, 8, 1), beat(3, 8, 7), (1, []), id="it has begun fewer collectives"),
+        pytest.param(beat(1, 8, 1), beat(3, 8, 1), None, id="so it has, but it still moves"),
+        pytest.param(beat(1, 8, 1), beat(3, 8, 7, 60), None, id="its phase may take longer"),
+        # That it had begun as many collectives says nothing.
+        pytest.param(beat(2, 9, 0), beat(2, 9, 0), (1, [1]), id="it gives no sign of life"),
+        # But the others train already.
+        pytest.param(beat(2, 1, 0, 600), beat(2, 1, 0, 600), (1, [1]), id="it was to start"),
+        pytest.param(beat(2, 9, 0, 60, "save"), beat(2, 9, 0, 60, "save"), None, id="it saves"),
+        pytest.param(None, None, (1, [1]), id="it never posted anything"),
     ],
 )
-def test_the_rank_that_all_wait_for(before: list[Beat], after: list[Beat], verdict: object) -> None:
-    readings = dict(enumerate(before)), dict(enumerate(after))
-    assert judge(*readings, world_size=2, age=6.0, limit=5.0) == verdict
+def test_rank_1_for_which_rank_0_waits(
+    before: Beat | None, after: Beat | None, verdict: object
+) -> None:
+    first, second = {0: beat(1, 9, 1)}, {0: beat(3, 9, 6)}
+    if before and after:
+        first[1], second[1] = before, after
+    assert judge(first, second, world_size=2, age=6.0, limit=5.0) == verdict
 
 
 def test_stacks_name_the_threads_and_end_with_the_main_one() -> None:
-    *_, main = stacks().rpartition("\nthread ")
+    with ThreadPoolExecutor(1, "another") as pool:
+        pool.submit(int)
+        others, _, main = stacks().rpartition("\nthread ")
+    assert "thread another_0:" in others
     assert main.startswith("MainThread:") and "test_stacks_name_the_threads" in main
 
 

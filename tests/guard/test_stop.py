@@ -1,31 +1,25 @@
 """Requests to stop, and when a stop must begin."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.guard.stop import SAME_REQUEST_S, SLURM_SPARE_S, Signals, StopMargin, deadlines
 from launcher.runtime.progress import Progress
-from tests.guard.ranks import HERE, Ranks, config
+from tests.engine.helpers import config
+from tests.guard.ranks import HERE, Ranks
 from tests.waiting import wait_until
 
 
-class Clock:
-    now = 0.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 def test_the_margin_is_the_longest_save_and_two_steps() -> None:
-    progress, clock = Progress(), Clock()
+    progress, clock = Progress(), SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
     margin, on_cuda = StopMargin(progress, "cpu", clock), StopMargin(progress, "cuda", clock)
     margin.longest_save_s = 50.0
     clock.now, progress.step = 100.0, 10
@@ -43,10 +37,8 @@ def test_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_time_that_is_nearly_over_is_a_request_of_rank_0(tmp_path: Path) -> None:
-    progress = Progress()
-    words = ["TRAIN.MAX_TIME", "2h", "DIST.INIT_TIMEOUT", "3h"]
-    ranks = Ranks(tmp_path, [HERE, HERE], words=words, progress=progress)
-    progress.step = 1000  # of at most 7 s each
+    ranks = Ranks(tmp_path, [HERE, HERE], "TRAIN.MAX_TIME", "2h", "DIST.INIT_TIMEOUT", "3h")
+    ranks.progress.step = 1000  # of at most 7 s each
     ranks.guards[0].saved(500.0)
     for now, reason in ((5000, None), (7190 - 500, "TRAIN.MAX_TIME 2h")):
         ranks.now = now
@@ -54,13 +46,17 @@ def test_a_time_that_is_nearly_over_is_a_request_of_rank_0(tmp_path: Path) -> No
         assert [guard.stop for guard in ranks.guards.values()] == [reason, None]
 
 
-def test_a_file_is_a_request(tmp_path: Path) -> None:
-    (guard,) = Ranks(tmp_path, [HERE]).guards.values()
+@pytest.mark.parametrize(("phase", "reason"), [("step", "file STOP"), ("end", None)])
+def test_a_file_is_a_request_but_none_is_taken_while_ending(
+    tmp_path: Path, phase: str, reason: str | None
+) -> None:
+    guard = Ranks(tmp_path, [HERE]).guards[0]
+    guard.enter(phase)
     guard.look_for_stop_file()
     assert guard.stop is None
     guard.directory.stop.touch()
     guard.look_for_stop_file()
-    assert guard.stop == "file STOP"
+    assert guard.stop == reason
 
 
 def test_a_signal_is_a_request_another_at_once_the_same_and_a_later_one_leaves(
@@ -82,14 +78,6 @@ def test_a_signal_is_a_request_another_at_once_the_same_and_a_later_one_leaves(
             wait_until(lambda: codes)
             assert codes == [1]
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_request_while_ending_is_none(tmp_path: Path) -> None:
-    """torchrun's, since another rank has failed."""
-    (guard,) = Ranks(tmp_path, [HERE]).guards.values()
-    guard.enter("end")
-    guard.request_stop("SIGTERM")
-    assert guard.stop is None
 
 
 def test_a_signal_that_nobody_waits_for_yet_ends_the_process_as_resumable() -> None:

@@ -79,15 +79,14 @@ def test_read_safetensors(tmp_path: Path) -> None:
     assert same(weights, WEIGHTS) and step is None
 
 
-def checkpoint(folder: Path, ema: bool = True) -> Path:
+def checkpoint(folder: Path) -> Path:
     averaged = {f"module.{k}": v.double() + 1 for k, v in WEIGHTS.items()}
-    state = {
-        "model": WEIGHTS,
-        "ema": {"n_averaged": torch.tensor(4), **averaged} if ema else None,
-        "progress": {"step": 12, "epoch": 1, "samples": 96},
-    }
-    manifest = {"step": 12, "epoch": 1, "samples": 96, "world_size": 1, "metrics": {}}
-    return CheckpointStore(folder / "checkpoints").commit(state, manifest)
+    position = {"step": 12, "epoch": 1, "samples": 96}
+    ema = {"n_averaged": torch.tensor(4), **averaged}
+    return CheckpointStore(folder / "checkpoints").commit(
+        {"model": WEIGHTS, "ema": ema, "progress": position},
+        {**position, "world_size": 1, "metrics": {}},
+    )
 
 
 @pytest.mark.parametrize("file", [False, True], ids=["directory", "state.pt"])
@@ -100,8 +99,9 @@ def test_read_a_checkpoint(tmp_path: Path, file: bool, ema: bool) -> None:
 
 
 def test_a_checkpoint_without_averaged_weights_is_told(tmp_path: Path) -> None:
+    torch.save({"model": WEIGHTS, "ema": None}, tmp_path / "state.pt")
     with pytest.raises(UsageError, match=r"no averaged weights: MODEL\.EMA_DECAY was 0"):
-        read_weights(checkpoint(tmp_path, ema=False), ema=True)
+        read_weights(tmp_path / "state.pt", ema=True)
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
@@ -113,57 +113,56 @@ def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("name", "content", "told"),
     [
-        ([1, 2], "holds no state_dict but a list"),
-        (torch.zeros(2), "holds no state_dict but a Tensor"),
-        ({"lr": 0.1, "name": "x"}, "names and tensors are needed"),
-        (b"junk", "w.pt"),
-        (nn.Linear(1, 1), "w.pt"),  # a whole pickled module is not unpickled
+        ("w.pt", [1, 2], "holds no state_dict but a list"),
+        ("w.pt", torch.zeros(2), "holds no state_dict but a Tensor"),
+        ("w.pt", {"lr": 0.1, "name": "x"}, "names and tensors are needed"),
+        ("w.pt", b"junk", r"w\.pt"),
+        ("w.pt", nn.Linear(1, 1), r"w\.pt"),  # a whole pickled module is not unpickled
+        ("w.safetensors", b"junk", r"w\.safetensors"),
+        ("absent.pt", None, "absent"),
+        ("absent.safetensors", None, "absent"),
+        ("absent/step_3", None, "absent"),
     ],
-    ids=["list", "tensor", "values", "junk", "module"],
 )
-def test_what_is_no_state_dict_is_told(tmp_path: Path, content: Any, told: str) -> None:
-    path = tmp_path / "w.pt"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+def test_what_holds_no_weights_is_told(tmp_path: Path, name: str, content: Any, told: str) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
     with pytest.raises(UsageError, match=told) as caught:
         read_weights(path)
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors", "absent/step_3"])
-def test_an_absent_file_is_told(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match="absent"):
-        read_weights(tmp_path / name)
+SHIFTED = {k: v + 1 for k, v in WEIGHTS.items()}
+IN_PART = {**SHIFTED, "0.bias": torch.zeros(5)}
 
 
-def test_a_broken_safetensors_file_is_told(tmp_path: Path) -> None:
-    pytest.importorskip("safetensors")
-    (tmp_path / "w.safetensors").write_bytes(b"junk")
-    with pytest.raises(UsageError, match=r"w\.safetensors"):
-        read_weights(tmp_path / "w.safetensors")
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_load_weights_that_fit_in_part(
-    tmp_path: Path, strict: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("weights", "strict"),
+    [(IN_PART, True), ({"other": torch.zeros(1)}, False)],
+    ids=["in part, but strict", "not at all"],
+)
+def test_weights_that_do_not_fit_are_an_error(
+    tmp_path: Path, weights: dict[str, torch.Tensor], strict: bool
 ) -> None:
-    wanted = {k: v + 1 for k, v in WEIGHTS.items()}
-    torch.save({**wanted, "0.bias": torch.zeros(5)}, tmp_path / "w.pt")
+    torch.save(weights, tmp_path / "w.pt")
     made = model()
-    if strict:
-        with pytest.raises(UsageError, match="do not fit the model") as caught:
-            load_weights(tmp_path / "w.pt", made, strict=True)
-        assert "of another shape: 0.bias" in str(caught.value)
-        assert "MODEL.WEIGHTS_STRICT False" in str(caught.value)
-        assert same(made.state_dict(), WEIGHTS)
-    else:
-        load_weights(tmp_path / "w.pt", made, strict=False)
-        assert same(made.state_dict(), {**wanted, "0.bias": WEIGHTS["0.bias"]})
-        assert "fit in part" in caplog.text
+    with pytest.raises(UsageError, match="do not fit the model") as caught:
+        load_weights(tmp_path / "w.pt", made, strict)
+    assert match(weights, made)[1] in str(caught.value)
+    assert "MODEL.WEIGHTS_STRICT False" in str(caught.value)
+    assert same(made.state_dict(), WEIGHTS)
 
 
-def test_nothing_that_fits_is_an_error_even_if_not_strict(tmp_path: Path) -> None:
-    torch.save({"other": torch.zeros(1)}, tmp_path / "w.pt")
-    with pytest.raises(UsageError, match="do not fit the model"):
-        load_weights(tmp_path / "w.pt", model(), strict=False)
+def test_what_fits_is_loaded_if_not_strict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(IN_PART, tmp_path / "w.pt")
+    made = model()
+    load_weights(tmp_path / "w.pt", made, strict=False)
+    assert same(made.state_dict(), {**SHIFTED, "0.bias": WEIGHTS["0.bias"]})
+    assert "fit in part" in caplog.text

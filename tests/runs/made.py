@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 START = 1_700_000_000.0
+GONE = 2**22 + 1  # the id of no process: Linux gives none so great
 
 
 def record(step: int, **values: float | None) -> dict[str, Any]:
@@ -20,14 +21,19 @@ def record(step: int, **values: float | None) -> dict[str, Any]:
     return {**position, **named, **({"nonfinite": bad} if bad else {})}
 
 
-def training(steps: int, every: int = 10) -> list[dict[str, Any]]:
+def training(steps: int) -> list[dict[str, Any]]:
     """Records of a run that gets better: training ones, and an evaluation every 50 steps."""
     found = []
-    for step in range(every, steps + 1, every):
+    for step in range(10, steps + 1, 10):
         found.append(record(step, train__loss=100 / step, train__lr=0.1))
         if step % 50 == 0:
             found.append(record(step, val__loss=200 / step, val__accuracy=1 - 10 / step))
     return found
+
+
+def event(name: str, step: int, after: float = 0.0, **more: Any) -> dict[str, Any]:
+    """A line of history.jsonl, so many seconds after the start."""
+    return {"event": name, "step": step, "time": START + after, **more}
 
 
 def lines(records: list[dict[str, Any]]) -> str:
@@ -59,13 +65,11 @@ def make_run(
         (tree.setdefault(section, {}) if section else tree)[name] = value
     (path / "config.yaml").write_text(json.dumps(tree))  # JSON is YAML
     end = {"completed": "finish", "failed": "failure", "stopped": "stop"}.get(state)
-    events = [{"event": "start", "step": 0, "time": START, "world_size": 1}]
-    events += [{"event": end, "step": step, "time": START + step}] if end else []
+    events = [event("start", 0, world_size=1), *([event(end, step, step)] if end else [])]
     (path / "history.jsonl").write_text(lines(events))
     now = {"state": state, "step": step, "epoch": step // 50, "reason": "", "pid": os.getpid()}
     now |= {"host": socket.gethostname(), "updated": START + step}
     (path / "status.json").write_text(json.dumps(now | status))
-    (path / "environment.json").write_text(
-        json.dumps({"command": ["python", "train.py"], "versions": {"python": "3.11.7"}})
-    )
+    environment = {"command": ["python", "train.py"], "versions": {"python": "3.11.7"}}
+    (path / "environment.json").write_text(json.dumps(environment))
     return path

@@ -37,9 +37,9 @@ class Page(HTMLParser):
         else:
             self.text += data
 
-
-def data_of(html: str) -> dict[str, Any]:
-    return json.loads(Page(html).scripts[1])
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.scripts[1])
 
 
 def test_everything_is_in_it(tmp_path: Path) -> None:
@@ -47,14 +47,13 @@ def test_everything_is_in_it(tmp_path: Path) -> None:
     b = make_run(tmp_path / "b", training(50), "failed", {"OPTIM.LR": 0.01})
     (b / "failure.json").write_text('{"rank": 3, "exception": "ValueError"}')
     append(b / "metrics.jsonl", "torn\n")
-    page = Page(html := report(open_runs([a, b])))
+    page = Page(report(open_runs([a, b])))
     for word in ("val/accuracy", "OPTIM.LR", "0.01", "python train.py", "finish", "ValueError"):
         assert word in page.text
     assert "metrics.jsonl:7: no JSON" in page.text
-    data = data_of(html)
-    assert data["runs"] == ["a", "b"]
-    assert list(data["curves"])[:2] == ["val/accuracy", "val/loss"]
-    loss = data["curves"]["train/loss"]
+    curves = page.data["curves"]
+    assert page.data["runs"] == ["a", "b"] and list(curves)[:2] == ["val/accuracy", "val/loss"]
+    loss = curves["train/loss"]
     assert [curve["run"] for curve in loss] == [0, 1]
     assert loss[1]["step"] == [10, 20, 30, 40, 50] and loss[1]["values"][0] == 10.0
     assert loss[1]["samples"][0] == 640 and loss[1]["time"][-1] == 40 / 3600
@@ -77,12 +76,11 @@ def test_whatever_a_run_is_called_it_is_text(tmp_path: Path) -> None:
     (path / "failure.json").write_text(json.dumps({bad: bad}))
     (path / "config.yaml").write_text(json.dumps({"A": bad, "B": {"{{data}}": "{{title}}"}}))
     append(path / "history.jsonl", json.dumps({"event": bad, "step": bad, "why": bad}) + "\n")
-    html = report(open_runs([path]))
-    page = Page(html)
+    page = Page(report(open_runs([path])))
     assert {"img"}.isdisjoint(tag for tag, _ in page.tags)
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert page.text.count("alert(1)") >= 6 and "B.{{data}}: {{title}}" in page.text
-    assert data_of(html)["curves"][bad][0]["values"] == [1.0, None]
+    assert page.data["curves"][bad][0]["values"] == [1.0, None]
 
 
 def test_a_long_curve_keeps_its_extremes(tmp_path: Path) -> None:

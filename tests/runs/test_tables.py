@@ -22,7 +22,6 @@ from tests.runs.made import START, make_run, record, training
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(module.time, "time", lambda: START + 7300)
-    monkeypatch.setenv("TZ", "UTC")
     monkeypatch.setattr("launcher.runs.terminal.moment", lambda value: f"t{value - START:+.0f}s")
     make_run(tmp_path / "digits-1")
     slow = {"OPTIM.LR": 0.01, "OPTIM.NAME": "adamw"}
@@ -36,8 +35,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def rendered(what: RenderableType, width: int = 80) -> str:
-    console = Console(width=width, color_system=None, highlight=False, force_terminal=False)
+def rendered(what: RenderableType) -> str:
+    console = Console(width=80, color_system=None, highlight=False, force_terminal=False)
     with console.capture() as capture:
         console.print(what)
     return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
@@ -59,7 +58,7 @@ def test_list(root: Path) -> None:
 
 def test_list_of_other_columns(root: Path) -> None:
     columns = ["run", "OPTIM.LR", "OPTIM.NAME", "min:train/loss"]
-    assert rendered(list_table(runs(root), columns), 60) == (
+    assert rendered(list_table(runs(root), columns)) == (
         "run       OPTIM.LR  OPTIM.NAME  min:train/loss\n"
         "digits-1       0.1                           1\n"
         "digits-2      0.01  adamw                    2\n"
@@ -86,27 +85,19 @@ def test_compare(root: Path) -> None:
     )
 
 
-def test_compare_with_another_programs_run(root: Path) -> None:
-    """It has no config: that is no difference. A metric that one lacks stands alone, unmarked."""
+def test_compare_what_not_all_have_and_what_is_equal(root: Path) -> None:
+    """Another program's run has no config: that is no difference. A metric that one lacks stands
+    alone, unmarked; equals are all best."""
     found = compare(open_runs([root / "digits-1", root / "old"]), ["total_loss", "train/loss"])
-    assert found["config"] == {}
-    assert found["metrics"][0] == {
-        "key": "total_loss",
-        "which": "last",
-        "values": [None, 1.25],
-        "best": [],
-    }
-
-
-def test_equals_are_all_best(root: Path) -> None:
-    make_run(root / "digits-3")
-    found = compare(open_runs([root / "digits-1", root / "digits-3"]), ["val/accuracy"])
-    assert [row["best"] for row in found["metrics"]] == [[0, 1], [0, 1]]
+    alone = {"key": "total_loss", "which": "last", "values": [None, 1.25], "best": []}
+    assert found["config"] == {} and found["metrics"][0] == alone
+    same = open_runs([root / "digits-1", make_run(root / "digits-3")])
+    assert [row["best"] for row in compare(same, ["val/accuracy"])["metrics"]] == [[0, 1], [0, 1]]
 
 
 def test_show(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)  # a path as long as that of any run here would be wrapped
-    text = rendered(show(open_run(Path("digits-2")), [], 80), 80)
+    text = rendered(show(open_run(Path("digits-2")), [], 80))
     head, _, rest = text.partition("train/loss\n")
     assert head == (
         "digits-2  failed (ValueError: loss)\n"
@@ -141,26 +132,24 @@ def test_show(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_curves_of_text() -> None:
+def series_of(values: list[float]) -> Series:
     series = Series()
-    series.extend(np.arange(64.0), np.concatenate([np.arange(32.0), np.arange(32.0)[::-1]]))
+    series.extend(np.arange(float(len(values))), np.array(values, float))
+    return series
+
+
+def test_curves_of_text() -> None:
+    """Up and down; with one peak among many, which nothing averages away; constant; and none."""
+    series = series_of([*range(32), *reversed(range(32))])
     assert sparkline(series, 8) == "▁▃▆██▆▃▁"
     lines = plot(series, 40, height=2)
     assert len(lines) == 3 and lines[0].startswith(" 31 ") and lines[1].startswith("  0 ")
     assert lines[-1].split() == ["0", "step", "63"]
-    assert sparkline(Series(), 8) == ""
-
-
-def test_one_peak_among_many_is_seen() -> None:
-    """Neither the index nor the terminal averages it away."""
-    values = np.zeros(100_000)
-    values[54_321] = 1.0
-    series = Series()
-    series.extend(np.arange(100_000.0), values)
-    assert plot(series, 60)[0].strip("1 ⠀") != ""
-    constant = Series()
-    constant.extend(np.arange(10.0), np.full(10, 3.0))
+    peak = series_of([0.0] * 54_321 + [1.0] + [0.0] * 45_678)
+    assert plot(peak, 60)[0].strip("1 ⠀") != ""
+    constant = series_of([3.0] * 10)
     assert sparkline(constant, 4) == "▁▁▁▁" and len(plot(constant, 40)) == 9
+    assert sparkline(Series(), 8) == ""
 
 
 @pytest.mark.parametrize(
@@ -176,6 +165,5 @@ def test_a_name_is_never_markup(root: Path) -> None:
     run = open_run(root / "x" / "[bold]run")
     run.name = "[bold]run"
     assert "[bold]run" in rendered(list_table([run], ["run"]))
-    assert "[red]key" in rendered(show(run, [], 80)) and "[red]key" in rendered(
-        compare_tables(compare([run, run]))
-    )
+    for shown in (show(run, [], 80), compare_tables(compare([run, run]))):
+        assert "[red]key" in rendered(shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,30 +10,28 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import UsageError
 from launcher.runs import tail as module
 from launcher.runs.run import open_run
 from launcher.runs.tail import tail
-from tests.runs.made import append, lines, make_run, record, training
+from tests.runs.made import GONE, append, event, lines, make_run, record, training
 
 
-def steps(told: list[str]) -> list[int]:
-    return [json.loads(line)["step"] for line in told]
-
-
-@pytest.mark.parametrize(("count", "expected"), [(2, [100, 100]), (0, []), (99, None)])
-def test_the_last_records(count: int, expected: list[int] | None, tmp_path: Path) -> None:
-    run = open_run(make_run(tmp_path / "a"))
-    everything = [one["step"] for one in training(100)]
-    assert steps(list(tail(run, count, False, True))) == (
-        everything if expected is None else expected
-    )
-
-
-def test_lines_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", 64)
-    run = open_run(make_run(tmp_path / "a"))
-    assert steps(list(tail(run, 4, False, True))) == [80, 90, 100, 100]
+@pytest.mark.parametrize("block", [64, 1 << 16])  # lines are longer, or shorter
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (0, []),
+        (2, [100, 100]),
+        (4, [80, 90, 100, 100]),
+        (99, [10, 20, 30, 40, 50, 50, 60, 70, 80, 90, 100, 100]),
+    ],
+)
+def test_the_last_records(
+    count: int, expected: list[int], block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", block)
+    told = tail(open_run(make_run(tmp_path / "a")), count, False, as_json=True)
+    assert [json.loads(line)["step"] for line in told] == expected
 
 
 def test_a_line_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +49,9 @@ def test_a_line_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 class Story:
     """What happens to a run between two looks at it, instead of waiting."""
 
-    def __init__(self, path: Path, *acts: Callable[[], Any]) -> None:
-        self.path, self.acts = path, list(acts)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.acts: list[Callable[[], Any]] = []
 
     def sleep(self, _: float) -> None:
         assert self.acts, "the run has ended, and tail has not"
@@ -62,13 +60,6 @@ class Story:
     def append(self, *records: dict[str, Any], torn: str = "") -> None:
         append(self.path / "metrics.jsonl", lines(list(records)) + torn)
 
-    def event(self, name: str, step: int) -> None:
-        append(self.path / "history.jsonl", lines([{"event": name, "step": step, "time": 1.0}]))
-
-    def cut(self, count: int) -> None:
-        kept = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)[:count]
-        os.truncate(self.path / "metrics.jsonl", sum(map(len, kept)))
-
     def end(self, state: str = "completed", **changed: Any) -> None:
         status = json.loads((self.path / "status.json").read_text())
         (self.path / "status.json").write_text(json.dumps({**status, "state": state, **changed}))
@@ -76,8 +67,7 @@ class Story:
 
 @pytest.fixture
 def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
-    path = make_run(tmp_path / "a", training(30), "running", updated=time.time())
-    story = Story(path)
+    story = Story(make_run(tmp_path / "a", training(30), "running", updated=time.time()))
     monkeypatch.setattr(module.time, "sleep", story.sleep)
     return story
 
@@ -100,16 +90,17 @@ def test_new_records_until_the_end(story: Story) -> None:
 @pytest.mark.parametrize("regrown", [False, True])
 def test_a_rewind_is_followed(regrown: bool, story: Story) -> None:
     """The file is cut back to step 20, and may be longer than before at the next look."""
+    again = [30, 40, 50, 60] if regrown else []
 
     def resume() -> None:
-        story.cut(2)
-        if regrown:
-            story.append(*(record(step, again=1.0) for step in (30, 40, 50, 60)))
+        records = [*training(20), *(record(step, again=1.0) for step in again)]
+        (story.path / "metrics.jsonl").write_text(lines(records))
 
+    history = story.path / "history.jsonl"
     story.acts = [
         lambda: story.append(record(40, a=1.0)),
         # As a resume does it; tail may look in between.
-        lambda: story.event("resume", 20),
+        lambda: append(history, lines([event("resume", 20)])),
         resume,
         lambda: story.append(record(70, again=1.0)),
         lambda: story.end("stopped"),
@@ -117,8 +108,7 @@ def test_a_rewind_is_followed(regrown: bool, story: Story) -> None:
     told = [json.loads(line) for line in tail(open_run(story.path), 9, True, True)]
     assert told[:4] == [*training(30), record(40, a=1.0)]
     assert told[4] == {"rewound": 20}
-    again = [30, 40, 50, 60, 70] if regrown else [70]
-    assert [one["step"] for one in told[5:]] == again
+    assert [one["step"] for one in told[5:]] == [*again, 70]
 
 
 def test_a_run_that_was_set_aside(story: Story) -> None:
@@ -139,10 +129,10 @@ def test_a_run_that_was_set_aside(story: Story) -> None:
 @pytest.mark.parametrize(("state", "told"), [("running", "lost (process"), ("failed", "failed")])
 def test_torchrun_may_start_it_again_for_a_while(state: str, told: str, story: Story) -> None:
     """For that long a run that was killed, or failed, is not over."""
-    story.end(state, pid=2**22 + 1, updated=time.time())
+    story.end(state, pid=GONE, updated=time.time())
     story.acts = [
         lambda: story.append(record(40, a=1.0)),
-        lambda: story.end(state, pid=2**22 + 1, updated=time.time() - module.GRACE_S - 5),
+        lambda: story.end(state, pid=GONE, updated=time.time() - module.GRACE_S - 5),
     ]
     found = list(tail(open_run(story.path), 0, True))
     assert "step 40" in found[0] and found[1].startswith(f"--- {told}") and len(found) == 2
@@ -152,9 +142,3 @@ def test_records_that_are_not_there_yet(story: Story) -> None:
     (story.path / "metrics.jsonl").unlink()
     story.acts = [lambda: story.append(record(1, a=1.0)), story.end]
     assert len(list(tail(open_run(story.path), 5, True))) == 2
-
-
-def test_another_programs_run_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "metrics.json").write_text('{"iteration": 19, "loss": 1.0}\n')
-    with pytest.raises(UsageError, match="detectron2's"):
-        list(tail(open_run(tmp_path), 1, True))

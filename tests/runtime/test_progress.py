@@ -6,25 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.config import Duration
+from launcher.config import parse_duration
 from launcher.data.plan import Plan
 from launcher.runtime.progress import Every, Progress, in_steps
+from tests.data.helpers import plans
 
-law = settings(deadline=None, max_examples=100)
 
-
-@law
-@given(
-    length=st.integers(1, 60),
-    batch_size=st.integers(1, 20),
-    drop_last=st.booleans(),
-    skips=st.sets(st.integers(0, 40)),
-)
-def test_advance_follows_the_plan(
-    length: int, batch_size: int, drop_last: bool, skips: set[int]
-) -> None:
+@settings(deadline=None, max_examples=100)
+@given(plan=plans(), skips=st.sets(st.integers(0, 40)))
+def test_advance_follows_the_plan(plan: Plan, skips: set[int]) -> None:
     """Samples and epochs count every global batch; steps only those that were not skipped."""
-    plan = Plan(length, batch_size, drop_last and length >= batch_size)
     progress = Progress()
     for i in range(3 * plan.steps_per_epoch):
         assert plan.batches_in(progress.samples) == i
@@ -36,16 +27,12 @@ def test_advance_follows_the_plan(
 
 
 @pytest.mark.parametrize(
-    ("progress", "duration", "reached"),
-    [
-        (Progress(step=99, epoch=2), Duration(2, "ep"), True),
-        (Progress(step=99, epoch=2), Duration(3, "ep"), False),
-        (Progress(step=99, epoch=2), Duration(99, "step"), True),
-        (Progress(step=99, epoch=2), Duration(100, "step"), False),
-    ],
+    ("text", "reached"), [("2ep", True), ("3ep", False), ("99step", True), ("100step", False)]
 )
-def test_reached(progress: Progress, duration: Duration, reached: bool) -> None:
-    assert progress.reached(duration) is reached
+def test_reached(text: str, reached: bool) -> None:
+    duration = parse_duration(text)
+    assert duration is not None
+    assert Progress(step=99, epoch=2).reached(duration) is reached
 
 
 def test_copy_stays_behind() -> None:
@@ -56,22 +43,9 @@ def test_copy_stays_behind() -> None:
     assert progress.as_dict() == {"step": 2, "epoch": 1, "samples": 16}
 
 
-@pytest.mark.parametrize(
-    ("text", "steps"), [("", 0), ("3ep", 30), ("7step", 7)], ids=["never", "epochs", "steps"]
-)
+@pytest.mark.parametrize(("text", "steps"), [("", 0), ("3ep", 30), ("7step", 7)])
 def test_in_steps(text: str, steps: int) -> None:
     assert in_steps(text, steps_per_epoch=10) == steps
-
-
-def due_at(text: str, steps_per_epoch: int, steps: int, skips: frozenset[int]) -> list[int]:
-    """The batches after which a period is due, counted from 1."""
-    every, progress, due = Every(text), Progress(), []
-    for i in range(1, steps + 1):
-        before = progress.copy()
-        progress.advance(1, steps_per_epoch, skipped=i in skips)
-        if every.due(before, progress):
-            due.append(i)
-    return due
 
 
 @pytest.mark.parametrize(
@@ -90,8 +64,17 @@ def due_at(text: str, steps_per_epoch: int, steps: int, skips: frozenset[int]) -
         ("1ep", (3,), [3, 6, 9]),
     ],
 )
-def test_every(text: str, skips: tuple[int, ...], due: list[int]) -> None:
-    assert due_at(text, 3, 10, frozenset(skips)) == due
+def test_a_period_is_due_after_these_batches_and_none_but_seconds_elapse(
+    text: str, skips: tuple[int, ...], due: list[int]
+) -> None:
+    every, progress, found = Every(text), Progress(), []
+    for i in range(1, 11):
+        before = progress.copy()
+        progress.advance(1, 3, skipped=i in skips)
+        if every.due(before, progress):
+            found.append(i)
+    assert found == due
+    assert every.timed is (text == "10s") and not every.elapsed()
 
 
 def test_every_is_due_once_where_a_stride_passes_it() -> None:
@@ -111,8 +94,3 @@ def test_every_in_seconds_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not every.elapsed()
     now = 400.0
     assert every.elapsed() and not every.elapsed()
-
-
-@pytest.mark.parametrize("text", ["", "1step", "1ep"])
-def test_only_seconds_elapse(text: str) -> None:
-    assert not Every(text).timed and not Every(text).elapsed()

@@ -5,26 +5,20 @@ import pytest
 from launcher.errors import UsageError
 from launcher.runtime.topology import Topology, first_host, read_topology, tasks_per_node
 
-TORCHRUN = {
-    "RANK": "5",
-    "LOCAL_RANK": "1",
-    "WORLD_SIZE": "8",
-    "LOCAL_WORLD_SIZE": "4",
-    "GROUP_RANK": "1",
-    "MASTER_ADDR": "node0",
-    "MASTER_PORT": "29500",
-    "TORCHELASTIC_RUN_ID": "job7",
-}
-# Rank 4 of 7: four nodes with 2, 2, 2 and 1 tasks.
-SRUN = {
-    "SLURM_PROCID": "4",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "2",
-    "SLURM_STEP_NUM_TASKS": "7",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
-    "SLURM_STEP_NODELIST": "gpu[07-09,12]",
-    "SLURM_JOB_ID": "1234567",
-}
+
+def environ(text: str) -> dict[str, str]:
+    return dict(variable.split("=") for variable in text.split())
+
+
+TORCHRUN = environ(
+    "RANK=5 LOCAL_RANK=1 WORLD_SIZE=8 LOCAL_WORLD_SIZE=4 GROUP_RANK=1 "
+    "MASTER_ADDR=node0 MASTER_PORT=29500 TORCHELASTIC_RUN_ID=job7"
+)
+# Rank 4 of 7: four nodes with 1, 2, 2 and 2 tasks.
+SRUN = environ(
+    "SLURM_PROCID=4 SLURM_LOCALID=1 SLURM_NODEID=2 SLURM_STEP_NUM_TASKS=7 SLURM_JOB_ID=1234567 "
+    "SLURM_STEP_TASKS_PER_NODE=1,2(x3) SLURM_STEP_NODELIST=gpu[07-09,12]"
+)
 
 
 def refusal(env: dict[str, str]) -> str:
@@ -34,33 +28,39 @@ def refusal(env: dict[str, str]) -> str:
     return str(caught.value)
 
 
-def test_torchrun_variables() -> None:
-    assert read_topology(TORCHRUN) == Topology(
-        5, 1, 8, 4, "torchrun", master_addr="node0", master_port=29500, job_id="job7"
-    )
+AT_NODE0 = Topology(5, 1, 8, 4, "torchrun", master_addr="node0", master_port=29500, job_id="job7")
+AT_GPU07 = Topology(4, 1, 7, 2, "srun", master_addr="gpu07", master_port=34567, job_id="1234567")
 
 
-def test_torchrun_wins_over_the_srun_step_that_started_it() -> None:
-    assert read_topology({**SRUN, **TORCHRUN}) == read_topology(TORCHRUN)
+STARTS = {
+    "torchrun": (TORCHRUN, AT_NODE0),
+    "torchrun in an srun step": (SRUN | TORCHRUN, AT_NODE0),
+    "one node may leave LOCAL_WORLD_SIZE out": (
+        environ("RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost"),
+        Topology(1, 1, 2, 2, "torchrun", master_addr="localhost"),
+    ),
+    "srun": (SRUN, AT_GPU07),
+    "plain python": ({}, Topology()),
+    "plain python in an sbatch script": (
+        environ("SLURM_JOB_ID=1 SLURM_NTASKS=8 SLURM_PROCID=0 SLURM_LOCALID=0"),
+        Topology(),
+    ),
+}
 
 
-def test_one_node_may_leave_local_world_size_out() -> None:
-    env = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    assert read_topology(env).local_world_size == 2
+@pytest.mark.parametrize(("env", "topology"), STARTS.values(), ids=STARTS)
+def test_who_started_this_process_and_as_which_rank(
+    env: dict[str, str], topology: Topology
+) -> None:
+    found = read_topology(env)
+    assert found == topology
+    alone = topology.launched_by == "python"  # in these cases rank 0, too
+    assert (found.is_main, found.distributed) == (alone, not alone)
 
 
 def test_ranks_without_an_address_are_refused() -> None:
     env = {key: value for key, value in TORCHRUN.items() if key != "MASTER_ADDR"}
     assert "MASTER_ADDR" in refusal(env)
-
-
-def test_srun_step_variables() -> None:
-    topology = read_topology(SRUN)
-    assert (topology.rank, topology.local_rank, topology.world_size) == (4, 0, 7)
-    assert topology.local_world_size == 2
-    assert (topology.launched_by, topology.job_id) == ("srun", "1234567")
-    assert topology.master_addr == "gpu07"
-    assert topology.distributed and not topology.is_main
 
 
 def test_ranks_of_a_step_agree_on_the_address_and_jobs_differ_in_the_port() -> None:
@@ -75,64 +75,41 @@ def test_ranks_of_a_step_agree_on_the_address_and_jobs_differ_in_the_port() -> N
     assert at(MASTER_ADDR="10.0.0.1", MASTER_PORT="4000") == ("10.0.0.1", 4000)
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {},
-        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
-    ],
-    ids=["bare", "python in an sbatch script"],
-)
-def test_plain_python_is_one_process(env: dict[str, str]) -> None:
-    topology = read_topology(env)
-    assert topology == Topology()
-    assert topology.is_main and not topology.distributed
-
-
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
-@pytest.mark.parametrize("value", [None, "", "two", "1.5"])
-def test_torchrun_variable_missing_or_no_number(name: str, value: str | None) -> None:
-    env = {k: v for k, v in TORCHRUN.items() if k != name}
-    message = refusal(env if value is None else {**env, name: value})
-    assert name in message
+@pytest.mark.parametrize("more", ["", "{name}="], ids=["missing", "empty"])
+def test_a_torchrun_variable_that_is_not_set_is_named(name: str, more: str) -> None:
+    env = {key: value for key, value in TORCHRUN.items() if key != name}
+    assert refusal(env | environ(more.format(name=name))).startswith(f"{name} is not set")
 
 
-@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "MASTER_PORT"])
-def test_optional_torchrun_variable_no_number(name: str) -> None:
-    assert f"{name}='x'" in refusal({**TORCHRUN, name: "x"})
+TORCHRUN_NUMBERS = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+SRUN_NUMBERS = [*(name for name in SRUN if name != "SLURM_STEP_NODELIST"), "MASTER_PORT"]
+
+
+@pytest.mark.parametrize("value", ["two", "1.5"])
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [(TORCHRUN, name) for name in TORCHRUN_NUMBERS] + [(SRUN, name) for name in SRUN_NUMBERS],
+)
+def test_a_variable_that_is_no_number_is_named(env: dict[str, str], name: str, value: str) -> None:
+    assert refusal({**env, name: value}).startswith(f"{name}={value!r} is not")
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("env", "variable"),
     [
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_NODEID",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_STEP_TASKS_PER_NODE",
-        "SLURM_JOB_ID",
-        "MASTER_PORT",
+        (TORCHRUN, "RANK=8"),
+        (TORCHRUN, "RANK=-1"),
+        (TORCHRUN, "WORLD_SIZE=0"),
+        (TORCHRUN, "LOCAL_RANK=4"),
+        (TORCHRUN, "LOCAL_WORLD_SIZE=9"),
+        (SRUN, "SLURM_PROCID=7"),
+        (SRUN, "SLURM_LOCALID=2"),
+        (SRUN, "SLURM_STEP_NODELIST="),
     ],
 )
-def test_srun_variable_no_number(name: str) -> None:
-    assert name in refusal({**SRUN, name: "x"})
-
-
-@pytest.mark.parametrize(
-    ("env", "named"),
-    [
-        ({**TORCHRUN, "RANK": "8"}, "RANK=8"),
-        ({**TORCHRUN, "RANK": "-1"}, "RANK=-1"),
-        ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
-        ({**TORCHRUN, "LOCAL_RANK": "4"}, "LOCAL_RANK=4"),
-        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9"),
-        ({**SRUN, "SLURM_PROCID": "7"}, "SLURM_PROCID"),
-        ({**SRUN, "SLURM_LOCALID": "2"}, "SLURM_LOCALID"),
-        ({**SRUN, "SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST"),
-    ],
-)
-def test_contradictions_name_the_variable(env: dict[str, str], named: str) -> None:
-    assert named in refusal(env)
+def test_contradictions_name_the_variable(env: dict[str, str], variable: str) -> None:
+    assert variable in refusal(env | environ(variable))
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Browser:
         os.close(theirs[1])
         self.commands, self.answers = os.fdopen(ours[1], "wb"), os.fdopen(theirs[0], "rb")
         # Ends the reads below, should the browser hang.
-        self.watchdog = threading.Timer(240, kill_family, [self.process])
+        self.watchdog = threading.Timer(240, kill_family, [self.process.pid])
         self.watchdog.start()
         self.number, self.session, self.rest = 0, "", b""
         targets = self.call("Target.getTargets")["targetInfos"]
@@ -69,7 +69,7 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self.watchdog.cancel()
-        kill_family(self.process)
+        kill_family(self.process.pid)
         self.process.wait(30)
         self.commands.close()
         self.answers.close()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import secrets
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import psutil
+import pytest
 
 from tests.waiting import wait_until
 
@@ -28,11 +31,19 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "tools/train.py"
 DIGITS = ROOT / "configs/digits.yaml"
 TASKS = Path(__file__).with_name("tasks.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch.utils.tensorboard", "launcher.engine.run"])
 # What a shell, a scheduler or an outer torchrun may have left, and would change a run.
 LEFTOVERS = re.compile(
     r"(OMP|MKL|OPENBLAS)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
     r"(TORCH|SLURM|PYTEST|LAUNCHER|NCCL|GLOO|COV)_?.*|PYTHONPATH|TERM|COLUMNS|LINES|FORCE_COLOR"
 )
+
+
+def slow(*values: Any, id: str | None = None) -> Any:
+    """A row of values of `pytest.mark.parametrize` that `make test` leaves out."""
+    return pytest.param(*values, id=id, marks=pytest.mark.slow)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,6 @@ class Ended:
     code: int
     out: str
     err: str
-    seconds: float
 
     @property
     def output(self) -> str:
@@ -59,23 +69,42 @@ class Running(ABC):
     """A run under way, which the end of a `with` block ends. Its output goes to files: a pipe would
     be held open by orphans."""
 
-    def __init__(self, command: list[str]) -> None:
-        self.command = command
-        self.began = time.monotonic()
+    process: Any
+
+    def __init__(self, words: Sequence[object]) -> None:
+        self.command = [str(word) for word in words]
         self.out = tempfile.NamedTemporaryFile("w+b")  # noqa: SIM115
         self.err = tempfile.NamedTemporaryFile("w+b")  # noqa: SIM115
 
     @property
-    @abstractmethod
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        return self.process.pid
 
     @abstractmethod
     def poll(self) -> int | None:
         """The exit code of a run that has ended."""
 
     @abstractmethod
+    def join(self) -> None:
+        """Wait for the end of a process that was killed."""
+
     def kill(self) -> None:
         """SIGKILL to all its processes; does nothing to a run that has ended."""
+        if self.poll() is None:
+            kill_family(self.pid)
+            self.join()
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """torchrun's children, or the process itself."""
+        torchrun = psutil.Process(self.pid)
+        found = [p for p in torchrun.children() if "train.py" in " ".join(p.cmdline())]
+        return found or [torchrun]
 
     def output(self) -> str:
         return read(self.out) + read(self.err)
@@ -103,9 +132,9 @@ class Running(ABC):
         except AssertionError as error:
             self.kill()
             raise AssertionError(f"{error}\n{self.output()}") from None
-        code, seconds = self.poll(), time.monotonic() - self.began
+        code = self.poll()
         assert code is not None
-        return Ended(self.command, code, read(self.out), read(self.err), seconds)
+        return Ended(self.command, code, read(self.out), read(self.err))
 
     def __enter__(self: R) -> R:
         return self
@@ -117,11 +146,13 @@ class Running(ABC):
 class Job(Running):
     """A command in a process of its own."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], cwd: Path) -> None:
-        super().__init__(command)
+    def __init__(
+        self, words: Sequence[object], env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
+        super().__init__(words)
         self.process = subprocess.Popen(
-            command,
-            env=clean_environment(env),
+            self.command,
+            env=clean_environment(env or {}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=self.out,
@@ -129,33 +160,59 @@ class Job(Running):
             start_new_session=True,
         )
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
     def poll(self) -> int | None:
         return self.process.poll()
 
-    def kill(self) -> None:
-        if self.poll() is None:
-            kill_family(self.process)
-            self.process.wait()
+    def join(self) -> None:
+        self.process.wait()
 
 
-def kill_family(process: subprocess.Popen[Any]) -> None:
+class Forked(Running):
+    """`launcher WORDS` in a process forked from a server that has torch imported already: it starts
+    in a second."""
+
+    def __init__(
+        self, words: Sequence[object], env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
+        super().__init__(words)
+        place = (str(cwd), self.out.name, self.err.name)
+        self.process = SERVER.Process(
+            target=_forked, args=(self.command, clean_environment(env or {}), *place)
+        )
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def join(self) -> None:
+        self.process.join(30)
+
+
+def _forked(words: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+    for number, name in enumerate((out, err), start=1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["launcher", *words]
+    from launcher.cli import main
+
+    code = main(words)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def kill_family(pid: int) -> None:
     """SIGKILL a process and all its descendants; torchrun's workers are in sessions of their own.
     Waits for the descendants."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    process.kill()
-    for one in family:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, timeout=30)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        others = first.children(recursive=True)
+        for process in (first, *others):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(others, timeout=30)
 
 
 def read(file: IO[bytes]) -> str:
@@ -176,26 +233,29 @@ def start(
     ranks: int | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
+    cold: bool = False,
     options: Sequence[str] = (),
-) -> Job:
-    """Start `tools/train.py` with these arguments: under torchrun with `ranks`, and torchrun's own
-    `options`, or alone."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    torchrun += options
-    launcher = torchrun if ranks is not None else []
-    return Job([sys.executable, *launcher, str(TRAIN), *map(str, args)], env or {}, cwd)
+) -> Running:
+    """Start `launcher train`: under torchrun with `ranks`, and torchrun's own `options`, or as one
+    process; `cold` makes that a Python of its own, of which the interpreter's end is part."""
+    if ranks is not None:
+        torchrun = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", *options]
+        return Job([*torchrun, TRAIN, *args], env, cwd)
+    if cold:
+        return Job([sys.executable, TRAIN, *args], env, cwd)
+    return Forked(["train", *args], env, cwd)
 
 
-def train(
-    *args: object,
-    ranks: int | None = None,
-    env: Mapping[str, str] | None = None,
-    cwd: Path = ROOT,
-    timeout: float = 240,
-    options: Sequence[str] = (),
-) -> Ended:
+def train(*args: object, timeout: float = 240, **how: Any) -> Ended:
     """`start`, and wait for the end."""
-    return start(*args, ranks=ranks, env=env, cwd=cwd, options=options).wait(timeout)
+    with start(*args, **how) as job:
+        return job.wait(timeout)
+
+
+def launch(*words: object, env: Mapping[str, str] | None = None) -> Ended:
+    """Another command of the launcher, to its end."""
+    with Forked(words, env) as job:
+        return job.wait()
 
 
 def without_torch(folder: Path) -> dict[str, str]:
@@ -206,11 +266,26 @@ def without_torch(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         return probe.getsockname()[1]
+
+
+def slurm_job() -> str:
+    """The id of a Slurm job that no other test has now: the port that comes of it is free."""
+    while True:
+        number = secrets.randbelow(12_000)  # so that its port, 20000 more, is nobody's by chance
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", 20_000 + number))
+            return str(number)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
@@ -221,6 +296,18 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, int]]:
             stat = path.lstat()
             found[str(path.relative_to(folder))] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
     return found
+
+
+@contextlib.contextmanager
+def unchanged(folder: Path, *but: str) -> Iterator[None]:
+    """Assert that a block changes nothing in a folder, but for what has these names in it."""
+
+    def found() -> dict[str, tuple[int, int, int]]:
+        return {k: v for k, v in snapshot(folder).items() if k.split(os.sep)[0] not in but}
+
+    before = found()
+    yield
+    assert found() == before
 
 
 def strict_json(line: str) -> Any:
@@ -248,12 +335,22 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return json_lines(run / "metrics.jsonl")
 
 
-def history(run: Path) -> list[dict[str, Any]]:
-    return json_lines(run / "history.jsonl")
+def history(run: Path, *events: str) -> list[dict[str, Any]]:
+    """The records of history.jsonl, or only those of these events."""
+    records = json_lines(run / "history.jsonl")
+    return [record for record in records if not events or record["event"] in events]
 
 
 def status(run: Path) -> dict[str, Any]:
     return strict_json((run / "status.json").read_text(encoding="utf-8"))
+
+
+def failure(run: Path) -> dict[str, Any]:
+    return strict_json((run / "failure.json").read_text(encoding="utf-8"))
+
+
+def environment(run: Path) -> dict[str, Any]:
+    return strict_json((run / "environment.json").read_text(encoding="utf-8"))
 
 
 def values(run: Path, key: str) -> dict[int, float]:
@@ -317,12 +414,17 @@ def wait_for_save(run: Path, step: int, job: Running) -> None:
     """Wait until the checkpoint of this step is committed and told of."""
 
     def saved() -> bool:
-        for event in map(json.loads, whole_lines(run / "history.jsonl")):
-            if event["event"] == "checkpoint" and event["step"] == step and "failed" not in event:
-                return True
-        return False
+        return any(
+            event["event"] == "checkpoint" and event["step"] == step and "failed" not in event
+            for event in map(json.loads, whole_lines(run / "history.jsonl"))
+        )
 
     job.until(saved, f"checkpoint {step}")
+
+
+def saving(run: Path) -> set[str]:
+    """The saves under way: temporary directories of checkpoints."""
+    return {path.name for path in (run / "checkpoints").glob(".tmp_*")}
 
 
 def checkpoint_steps(run: Path) -> list[int]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from launcher.tasks.digits import Digits
-from tests.system.jobs import Running
 
+if TYPE_CHECKING:  # ranks import this file too
+    from tests.system.jobs import Running
+
+LEASHED_DIGITS = f"{__file__}:LeashedDigits"
 FILE = os.environ.get("LAUNCHER_TEST_LEASH", "")
 
 

@@ -12,9 +12,8 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -22,9 +21,10 @@ import psutil
 from tests.system import jobs
 
 UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
-PORT = 29400
+PORT = 29400  # nobody else is on these networks
 
 
+@cache
 def missing() -> str:
     """Why no nodes can be made here, or "" where they can."""
     for program in ("ip", "unshare", "nsenter"):
@@ -117,18 +117,11 @@ class Node(Space):
                     found += [process] * (str(jobs.TRAIN) in words and not torchrun)
         return found
 
-    def wait_for_ranks(self, timeout: float) -> None:
-        """Wait until all ranks here have ended."""
-        deadline = time.monotonic() + timeout
-        while left := self.ranks():
-            assert time.monotonic() < deadline, f"still there: {left}"
-            time.sleep(0.1)
-
     def start(self, *words: object, env: Mapping[str, str] | None = None) -> jobs.Job:
         """Start a program here."""
         # nsenter ends up in the root folder.
         words = ("env", f"--chdir={jobs.ROOT}", *words)
-        return jobs.Job(self.inside(*words), {**self.network, **(env or {})}, jobs.ROOT)
+        return jobs.Job(self.inside(*words), {**self.network, **(env or {})})
 
 
 class Cluster:
@@ -186,8 +179,7 @@ class Cluster:
         started = []
         for number, node in enumerate(self.nodes):
             torchrun = [
-                *(sys.executable, "-m", "torch.distributed.run"),
-                *(f"--nnodes={nodes or self.count}", f"--nproc-per-node={ranks}"),
+                *(*jobs.TORCHRUN, f"--nnodes={nodes or self.count}", f"--nproc-per-node={ranks}"),
                 *("--rdzv-backend=c10d", f"--rdzv-endpoint={self.nodes[store].address}:{PORT}"),
                 *("--rdzv-id=job", f"--local-addr={node.address}"),
                 *("--rdzv-conf", f"is_host={int(number == store)},keep_alive_interval=1{conf}"),

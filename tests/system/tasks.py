@@ -2,10 +2,9 @@
 
 The environment says what to do, so that two runs with different wishes have the same config:
 
-LAUNCHER_TEST_NOTES      folder for the notes: which samples each rank saw and loaded, what it wrote
-LAUNCHER_TEST_SLEEP      seconds that every train_step takes longer
-LAUNCHER_TEST_FAIL_RANK  the rank whose third train_step fails
-LAUNCHER_TEST_LEASH      how far the run may go (leash.py)
+LAUNCHER_TEST_NOTES  folder for the notes: which samples each rank saw and loaded, what it wrote
+LAUNCHER_TEST_SLEEP  seconds that every train_step takes longer
+LAUNCHER_TEST_LEASH  how far the run may go (leash.py)
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from tests.system.leash import obey
 
 NOTES = os.environ.get("LAUNCHER_TEST_NOTES", "")
 SLEEP = float(os.environ.get("LAUNCHER_TEST_SLEEP", "0"))
-FAIL_RANK = os.environ.get("LAUNCHER_TEST_FAIL_RANK", "")
 RANK = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 FEATURES = 6
 
@@ -127,8 +125,6 @@ class Noted(Task):
         x, y, number = batch
         self.note_samples(number.tolist())
         self.calls += 1
-        if RANK == FAIL_RANK and self.calls == 3:
-            raise ValueError("a planned failure")
         time.sleep(SLEEP)
         error = (model.net(x).squeeze(1) - y) ** 2
         weights = 1.0 + number % 3

@@ -10,11 +10,13 @@ import pytest
 from tests.system.jobs import (
     DIGITS,
     ROOT,
-    Ended,
+    assert_once,
     checkpoint_steps,
+    environment,
     history,
     measured,
     metrics,
+    slow,
     state,
     status,
     strict_json,
@@ -29,17 +31,12 @@ class Digits:
 
     def __init__(self, run: Path, ranks: int | None) -> None:
         self.run, self.ranks = run, ranks or 1
-        self.ended: Ended = train("--config-file", DIGITS, "OUTPUT_DIR", run, ranks=ranks).ok()
-        self.log = (run / "logs/rank0.log").read_text()
+        args = ["--config-file", DIGITS, "OUTPUT_DIR", run]
+        self.ended = train(*args, ranks=ranks, cold=True).ok()
+        self.logs = [(run / f"logs/rank{rank}.log").read_text() for rank in range(self.ranks)]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(2, id="2 ranks"),
-        pytest.param(None, id="one process", marks=pytest.mark.slow),
-    ],
-)
+@pytest.fixture(scope="module", params=[2, slow(None)], ids=["2 ranks", "one process"])
 def digits(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Digits:
     return Digits(tmp_path_factory.mktemp("digits") / "run", request.param)
 
@@ -72,14 +69,14 @@ def test_the_small_files(digits: Digits) -> None:
     end = status(digits.run)
     assert set(end) == {"state", "step", "epoch", "reason", "host", "pid", "updated"}
     assert (end["state"], end["step"], end["epoch"]) == ("completed", 460, 20)
-    environment = strict_json((digits.run / "environment.json").read_text())
-    assert "--config-file" in environment["command"]
-    assert environment["versions"]["torch"]
+    around = environment(digits.run)
+    assert "--config-file" in around["command"]
+    assert around["versions"]["torch"]
     if (ROOT / ".git").exists():
-        assert set(environment["git"]) >= {"commit", "dirty"}
-    assert [rank["device"] for rank in environment["ranks"]] == ["cpu"] * digits.ranks
-    assert len({rank["pid"] for rank in environment["ranks"]}) == digits.ranks
-    assert environment["cpu"]["usable"] >= 1 and environment["cpu"]["reason"]
+        assert set(around["git"]) >= {"commit", "dirty"}
+    assert [rank["device"] for rank in around["ranks"]] == ["cpu"] * digits.ranks
+    assert len({rank["pid"] for rank in around["ranks"]}) == digits.ranks
+    assert around["cpu"]["usable"] >= 1 and around["cpu"]["reason"]
     events = history(digits.run)
     assert all({"event", "step", "time"} <= set(event) for event in events)
     names = [event["event"] for event in events]
@@ -106,31 +103,26 @@ def test_the_checkpoints(digits: Digits) -> None:
         assert (manifest["step"], manifest["world_size"]) == (step, digits.ranks)
         assert manifest["samples"] == step // 23 * 1437 + step % 23 * 64
         assert manifest["metrics"]["val/accuracy"] == accuracy[step]
-        assert manifest["files"]["state.pt"]["size"] == os.path.getsize(
-            folder / f"step_{step}/state.pt"
-        )
+        size = (folder / f"step_{step}/state.pt").stat().st_size
+        assert manifest["files"]["state.pt"]["size"] == size
         assert state(digits.run, step)["progress"]["step"] == step
 
 
 def test_every_record_is_strict_json_with_its_position(digits: Digits) -> None:
     """Contract, section 5: strict JSON, one flat object a line, each (key, step) once."""
-    seen = set()
     records = metrics(digits.run)
     for record in records:
         assert {"step", "epoch", "samples", "time"} <= set(record)
         epochs, inside = divmod(record["step"], 23)  # 1437 samples in batches of 64
-        assert record["epoch"] == epochs
-        assert record["samples"] == 1437 * epochs + 64 * inside
+        assert (record["epoch"], record["samples"]) == (epochs, 1437 * epochs + 64 * inside)
         assert all(type(value) in (int, float) for value in record.values()), record
-        for key in measured(record):
-            assert "/" in key
-            assert (key, record["step"]) not in seen
-            seen.add((key, record["step"]))
+        assert all("/" in key for key in measured(record))
+    assert_once(digits.run)
     training = "train/loss train/lr train/grad_norm train/accuracy perf/step_s perf/data_s"
     training += " perf/samples_per_s system/rss_gib system/cpu_percent"
     for keys, period in ((training, 10), ("val/loss val/accuracy", 23)):
         for key in keys.split():
-            assert {s for name, s in seen if name == key} == {*range(period, 461, period)}
+            assert list(values(digits.run, key)) == [*range(period, 461, period)]
     times = [record["time"] for record in records]
     assert times == sorted(times)
 
@@ -140,40 +132,32 @@ def test_the_learning_rate_follows_the_config(digits: Digits) -> None:
     rate = values(digits.run, "train/lr")
     assert rate[10] < rate[20] < 0.05
     assert max(rate.values()) == pytest.approx(0.05, rel=0.02)
-    assert [rate[step] for step in sorted(rate) if step > 30] == sorted(
-        (rate[step] for step in rate if step > 30), reverse=True
-    )
+    falling = [rate[step] for step in sorted(rate) if step > 30]
+    assert falling == sorted(falling, reverse=True)
     assert rate[460] < 1e-4
 
 
-def test_plain_lines_where_there_is_no_terminal(digits: Digits) -> None:
-    """Item 7: neither carriage returns nor escape sequences in what goes to a file."""
-    logs = [path.read_text() for path in (digits.run / "logs").iterdir()]
-    for text in (digits.ended.output, *logs):
-        assert "\r" not in text
-        assert "\x1b" not in text
-    assert "val/accuracy" in digits.ended.err
-
-
 def test_the_console_and_the_logs(digits: Digits) -> None:
-    """Items 4, 5 and 7: rank 0 alone speaks; each rank's log says its place, once."""
-    assert digits.log.count(f"rank 0 of {digits.ranks} (") == 1
-    assert digits.log.count("workers a rank: ") + digits.log.count("worker a rank: ") == 1
-    assert "val/accuracy" in digits.log
-    assert digits.ended.output.count(f"The run is in {digits.run}") == 1
-    for rank in range(1, digits.ranks):
-        other = (digits.run / f"logs/rank{rank}.log").read_text()
-        assert other.count(f"rank {rank} of {digits.ranks} (") == 1
-        assert f"rank {rank} of" not in digits.ended.output
+    """Items 4, 5 and 7: rank 0 alone speaks; each rank's log says its place, once. Plain lines
+    where there is no terminal: neither carriage returns nor escape sequences."""
+    log, output = digits.logs[0], digits.ended.output
+    assert log.count("workers a rank: ") + log.count("worker a rank: ") == 1
+    assert "val/accuracy" in log and "val/accuracy" in digits.ended.err
+    assert output.count(f"The run is in {digits.run}") == 1
+    for rank, text in enumerate(digits.logs):
+        assert text.count(f"rank {rank} of {digits.ranks} (") == 1
+        assert rank == 0 or f"rank {rank} of" not in output
+    for text in (output, *digits.logs):
+        assert "\r" not in text and "\x1b" not in text
 
 
 def test_the_runs_config_is_a_config_that_resolves_to_itself(
     digits: Digits, tmp_path: Path
 ) -> None:
     """Item 3: --check prints the resolved config without torch; config.yaml gives it again."""
-    poison = without_torch(tmp_path / "poison")
-    again = train("--config-file", digits.run / "config.yaml", "--check", env=poison).ok()
+    how = {"env": without_torch(tmp_path / "poison"), "cold": True}
+    again = train("--config-file", digits.run / "config.yaml", "--check", **how).ok()
     assert again.out == (digits.run / "config.yaml").read_text()
-    first = train("--check", "OUTPUT_DIR", digits.run, "--config-file", DIGITS, env=poison).ok()
+    first = train("--check", "OUTPUT_DIR", digits.run, "--config-file", DIGITS, **how).ok()
     assert first.out == again.out
     assert not (tmp_path / "poison/imported").exists()

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import yaml
 
 from tests.system import jobs
 from tests.system.exact import COMMON, assert_same
+from tests.system.jobs import slow, wait_for_step
 from tests.system.nodes import Cluster, missing
-from tests.system.test_exact import wait_for_step
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(missing() != "", reason=missing())
 
@@ -56,22 +58,16 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
         yield made
 
 
-def failure(run: Path) -> dict[str, Any]:
-    return jobs.strict_json((run / "failure.json").read_text())
+on_nodes = partial(pytest.mark.parametrize, indirect=["cluster"])
 
 
-def events(run: Path, *names: str) -> list[dict[str, Any]]:
-    return [record for record in jobs.history(run) if record["event"] in names]
-
-
-@pytest.mark.parametrize(
+@on_nodes(
     ("cluster", "ranks", "store"),
     [
         pytest.param(2, 1, 0, id="2 nodes"),
-        pytest.param(3, 1, 2, id="3 nodes", marks=pytest.mark.slow),
-        pytest.param(2, 2, 1, id="2 nodes of 2 ranks", marks=pytest.mark.slow),
+        slow(3, 1, 2, id="3 nodes"),
+        slow(2, 2, 1, id="2 nodes of 2 ranks"),
     ],
-    indirect=["cluster"],
 )
 def test_many_nodes_train_what_one_does(
     cluster: Cluster, ranks: int, store: int, whole: Callable[[int], Path], tmp_path: Path
@@ -87,8 +83,7 @@ def test_many_nodes_train_what_one_does(
     ]
     for rank in range(world):
         assert f"rank {rank} of {world}" in (run / f"logs/rank{rank}.log").read_text()
-    environment = jobs.strict_json((run / "environment.json").read_text())
-    hosts = [rank["host"] for rank in environment["ranks"]]
+    hosts = [rank["host"] for rank in jobs.environment(run)["ranks"]]
     assert hosts == [node.name for node in cluster.nodes for _ in range(ranks)]
     told = "".join(job.output for job in ended)
     assert told.count(f"rank 0 of {world}") == 1 and told.count("done: 28 steps") == 1
@@ -101,24 +96,19 @@ def strike(cluster: Cluster, how: str, victim: int) -> None:
         cluster.nodes[victim].cut()
 
 
-@pytest.mark.parametrize(
+@on_nodes(
     ("cluster", "how", "victim", "store"),
     [
         pytest.param(2, "cut", 1, 0, id="2 nodes, cut"),
-        pytest.param(
-            *(2, "kill", 0, 0),
-            id="2 nodes, killed with rank 0 and the store",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(2, "kill", 1, 0, id="2 nodes, killed", marks=pytest.mark.slow),
-        pytest.param(2, "cut", 0, 0, id="2 nodes, cut from the store", marks=pytest.mark.slow),
-        pytest.param(2, "cut", 0, 1, id="2 nodes, rank 0 cut", marks=pytest.mark.slow),
-        pytest.param(3, "cut", 2, 1, id="3 nodes, cut", marks=pytest.mark.slow),
-        pytest.param(3, "cut", 0, 0, id="3 nodes, rank 0 and store cut", marks=pytest.mark.slow),
-        pytest.param(3, "cut", 0, 1, id="3 nodes, rank 0 cut", marks=pytest.mark.slow),
-        pytest.param(3, "kill", 0, 1, id="3 nodes, rank 0 killed", marks=pytest.mark.slow),
+        slow(2, "kill", 0, 0, id="2 nodes, killed with rank 0 and the store"),
+        slow(2, "kill", 1, 0, id="2 nodes, killed"),
+        slow(2, "cut", 0, 0, id="2 nodes, cut from the store"),
+        slow(2, "cut", 0, 1, id="2 nodes, rank 0 cut"),
+        slow(3, "cut", 2, 1, id="3 nodes, cut"),
+        slow(3, "cut", 0, 0, id="3 nodes, rank 0 and store cut"),
+        slow(3, "cut", 0, 1, id="3 nodes, rank 0 cut"),
+        slow(3, "kill", 0, 1, id="3 nodes, rank 0 killed"),
     ],
-    indirect=["cluster"],
 )
 def test_a_lost_node_ends_the_run_which_then_resumes(
     cluster: Cluster,
@@ -142,10 +132,10 @@ def test_a_lost_node_ends_the_run_which_then_resumes(
     for number in set(range(world)) - cut:
         assert started[number].wait(BOUND_S).code != 0
     for number in cut:
-        cluster.nodes[number].wait_for_ranks(BOUND_S)
-    told = failure(run)
+        wait_until(lambda n=number: not cluster.nodes[n].ranks(), BOUND_S, "the end of its ranks")
+    told = jobs.failure(run)
     assert struck < told["time"] < struck + BOUND_S
-    assert len(events(run, "failure")) == 1 and jobs.status(run)["state"] == "failed"
+    assert len(jobs.history(run, "failure")) == 1 and jobs.status(run)["state"] == "failed"
     # With two nodes and no store in common, each side can only name the other.
     assert told["rank"] == victim or (world == 2 and how == "cut" and told["rank"] == 1 - victim)
     assert told["host"] == f"node{told['rank']}" and "no sign of life" in told["exception"]
@@ -156,26 +146,23 @@ def test_a_lost_node_ends_the_run_which_then_resumes(
         cluster.nodes[victim].join()
         for number in cut:
             assert started[number].wait(BOUND_S).code != 0
-    assert len(events(run, "failure")) == 1
-    again = cluster.torchrun(*ARGS, "--resume", "OUTPUT_DIR", run, store=store, env=ENV)
-    for job in again:
+    assert len(jobs.history(run, "failure")) == 1
+    for job in cluster.torchrun(*ARGS, "--resume", "OUTPUT_DIR", run, store=store, env=ENV):
         job.wait(120).ok()
     assert_same(run, whole(world))
-    (resume,) = events(run, "resume")
+    (resume,) = jobs.history(run, "resume")
     assert resume["step"] >= 8
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
+@on_nodes(
     ("cluster", "how", "victim", "store"),
     [
-        pytest.param(2, "kill", 1, 0, id="2 nodes, killed"),
-        pytest.param(2, "cut", 1, 0, id="2 nodes, cut"),
-        pytest.param(2, "cut", 0, 1, id="2 nodes, rank 0 cut"),
-        pytest.param(3, "cut", 2, 0, id="3 nodes, cut"),
-        pytest.param(3, "kill", 0, 1, id="3 nodes, rank 0 killed"),
+        slow(2, "kill", 1, 0, id="2 nodes, killed"),
+        slow(2, "cut", 1, 0, id="2 nodes, cut"),
+        slow(2, "cut", 0, 1, id="2 nodes, rank 0 cut"),
+        slow(3, "cut", 2, 0, id="3 nodes, cut"),
+        slow(3, "kill", 0, 1, id="3 nodes, rank 0 killed"),
     ],
-    indirect=["cluster"],
 )
 def test_the_nodes_that_are_left_go_on(
     cluster: Cluster, how: str, victim: int, store: int, tmp_path: Path
@@ -200,13 +187,11 @@ def test_the_nodes_that_are_left_go_on(
         cluster.nodes[victim].join()
         started[victim].wait(BOUND_S + 60)
     assert jobs.status(run)["state"] == "completed"
-    assert [record["step"] for record in jobs.metrics(run) if "train/loss" in record] == [
-        *range(3, 28, 3),
-        28,
-    ]
-    begun = events(run, "start", "resume")
+    assert list(jobs.values(run, "train/loss")) == [*range(3, 28, 3), 28]
+    jobs.assert_once(run)
+    begun = jobs.history(run, "start", "resume")
     assert [record["world_size"] for record in begun] == [world, world - 1]
-    assert events(run, "finish")[-1] == jobs.history(run)[-1]
+    assert jobs.history(run, "finish")[-1] == jobs.history(run)[-1]
 
 
 @pytest.mark.slow
@@ -228,9 +213,10 @@ def test_srun_over_two_nodes(
 ) -> None:
     """Without torchrun: Slurm's variables, and rank 0's node by the first name of its list."""
     run = tmp_path / "run"
+    job_id = jobs.slurm_job()
     step = {
         **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "node[0-1]"},
-        **{"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_JOB_ID": "4711", "SLURM_LOCALID": "0"},
+        **{"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_JOB_ID": job_id, "SLURM_LOCALID": "0"},
     }
     for number, node in enumerate(cluster.nodes):
         place = {"SLURM_PROCID": str(number), "SLURM_NODEID": str(number)}
@@ -239,8 +225,8 @@ def test_srun_over_two_nodes(
     for job in cluster.jobs:
         job.wait(120).ok()
     assert_same(run, whole(2))
-    environment = jobs.strict_json((run / "environment.json").read_text())
-    assert environment["job"] == "4711" and environment["launched_by"] == "srun"
+    environment = jobs.environment(run)
+    assert environment["job"] == job_id and environment["launched_by"] == "srun"
     assert [rank["host"] for rank in environment["ranks"]] == ["node0", "node1"]
 
 
@@ -281,7 +267,7 @@ def test_the_kubernetes_job(cluster: Cluster, whole: Callable[[int], Path], tmp_
 
     first = pods()
     wait_for_step(run, 6, first[0])
-    shell = psutil.Process(first[1].process.pid).children()[0]
+    shell = psutil.Process(first[1].pid).children()[0]
     shell.terminate()
     ended = [job.wait(60) for job in first]
     assert [job.code for job in ended] == [75, 75], "".join(job.output for job in ended)

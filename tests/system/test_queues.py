@@ -19,24 +19,26 @@ import pytest
 
 from tests.system import jobs
 from tests.system.exact import COMMON, assert_same
-from tests.system.test_exact import wait_for_step
+from tests.system.jobs import wait_for_step
 from tests.system.test_failures import COMMON as FAILING
 
 SBATCH, LOOP = jobs.ROOT / "tools/slurm.sbatch", jobs.ROOT / "tools/keep_running.sh"
 SLEEP = {"LAUNCHER_TEST_SLEEP": "0.05"}
-JOB = 4711
-# Two nodes of one task each. What the options are is left to the job file.
+# Two tasks, on as many nodes as the test says. What the options are is left to the job file.
 SRUN = """
 import itertools, os, subprocess, sys
 command = list(itertools.dropwhile(lambda word: word.startswith("-"), sys.argv[1:]))
+apart = os.environ["NODES"] == "2"
 common = {
-    **os.environ, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-    "SLURM_STEP_NODELIST": "localhost,elsewhere", "SLURM_LOCALID": "0",
+    **os.environ, "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)" if apart else "2",
+    "SLURM_STEP_NODELIST": "localhost,elsewhere" if apart else "localhost",
 }
-tasks = [
-    subprocess.Popen(command, env=common | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)})
-    for i in range(2)
-]
+tasks = []
+for i in "01":
+    node, place = (i, "0") if apart else ("0", i)
+    own = {"SLURM_PROCID": i, "SLURM_NODEID": node, "SLURM_LOCALID": place}
+    tasks.append(subprocess.Popen(command, env=common | own))
 with open("tasks", "w") as file:
     print(*(task.pid for task in tasks), file=file, flush=True)
 codes = [task.wait() for task in tasks]
@@ -53,7 +55,8 @@ class Slurm:
     """A queue of one job, in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.restarts = folder, -1
+        folder.mkdir()
+        self.folder, self.job, self.restarts = folder, jobs.slurm_job(), -1
         bin = folder / "bin"
         bin.mkdir()
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -61,18 +64,21 @@ class Slurm:
             (bin / name).chmod(0o755)
         self.path = f"{bin}{os.pathsep}{os.environ['PATH']}"
 
-    def start(self, *words: object) -> jobs.Job:
+    def start(self, *words: object, nodes: int = 2) -> jobs.Job:
         """The job's next attempt."""
         self.restarts += 1
         env = {
             **SLEEP,
-            "OMP_NUM_THREADS": "1",
+            **{"OMP_NUM_THREADS": "1", "NODES": str(nodes), "SLURM_JOB_ID": self.job},
             **{"PATH": self.path, "PYTHON": sys.executable, "PYTHONPATH": str(jobs.ROOT)},
-            "SLURM_JOB_ID": str(JOB),
             **({"SLURM_RESTART_COUNT": str(self.restarts)} if self.restarts else {}),
         }
         (self.folder / "tasks").unlink(missing_ok=True)
-        return jobs.Job(["bash", str(SBATCH), *map(str, words)], env, self.folder)
+        return jobs.Job(["bash", SBATCH, *words], env, self.folder)
+
+    def run(self, *words: object, nodes: int = 2) -> jobs.Ended:
+        with self.start(*words, nodes=nodes) as job:
+            return job.wait(90)
 
     def warn(self) -> None:
         """The signal before the time limit, as the job file asks for it."""
@@ -87,44 +93,56 @@ class Slurm:
             process.send_signal(number)
 
     @property
-    def requests(self) -> list[str]:
+    def requeued(self) -> int:
+        """How often the job file has asked for the job's next attempt; it asks for nothing else."""
         file = self.folder / "requests"
-        return file.read_text().splitlines() if file.exists() else []
+        requests = file.read_text().splitlines() if file.exists() else []
+        assert set(requests) <= {f"requeue {self.job}"}
+        return len(requests)
 
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Slurm:
-    return Slurm(tmp_path)
+    return Slurm(tmp_path / "slurm")
 
 
 def test_a_job_that_outlives_its_limits(slurm: Slurm, tmp_path: Path) -> None:
     """A time limit, a failed node and a preemption later it is complete, exactly."""
-    reference, run = tmp_path / "reference", tmp_path / "run"
-    slurm.start(reference, *COMMON).wait(90).ok()
-    assert slurm.requests == []
-    slurm.restarts = -1
+    run, reference = tmp_path / "run", tmp_path / "reference"
     args = [run, *COMMON, "DATALOADER.NUM_WORKERS", "1"]
 
-    job = slurm.start(*args)
-    wait_for_step(run, 6, job)
-    slurm.warn()
-    assert "back to the queue" in job.wait(60).ok().out
-    assert slurm.requests == [f"requeue {JOB}"]
+    with slurm.start(*args) as job:
+        wait_for_step(run, 6, job)
+        slurm.warn()
+        assert "back to the queue" in job.wait(60).ok().out
+    assert slurm.requeued == 1
     assert jobs.status(run)["state"] == "stopped" and jobs.status(run)["reason"] == "SIGUSR1"
 
-    job = slurm.start(*args)
-    wait_for_step(run, jobs.status(run)["step"] + 3, job)
-    job.kill()  # with its node, and Slurm starts it again without being asked
+    with slurm.start(*args) as job:
+        wait_for_step(run, jobs.status(run)["step"] + 3, job)
+        job.kill()  # with its node, and Slurm starts it again without being asked
 
-    job = slurm.start(*args)
-    wait_for_step(run, 18, job)
-    slurm.signal(signal.SIGTERM)
-    job.wait(60).ok()
-    assert slurm.requests == [f"requeue {JOB}"] * 2
+    with slurm.start(*args) as job:
+        wait_for_step(run, 18, job)
+        slurm.signal(signal.SIGTERM)
+        job.wait(60).ok()
+    assert slurm.requeued == 2
 
-    assert "completed" in slurm.start(*args).wait(90).ok().out
-    assert slurm.requests == [f"requeue {JOB}"] * 2
-    assert not (tmp_path / f"slurm-{JOB}.attempts").exists()
+    assert "completed" in slurm.run(*args).ok().out
+    assert slurm.requeued == 2
+    assert not (slurm.folder / f"slurm-{slurm.job}.attempts").exists()
+
+    # The same on one node, in one go.
+    alone = Slurm(tmp_path / "alone")
+    alone.run(reference, *COMMON, nodes=1).ok()
+    assert alone.requeued == 0
+    assert sorted(path.name for path in (reference / "logs").iterdir()) == [
+        "rank0.log",
+        "rank1.log",
+    ]
+    environment = jobs.environment(reference)
+    assert (environment["job"], environment["launched_by"]) == (alone.job, "srun")
+    assert len(environment["ranks"]) == 2
     assert_same(run, reference)
 
 
@@ -132,17 +150,17 @@ def test_a_job_that_gets_nowhere(slurm: Slurm, tmp_path: Path) -> None:
     """Fails before its first step: tried once more, then never again."""
     run = tmp_path / "run"
     args = [run, *FAILING, "TASK.RANK", "0", "TASK.FAILURE", "start"]
-    ended = slurm.start(*args).wait(60).ok()
-    assert "no data here" in ended.err and slurm.requests == [f"requeue {JOB}"]
-    ended = slurm.start(*args).wait(60)
-    assert ended.code == 1 and slurm.requests == [f"requeue {JOB}"]
+    ended = slurm.run(*args).ok()
+    assert "no data here" in ended.err and slurm.requeued == 1
+    ended = slurm.run(*args)
+    assert ended.code == 1 and slurm.requeued == 1
     assert "no run yet, and 2 attempts in a row made no progress (step 0)" in ended.out
     assert not run.exists()
 
 
 def test_bad_usage_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
-    ended = slurm.start(tmp_path / "run", *FAILING, "OPTIM.LRR", "1").wait(60)
-    assert ended.code == 2 and slurm.requests == []
+    ended = slurm.run(tmp_path / "run", *FAILING, "OPTIM.LRR", "1")
+    assert ended.code == 2 and slurm.requeued == 0
     assert "did you mean OPTIM.LR?" in ended.err and "would only repeat itself" in ended.out
 
 
@@ -150,39 +168,41 @@ def test_bad_usage_is_not_tried_again(slurm: Slurm, tmp_path: Path) -> None:
 def test_a_person_stops_the_job(slurm: Slurm, tmp_path: Path) -> None:
     """With a file STOP, while it runs and while it waits in the queue."""
     run = tmp_path / "run"
-    job = slurm.start(run, *COMMON)
-    wait_for_step(run, 3, job)
-    (run / "STOP").touch()
-    ended = job.wait(60)
-    assert ended.code == 1 and slurm.requests == []
+    with slurm.start(run, *COMMON) as job:
+        wait_for_step(run, 3, job)
+        (run / "STOP").touch()
+        ended = job.wait(60)
+    assert ended.code == 1 and slurm.requeued == 0
     assert "stopped, and asked not to go on by" in ended.out
-    before = jobs.snapshot(run)
-    ended = slurm.start(run, *COMMON).wait(60)
+    with jobs.unchanged(run):
+        ended = slurm.run(run, *COMMON)
     assert ended.code == 1 and "not started again" in ended.out
-    assert jobs.snapshot(run) == before
 
 
-def loop(run: Path, *command: object, sleep: str = "0") -> jobs.Job:
+def loop(run: Path, *words: object, sleep: str = "0") -> jobs.Job:
     env = {"PYTHON": sys.executable, "LAUNCHER_TEST_SLEEP": sleep}
-    return jobs.Job([str(LOOP), str(run), sys.executable, *map(str, command)], env, jobs.ROOT)
+    return jobs.Job([LOOP, run, *words], env)
+
+
+def looped(run: Path, *words: object) -> jobs.Ended:
+    with loop(run, sys.executable, jobs.TRAIN, *FAILING, "TASK.RANK", "0", *words) as job:
+        return job.wait(90)
 
 
 def test_the_loop_goes_on_until_the_run_is_complete(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    once = ["TASK.FAILURE", "kill", "TASK.RANK", "0", "TASK.ONCE", tmp_path / "killed"]
-    ended = loop(run, jobs.TRAIN, *FAILING, *once, "TASK.AT", "8").wait(90).ok()
-    assert "lost at step 6, to go on" in ended.out
-    assert [record["event"] for record in jobs.history(run)].count("resume") == 1
+    once = ["TASK.FAILURE", "kill", "TASK.ONCE", tmp_path / "killed", "TASK.AT", "8"]
+    assert "lost at step 6, to go on" in looped(run, *once).ok().out
+    assert len(jobs.history(run, "resume")) == 1
     assert [record["step"] for record in jobs.metrics(run)] == list(range(1, 21))
 
 
 def test_the_loop_ends_where_it_gets_nowhere(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    args = [*FAILING, "TASK.RANK", "0", "TASK.FAILURE"]
-    ended = loop(run, jobs.TRAIN, *args, "start").wait(60)
+    ended = looped(run, "TASK.FAILURE", "start")
     assert ended.code == 1 and ended.err.count("FileNotFoundError: no data here") == 2
     assert "2 attempts in a row made no progress" in ended.out
-    assert loop(run, jobs.TRAIN, *args, "start", "OPTIM.LRR", "1").wait(60).code == 2
+    assert looped(run, "TASK.FAILURE", "start", "OPTIM.LRR", "1").code == 2
 
 
 @pytest.mark.slow
@@ -190,21 +210,17 @@ def test_the_loop_ends_where_it_gets_nowhere(tmp_path: Path) -> None:
 def test_the_loop_ends_with_its_run(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C goes to the whole process group, SIGTERM to the loop alone."""
     run = tmp_path / "run"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", jobs.TRAIN]
-    job = loop(run, *torchrun, *COMMON, sleep="0.1")
-    try:
+    torchrun = [*jobs.TORCHRUN, "--standalone", "--nproc-per-node=2", jobs.TRAIN]
+    with loop(run, *torchrun, *COMMON, sleep="0.1") as job:
         wait_for_step(run, 3, job)
-        left = psutil.Process(job.process.pid).children(recursive=True)
+        left = job.descendants()
         if number == signal.SIGINT:
-            os.killpg(job.process.pid, number)
+            os.killpg(job.pid, number)
         else:
-            job.process.send_signal(number)
+            job.send(number)
         ended = job.wait(60)
         assert ended.code == 75 and "stopped (" in ended.out and "to go on" not in ended.out
         assert not psutil.wait_procs(left, timeout=10)[1]
-    finally:
-        if job.process.poll() is None:
-            job.kill()
     assert jobs.status(run)["state"] == "stopped"
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.system.forked import launch
 from tests.system.jobs import (
     TASKS,
     assert_once,
     event_scalars,
     expected_scalars,
     history,
+    slow,
     state,
     train,
     values,
@@ -43,6 +43,11 @@ class Case:
     @property
     def processes(self) -> int:
         return self.ranks or 1
+
+    @property
+    def alone(self) -> Case:
+        """The same global batches in one process, at once."""
+        return Case(batch=self.batch, drop_last=self.drop_last)
 
     def __str__(self) -> str:
         return (
@@ -74,12 +79,7 @@ class Run:
         }
         words = [word for pair in settings.items() for word in pair]
         env = {"LAUNCHER_TEST_NOTES": str(self.notes), "OMP_NUM_THREADS": "1"}
-        ended = (
-            train(*words, ranks=case.ranks, env=env)
-            if case.ranks
-            else launch("train", *words, **env)
-        )
-        ended.ok()
+        train(*words, ranks=case.ranks, env=env).ok()
         self.steps = [self._steps(rank) for rank in range(case.processes)]
         assert len({len(steps) for steps in self.steps}) == 1
 
@@ -118,21 +118,18 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 ONE = Case()
-FEW = [
+CASES = [
     ONE,
     Case(ranks=2, micro=3),
     Case(ranks=4, micro=2, workers=2),
+    slow(Case(ranks=2, workers=2)),
+    slow(Case(ranks=1, micro=5)),
+    slow(Case(ranks=4)),
+    *(slow(Case(ranks=r, batch=7, micro=m)) for r, m in [(None, 0), (2, 2), (4, 1)]),
+    *(slow(Case(ranks=r, batch=50, micro=m)) for r, m in [(None, 0), (2, 7), (4, 6)]),
+    *(slow(Case(ranks=r, batch=3)) for r in (None, 4)),
+    *(slow(Case(ranks=r, batch=16, drop_last=True)) for r in (None, 4)),
 ]
-MORE = [
-    Case(ranks=2, workers=2),
-    Case(ranks=1, micro=5),
-    Case(ranks=4),
-    *(Case(ranks=r, batch=7, micro=m) for r, m in [(None, 0), (2, 2), (4, 1)]),
-    *(Case(ranks=r, batch=50, micro=m) for r, m in [(None, 0), (2, 7), (4, 6)]),
-    *(Case(ranks=r, batch=3) for r in (None, 4)),
-    *(Case(ranks=r, batch=16, drop_last=True) for r in (None, 4)),
-]
-CASES = [*FEW, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -155,8 +152,7 @@ def test_every_sample_once_an_epoch(run_of: Runs, case: Case) -> None:
 def test_one_order_of_samples(run_of: Runs, case: Case) -> None:
     """Invariant 3: which samples form a global batch depends on neither ranks, micro-batches nor
     workers."""
-    reference = run_of(Case(batch=case.batch, drop_last=case.drop_last))
-    assert run_of(case).batches == reference.batches
+    assert run_of(case).batches == run_of(case.alone).batches
 
 
 @cases
@@ -173,19 +169,18 @@ def test_shares_and_micro_batches(run_of: Runs, case: Case) -> None:
 def test_the_same_weights_as_in_one_process(run_of: Runs, case: Case) -> None:
     """Item 6: with clipping and a task's `weight`, any split makes the same update as one large
     batch, within float tolerance."""
-    run = run_of(case)
-    reference = run_of(Case(batch=case.batch, drop_last=case.drop_last))
-    mine, other = state(run.run), state(reference.run)
+    run, reference = run_of(case).run, run_of(case.alone).run
+    mine, other = state(run), state(reference)
     assert mine["progress"] == other["progress"]
     assert set(mine["model"]) == set(other["model"])
     for name, tensor in other["model"].items():
         torch.testing.assert_close(mine["model"][name], tensor, rtol=2e-5, atol=2e-6, msg=name)
-    norms = values(run.run, "train/grad_norm")
+    norms = values(run, "train/grad_norm")
     assert min(norms.values()) < CLIP < max(norms.values())
     for key in ("train/loss", "train/grad_norm"):
-        assert values(run.run, key) == pytest.approx(values(reference.run, key), rel=1e-4)
+        assert values(run, key) == pytest.approx(values(reference, key), rel=1e-4)
     # All this would also hold if nothing were ever updated.
-    trained = values(run.run, "val/trained")
+    trained = values(run, "val/trained")
     assert trained[max(trained)] != trained[min(trained)]
 
 
@@ -229,8 +224,7 @@ def test_only_rank_0_writes(run_of: Runs, case: Case) -> None:
 def test_nothing_is_written_twice(run_of: Runs, case: Case) -> None:
     """One start and one finish, one event file, each (key, step) once, whatever the ranks."""
     run = run_of(case).run
-    events = [event["event"] for event in history(run)]
-    assert events.count("start") == events.count("finish") == 1
+    assert len(history(run, "start")) == len(history(run, "finish")) == 1
     assert len(list((run / "tensorboard").iterdir())) == 1
     assert_once(run)
     assert event_scalars(run) == expected_scalars(run)

@@ -19,11 +19,9 @@ import pytest
 from launcher import cli
 from tests.system import jobs
 from tests.system.browser import CHROMIUM, Browser
-from tests.system.forked import Forked, launch
-from tests.system.leash import Leash
+from tests.system.leash import LEASHED_DIGITS, Leash
 
-DIGITS = f"{jobs.ROOT / 'tests/system/leash.py'}:LeashedDigits"
-ARGS = ("train", "--config-file", jobs.DIGITS, "TRAIN.DURATION", "3ep", "TASK.NAME", DIGITS)
+ARGS = ("--config-file", jobs.DIGITS, "TRAIN.DURATION", "3ep", "TASK.NAME", LEASHED_DIGITS)
 CHANGED = ("CHECKPOINT.EVERY", "LOG.EVERY", "LOG.HISTOGRAMS")  # in the run that is resumed
 
 
@@ -39,7 +37,7 @@ def done(folder: Path) -> Path:
     run, leash = folder / "real" / "resumed", Leash(folder, 27)
     more = ("CHECKPOINT.EVERY", "10step", "LOG.EVERY", "5step", "LOG.HISTOGRAMS", "1ep")
     args = (*ARGS, *more, "OUTPUT_DIR", run)
-    with Forked(*args, **leash.env) as job:
+    with jobs.start(*args, env=leash.env) as job:
         jobs.wait_for_step(run, 25, job)
         jobs.wait_for_save(run, 20, job)
         with tailing(folder, run, "-n", "1000") as tail:
@@ -50,11 +48,11 @@ def done(folder: Path) -> Path:
             dead = json.dumps(jobs.status(run) | {"updated": time.time() + 600})
             (run / "status.new").write_text(dead)
             (run / "status.new").replace(run / "status.json")
-            launch(*args, "--resume").ok()
+            jobs.train(*args, "--resume").ok()
             told += tail.stdout.readlines()
             assert tail.wait(60) == 0
     (folder / "told").write_text("".join(told))
-    assert [e["event"] for e in jobs.history(run)].count("resume") == 1
+    assert len(jobs.history(run, "resume")) == 1
     assert len(list(run.glob("tensorboard/*tfevents*"))) == 2
     return run
 
@@ -63,7 +61,7 @@ def done(folder: Path) -> Path:
 def other(folder: Path) -> Path:
     """The same with another rate, uninterrupted."""
     run = folder / "real" / "other"
-    launch(*ARGS, "OPTIM.LR", "0.01", "OUTPUT_DIR", run).ok()
+    jobs.train(*ARGS, "OPTIM.LR", "0.01", "OUTPUT_DIR", run).ok()
     return run
 
 
@@ -71,7 +69,8 @@ def other(folder: Path) -> Path:
 def tailing(folder: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
     """`launcher runs tail -f --json`, ended in any case."""
     command = [sys.executable, "-m", "launcher", "runs", "tail", "-f", "--json", *words, str(run)]
-    tail = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=reading(folder))
+    env = jobs.clean_environment(reading(folder))
+    tail = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     try:
         yield tail
     finally:
@@ -81,15 +80,14 @@ def tailing(folder: Path, run: Path, *words: str) -> Iterator[subprocess.Popen[s
 
 def reading(folder: Path) -> dict[str, str]:
     """What `launcher runs` needs of an environment."""
-    return jobs.clean_environment({"XDG_CACHE_HOME": str(folder / "cache"), "TZ": "UTC"})
+    return {"XDG_CACHE_HOME": str(folder / "cache"), "TZ": "UTC"}
 
 
 def runs(folder: Path, *words: object, code: int = 0) -> str:
     """What `launcher runs ...` prints in a pipe; asserts its exit code."""
-    command = [sys.executable, "-m", "launcher", "runs", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=reading(folder))
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout
+    ended = jobs.launch("runs", *words, env=reading(folder))
+    assert ended.code == code, ended.output
+    return ended.out
 
 
 def test_all_commands_over_real_runs(folder: Path, done: Path, other: Path) -> None:
@@ -115,19 +113,12 @@ def test_all_commands_over_real_runs(folder: Path, done: Path, other: Path) -> N
     assert jobs.snapshot(folder / "real") == before
 
 
-def flip(run: Path) -> None:
-    file = run / "checkpoints/step_69/state.pt"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
 def events(run: Path) -> Path:
     """The largest event file."""
     return max((run / "tensorboard").glob("*tfevents*"), key=lambda p: p.stat().st_size)
 
 
-def manifest(run: Path) -> None:
+def another_metric(run: Path) -> None:
     """A checkpoint whose files are right and whose metric is not what was recorded."""
     from launcher.checkpoint.store import _digest
 
@@ -144,26 +135,36 @@ def another_value(run: Path) -> None:
     file.write_text(re.sub(r'("train/loss": ?)\d', r"\g<1>7", text, count=1))
 
 
-def cut(run: Path) -> None:
+def remove_events(run: Path) -> None:
+    events(run).unlink()
+
+
+def cut_events(run: Path) -> None:
     os.truncate(events(run), events(run).stat().st_size * 2 // 3)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "another value": (another_value, "tensorboard: train/loss at step .* is"),
-    "events are gone": (lambda run: events(run).unlink(), "tensorboard: no train/loss.* at step"),
-    "events are cut": (cut, "tensorboard: no .* at step"),
-    "a bit of a checkpoint": (flip, "checkpoints/step_69: state.pt: its sha256"),
-    "a checkpoint's metric": (manifest, "checkpoints/step_69: val/accuracy is 0.123"),
-    "the last checkpoint is gone": (
-        lambda run: shutil.rmtree(run / "checkpoints/step_69"),
-        "checkpoints: none of the last step, 69",
-    ),
-}
+def flip_a_bit(run: Path) -> None:
+    jobs.flip_a_bit(run / "checkpoints/step_69/state.pt")
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+def remove_the_last_checkpoint(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints/step_69")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (another_value, "tensorboard: train/loss at step .* is"),
+        (remove_events, "tensorboard: no train/loss.* at step"),
+        (cut_events, "tensorboard: no .* at step"),
+        (flip_a_bit, "checkpoints/step_69: state.pt: its sha256"),
+        (another_metric, "checkpoints/step_69: val/accuracy is 0.123"),
+        (remove_the_last_checkpoint, "checkpoints: none of the last step, 69"),
+    ],
+)
 def test_verify_finds_the_damage(
-    name: str,
+    damage: Callable[[Path], object],
+    told: str,
     done: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -174,7 +175,6 @@ def test_verify_finds_the_damage(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run = tmp_path / "damaged"
     shutil.copytree(done, run, symlinks=True)
-    damage, told = DAMAGES[name]
     damage(run)
     assert cli.main(["runs", "verify", str(run)]) == 1
     out = capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_a_live_run(tmp_path: Path) -> None:
         (row,) = json.loads(runs(tmp_path, "list", run, "--json"))
         return row
 
-    with Forked(*ARGS, *more, "CHECKPOINT.EVERY", "", "OUTPUT_DIR", run) as job:
+    with jobs.start(*ARGS, *more, "CHECKPOINT.EVERY", "", "OUTPUT_DIR", run) as job:
         jobs.wait_for_step(run, 5, job)
         seen = look()
         assert (seen["state"], seen["total"]) == ("running", 1_000_000)

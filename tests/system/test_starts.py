@@ -1,4 +1,4 @@
-"""Ways to start a run, and short runs in other settings: srun, a terminal, mixed precision."""
+"""Ways to start a run, and short runs in other settings: a terminal, mixed precision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import shutil
 import subprocess
 import sys
 import uuid
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.system.forked import launch
 from tests.system.jobs import (
     TASKS,
     TRAIN,
@@ -23,12 +21,11 @@ from tests.system.jobs import (
     clean_environment,
     event_scalars,
     expected_scalars,
-    free_port,
     metrics,
-    start,
+    slow,
+    slurm_job,
     state,
     status,
-    strict_json,
     train,
     values,
 )
@@ -39,50 +36,21 @@ def noted(run: Path, *more: Any) -> list[Any]:
     return ["TASK.NAME", f"{TASKS}:Noted", "OUTPUT_DIR", run, "LOG.EVERY", "1step", *more]
 
 
-def test_srun(tmp_path: Path) -> None:
-    """Item 4: Slurm's variables make two plain processes two ranks of one run."""
-    run = tmp_path / "run"
-    step = {
-        **{"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NODEID": "0"},
-        **{"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_TASKS_PER_NODE": "2"},
-        **{"SLURM_JOB_ID": "4711", "MASTER_PORT": str(free_port())},
-    }
-    words = noted(run, "TRAIN.DURATION", "2ep", "TRAIN.BATCH_SIZE", 16)
-    with ExitStack() as stack:
-        for job in [
-            stack.enter_context(start(*words, env={**step, "SLURM_PROCID": k, "SLURM_LOCALID": k}))
-            for k in "01"
-        ]:
-            job.wait().ok()
-    assert status(run)["state"] == "completed"
-    assert status(run)["epoch"] == 2
-    assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank0.log", "rank1.log"]
-    environment = strict_json((run / "environment.json").read_text())
-    assert environment["job"] == "4711"
-    assert environment["launched_by"] == "srun"
-    assert len(environment["ranks"]) == 2
-
-
 def test_a_batch_script_without_srun_is_one_process(tmp_path: Path) -> None:
     """Inside a Slurm job but not in an srun step nobody else was started: one process."""
     run = tmp_path / "run"
-    env = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
-    launch("train", *noted(run, "TRAIN.DURATION", "1step"), **env).ok()
+    env = {"SLURM_JOB_ID": slurm_job(), "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}
+    train(*noted(run, "TRAIN.DURATION", "1step"), env=env).ok()
     assert status(run)["state"] == "completed"
 
 
-@pytest.mark.parametrize(
-    "precision, ranks",
-    [("bf16", None), ("fp16", 2), pytest.param("tf32", 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("precision, ranks", [("bf16", None), ("fp16", 2), slow("tf32", 2)])
 def test_precision(tmp_path: Path, precision: str, ranks: int | None) -> None:
     """Item 6: mixed precision trains to the end with finite losses; weights stay fp32."""
     run = tmp_path / "run"
     words = ["TRAIN.PRECISION", precision, "TRAIN.DURATION", "4ep", "TRAIN.BATCH_SIZE", 16]
-    more = ["OPTIM.LR", 0.02, "TRAIN.MICRO_BATCH_SIZE", 4, "MODEL.EMA_DECAY", 0.9]
-    words = noted(run, *words, *more)
-    ended = train(*words, ranks=ranks) if ranks else launch("train", *words)
-    ended.ok()
+    words += ["OPTIM.LR", 0.02, "TRAIN.MICRO_BATCH_SIZE", 4, "MODEL.EMA_DECAY", 0.9]
+    train(*noted(run, *words), ranks=ranks).ok()
     losses = values(run, "train/loss")
     assert losses and all(math.isfinite(loss) for loss in losses.values())
     assert status(run)["state"] == "completed"
@@ -98,8 +66,7 @@ def test_precision(tmp_path: Path, precision: str, ranks: int | None) -> None:
 def test_values_that_are_no_numbers(tmp_path: Path) -> None:
     """Contract, section 5: NaN becomes null, its key is listed, and the JSON stays strict."""
     run = tmp_path / "run"
-    words = noted(run, "TASK.NAN", True, "TRAIN.BATCH_SIZE", 35, "TRAIN.DURATION", "4step")
-    launch("train", *words).ok()
+    train(*noted(run, "TASK.NAN", True, "TRAIN.BATCH_SIZE", 35, "TRAIN.DURATION", "4step")).ok()
     records = [record for record in metrics(run) if "train/odd" in record]
     assert [record["train/odd"] for record in records] == [None, 1.0, None, 1.0]
     assert [record.get("nonfinite") for record in records] == [["train/odd"], None] * 2
@@ -113,7 +80,7 @@ def test_the_module_and_the_default_run_directory(tmp_path: Path) -> None:
         f"TASK:\n  NAME: {TASKS}:Noted\nTRAIN:\n  DURATION: 1step\nLOG:\n  TENSORBOARD: false\n"
     )
     command = [sys.executable, "-m", "launcher", "train", "--config-file", "mine.yaml"]
-    with Job(command, {}, tmp_path) as job:
+    with Job(command, cwd=tmp_path) as job:
         job.wait().ok()
     assert status(tmp_path / "runs/mine")["state"] == "completed"
     assert not (tmp_path / "runs/mine/tensorboard").exists()

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.system import jobs
-from tests.system.exact import COMMON, assert_same, records, scalars
-from tests.system.test_exact import wait_for_step
+from tests.system.exact import COMMON, assert_same, assert_same_weights, records, scalars
+from tests.system.jobs import slow
 
 TASK = Path(__file__).with_name("telemetry_task.py")
 ARGS = [*COMMON, "TASK.NAME", f"{TASK}:Telling", "DATALOADER.NUM_WORKERS", "0"]
 ARGS += ["LOG.HISTOGRAMS", "4step", "TASK.WIDTH", "64"]
-# The task imports from tests.
-PATH = {"PYTHONPATH": str(jobs.ROOT)}
 SHOWN = ("images", "histograms", "tensors")
 
 
@@ -26,36 +24,26 @@ def media(run: Path) -> dict[tuple[str, str, int], list[Any]]:
     """(kind, tag, step) -> contents of what TensorBoard holds beside scalars and the config."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance=dict.fromkeys(SHOWN, 0))
     events.Reload()
-    found: dict[tuple[str, str, int], list[Any]] = {}
-    for kind, read in {
-        "images": lambda tag: [(e.step, e.encoded_image_string) for e in events.Images(tag)],
-        "histograms": lambda tag: [(e.step, e.histogram_value) for e in events.Histograms(tag)],
-        "tensors": lambda tag: [
-            (e.step, e.tensor_proto.string_val[:]) for e in events.Tensors(tag)
-        ],
-    }.items():
-        for tag in events.Tags()[kind]:
-            for step, content in read(tag) if not tag.startswith(("config", "_hparams_")) else ():
-                found.setdefault((kind, tag, step), []).append(content)
-    return found
-
-
-def assert_equal_to_tensorboard(run: Path) -> None:
-    expected = {
-        (key, record["step"]): [jobs.single(value)]
-        for record in jobs.metrics(run)
-        for key, value in record.items()
-        if key not in ("step", "epoch", "samples", "time", "nonfinite")
+    contents: dict[str, Callable[[Any], Any]] = {
+        "images": lambda event: event.encoded_image_string,
+        "histograms": lambda event: event.histogram_value,
+        "tensors": lambda event: event.tensor_proto.string_val[:],
     }
-    shown = {place: [v for v, _ in values] for place, values in jobs.event_scalars(run).items()}
-    assert shown == expected
+    found: dict[tuple[str, str, int], list[Any]] = {}
+    for kind in SHOWN:
+        for tag in events.Tags()[kind]:
+            if not tag.startswith(("config", "_hparams_")):
+                for event in getattr(events, kind.title())(tag):
+                    content = contents[kind](event)
+                    found.setdefault((kind, tag, event.step), []).append(content)
+    return found
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that was never interrupted."""
     run = tmp_path_factory.mktemp("telemetry") / "run"
-    jobs.train(*ARGS, "OUTPUT_DIR", run, env=PATH).ok()
+    jobs.train(*ARGS, "OUTPUT_DIR", run).ok()
     return run
 
 
@@ -83,26 +71,20 @@ def test_what_a_task_records(whole: Path) -> None:
     assert all(rates[2][step] == pytest.approx(10 * rates[0][step]) for step in rates[0])
     eta = jobs.values(whole, "perf/eta_s")
     assert set(eta) == set(rates[0]) and eta[28] == 0 and min(eta.values()) == 0
-    environment = jobs.strict_json((whole / "environment.json").read_text())
-    assert environment["total_steps"] == 28
+    assert jobs.environment(whole)["total_steps"] == 28
     assert len(list((whole / "tensorboard").iterdir())) == 1
-    assert_equal_to_tensorboard(whole)
+    assert jobs.event_scalars(whole) == jobs.expected_scalars(whole)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on two ranks, with loader workers."""
     run = tmp_path_factory.mktemp("telemetry") / "two"
-    jobs.train(*ARGS, "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run, ranks=2, env=PATH).ok()
+    jobs.train(*ARGS, "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run, ranks=2).ok()
     return run
 
 
-TWO_RANKS = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    ("ranks", "kills"), [(None, (13,)), pytest.param(2, (6, 15), marks=TWO_RANKS)]
-)
+@pytest.mark.parametrize(("ranks", "kills"), [(None, (13,)), slow(2, (6, 15))])
 def test_a_killed_run_has_everything_once(
     ranks: int | None, kills: tuple[int, ...], whole: Path, tmp_path: Path, request: Any
 ) -> None:
@@ -110,37 +92,33 @@ def test_a_killed_run_has_everything_once(
     args = (*ARGS, "DATALOADER.NUM_WORKERS", "1" if ranks else "0")
     reference, run = request.getfixturevalue("two") if ranks else whole, tmp_path / "run"
     for step in kills:
-        env = {**PATH, "LAUNCHER_TEST_SLEEP": "0.05"}
-        job = jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=ranks, env=env)
-        try:
-            wait_for_step(run, step, job)
+        env = {"LAUNCHER_TEST_SLEEP": "0.05"}
+        with jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=ranks, env=env) as job:
+            jobs.wait_for_step(run, step, job)
             time.sleep(0.03)
-        finally:
-            job.kill()
-    jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=ranks, env=PATH).ok()
+    jobs.train(*args, "--resume", "OUTPUT_DIR", run, ranks=ranks).ok()
     assert records(run) == records(reference)
     found = media(run)
     assert all(len(contents) == 1 for contents in found.values())
     assert found == media(reference)
     assert scalars(run) == scalars(reference)
-    ours, theirs = jobs.state(run)["model"], jobs.state(reference)["model"]
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(run, reference)
     if ranks:
         # The evaluation is that of one process to the last bit, a task's scalars included.
         first, alone = (jobs.values(r, "val/mean_input") for r in (reference, whole))
         assert first == alone
 
 
-def test_a_stuck_file_stops_no_step(whole: Path, tmp_path: Path) -> None:
+def test_a_stuck_file_stops_no_step(tmp_path: Path) -> None:
     """Records can be written only after the 20th step; were a step to wait for that, none would
     come so far. Once they can, all are there."""
     run = tmp_path / "run"
     args = (*ARGS, "CHECKPOINT.EVERY", "", "CHECKPOINT.KEEP_BEST", "0", "LOG.EVERY", "1step")
-    env = {**PATH, "LAUNCHER_TEST_STUCK": "20"}
+    env = {"LAUNCHER_TEST_STUCK": "20"}
     jobs.train(*args, "OUTPUT_DIR", run, env=env).ok()
     assert [r["step"] for r in jobs.metrics(run) if "train/loss" in r] == [*range(1, 29)]
     assert not [r for r in jobs.history(run) if "failed" in r]
-    assert_equal_to_tensorboard(run)
+    assert jobs.event_scalars(run) == jobs.expected_scalars(run)
 
 
 def test_a_slow_file_and_one_that_fails_end_nothing_and_miss_nothing(
@@ -151,18 +129,17 @@ def test_a_slow_file_and_one_that_fails_end_nothing_and_miss_nothing(
     How little the steps notice is in benchmarks/recording.py."""
     run = tmp_path / "run"
     env = {"LAUNCHER_TEST_SLOW": "metrics.jsonl:0.05", "LAUNCHER_TEST_FAIL": "tfevents:3"}
-    env |= {**PATH, "LAUNCHER_TEST_SLEEP": "0.1"}
+    env |= {"LAUNCHER_TEST_SLEEP": "0.1"}
     ended = jobs.train(*ARGS, "LOG.EVERY", "1step", "OUTPUT_DIR", run, env=env).ok()
     failed, again = "event file cannot be written: OSError", "event file is written again"
     assert (ended.err.count(failed), ended.err.count(again)) == (1, 1), ended.err
-    told = [r for r in jobs.history(run) if r["event"] == "sink"]
+    told = jobs.history(run, "sink")
     assert {r["sink"] for r in told} == {"TensorBoard's event file"} and len(told) == 2
     assert "No space left on device" in told[0]["failed"] and told[1]["recovered"]
     assert [r["step"] for r in jobs.metrics(run) if "train/loss" in r] == [*range(1, 29)]
-    assert_equal_to_tensorboard(run)
+    assert jobs.event_scalars(run) == jobs.expected_scalars(run)
     assert media(run) == media(whole)
-    ours, theirs = jobs.state(run)["model"], jobs.state(whole)["model"]
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_weights(run, whole)
 
 
 def test_what_ranks_and_their_workers_say(tmp_path: Path) -> None:
@@ -170,7 +147,7 @@ def test_what_ranks_and_their_workers_say(tmp_path: Path) -> None:
     Python drops a warning's repeats, once a process."""
     run = tmp_path / "run"
     args = (*ARGS, "TRAIN.DURATION", "1ep", "DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", run)
-    ended = jobs.train(*args, ranks=2, env={**PATH, "LAUNCHER_TEST_WARN": "1"}).ok()
+    ended = jobs.train(*args, ranks=2, env={"LAUNCHER_TEST_WARN": "1"}).ok()
     lines = ended.err.splitlines()
     for who, processes in {"a rank": 1, "a worker": 3}.items():  # one tries the data out
         warned, failed = f"UserWarning: warning of {who}", f"error of {who}"
@@ -183,14 +160,14 @@ def test_what_ranks_and_their_workers_say(tmp_path: Path) -> None:
             assert rank or log.count(warned) == ended.err.count(warned)
 
 
-@pytest.mark.parametrize("ranks", [None, pytest.param(2, marks=TWO_RANKS)])
+@pytest.mark.parametrize("ranks", [None, slow(2)])
 def test_counting_flops_changes_nothing(
     ranks: int | None, whole: Path, tmp_path: Path, request: Any
 ) -> None:
     """Also with two ranks, whose gradients meet in the step that is counted."""
     reference, run = request.getfixturevalue("two") if ranks else whole, tmp_path / "run"
     options = ("LOG.COUNT_FLOPS", "True", "LOG.PEAK_TFLOPS", "0.5", "LOG.HISTOGRAMS", "")
-    jobs.train(*ARGS, *options, "OUTPUT_DIR", run, ranks=ranks, env=PATH).ok()
+    jobs.train(*ARGS, *options, "OUTPUT_DIR", run, ranks=ranks).ok()
     assert_same(run, reference)
     # And without LOG.HISTOGRAMS there are the task's own ones alone.
     assert {tag for kind, tag, _ in media(run) if kind == "histograms"} == {"train/inputs"}

@@ -1,29 +1,24 @@
 """The digits task: a fixed stratified split of real data, and what its steps return."""
 
-from typing import Any
-
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from launcher.config import Config, load_config
+from launcher.config import load_config
 from launcher.errors import UsageError
 from launcher.tasks import resolve_task
 from launcher.tasks.digits import Digits
 
 
-def config(*words: str) -> Config:
-    return load_config(None, ["TASK.NAME", "digits", *words], resolve_task)
+def task(*words: str) -> Digits:
+    return Digits(load_config(None, ["TASK.NAME", "digits", *words], resolve_task).cfg)
 
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, TensorDataset]:
-    task = Digits(config().cfg)
-    return {split: task.build_dataset(split) for split in ("train", "val")}
-
-
-def labels(split: TensorDataset) -> torch.Tensor:
-    return split.tensors[1]
+    return {split: task().build_dataset(split) for split in ("train", "val")}
 
 
 def test_sizes_and_shapes(splits: dict[str, TensorDataset]) -> None:
@@ -36,14 +31,12 @@ def test_sizes_and_shapes(splits: dict[str, TensorDataset]) -> None:
 
 def test_stratified(splits: dict[str, TensorDataset]) -> None:
     """Each class has its 20 % in val, to the nearest sample."""
-    train, val = (labels(split).bincount() for split in splits.values())
+    train, val = (split.tensors[1].bincount() for split in splits.values())
     assert len(val) == 10
     assert ((train + val) * 0.2 - val).abs().max() < 1
 
 
 def test_the_splits_are_all_of_the_data_once(splits: dict[str, TensorDataset]) -> None:
-    from sklearn.datasets import load_digits
-
     def rows(images: torch.Tensor, labels: torch.Tensor) -> list[tuple[int, ...]]:
         pixels = ((images * 0.38 + 0.3) * 16).round().long().flatten(1)
         return sorted(map(tuple, torch.cat([pixels, labels[:, None]], 1).tolist()))
@@ -58,35 +51,33 @@ def test_the_splits_are_all_of_the_data_once(splits: dict[str, TensorDataset]) -
 
 def test_the_split_is_fixed(splits: dict[str, TensorDataset]) -> None:
     torch.manual_seed(1)
-    again = Digits(config("SEED", "7").cfg).build_dataset("val")
+    again = task("SEED", "7").build_dataset("val")
     assert torch.equal(again.tensors[0], splits["val"].tensors[0])
-    assert labels(again)[:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
+    assert again.tensors[1][:12].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6]
 
 
 @pytest.mark.parametrize("model", ["convnet", "lenet"])
 def test_steps_of_both_models(splits: dict[str, TensorDataset], model: str) -> None:
-    task = Digits(config("TASK.MODEL", model).cfg)
-    net = task.build_model()
+    digits = task("TASK.MODEL", model)
+    net = digits.build_model()
     batch = splits["val"][torch.arange(6)]
-    trained: dict[str, Any] = task.train_step(net, batch)
+    trained = digits.train_step(net, batch)
     assert {key: value.shape for key, value in trained.items()} == {"loss": (), "accuracy": ()}
     net.eval()
-    tested = task.eval_step(net, batch)
+    tested = digits.eval_step(net, batch)
     averaged = (torch.float32, torch.bool)
-    assert sorted(k for k, v in tested.items() if v.dtype in averaged) == sorted(task.metrics())
+    assert sorted(k for k, v in tested.items() if v.dtype in averaged) == sorted(digits.metrics())
     assert all(value.shape == (6,) for value in tested.values())
-    again = task.train_step(net, batch)
+    again = digits.train_step(net, batch)
     torch.testing.assert_close(tested["loss"].mean(), again["loss"])
     assert tested["accuracy"].float().mean() == again["accuracy"]
 
 
 def test_an_unknown_model_is_told() -> None:
     with pytest.raises(UsageError, match=r"TASK\.MODEL: 'resnet' is none of convnet, lenet"):
-        Digits(config("TASK.MODEL", "resnet").cfg).build_model()
+        task("TASK.MODEL", "resnet").build_model()
 
 
 def test_dropout_is_a_key() -> None:
-    from torch import nn
-
-    task = Digits(config("TASK.DROPOUT", "0.25").cfg)
-    assert [m.p for m in task.build_model().modules() if isinstance(m, nn.Dropout)] == [0.25]
+    net = task("TASK.DROPOUT", "0.25").build_model()
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.25]

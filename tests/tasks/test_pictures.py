@@ -18,16 +18,12 @@ def test_shapes(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert picture(torch.full(shape, torch.nan)).max() == 0
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        torch.zeros(5),
-        torch.zeros((1,) * 5),
-        torch.zeros(2, 4, 5),
-        torch.zeros(0, 3, 4, 5),
-        torch.zeros(4, 5).int(),
-    ],
-)
-def test_what_is_no_image_is_refused(image: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="an image"):
-        picture(image)
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 1, 1, 1), (2, 4, 5), (0, 3, 4, 5)])
+def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="an image has the shape"):
+        picture(torch.zeros(shape))
+
+
+def test_whole_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="an image is uint8"):
+        picture(torch.zeros(4, 5).int())

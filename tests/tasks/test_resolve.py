@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from launcher import Task
 from launcher.errors import UsageError
 from launcher.tasks import BUILTIN, resolve_task
 from launcher.tasks.digits import Digits
@@ -13,8 +15,7 @@ from launcher.tasks.digits import Digits
 GOOD = """\
 from launcher import Task
 
-class {name}(Task):
-    WHERE = {where!r}
+class Mine(Task):
     def build_model(self): ...
     def build_dataset(self, split): ...
     def train_step(self, model, batch): ...
@@ -23,21 +24,27 @@ class {name}(Task):
 
 
 @pytest.fixture(autouse=True)
-def imports() -> Iterator[None]:
-    """Leave sys.path and the modules of a test's own files as they were."""
-    path, modules = list(sys.path), set(sys.modules)
-    yield
-    sys.path[:] = path
-    for name in set(sys.modules) - modules:
+def imports(tmp_path: Path) -> Iterator[None]:
+    """Modules in `tmp_path` can be imported, and are forgotten after the test."""
+    known = set(sys.modules)
+    with patch.object(sys, "path", [str(tmp_path), *sys.path]):
+        yield
+    for name in sys.modules.keys() - known:
         if name.startswith(("my", "neighbour")):
             del sys.modules[name]
 
 
-def write(folder: Path, text: str = "", name: str = "mytask.py", where: str = "") -> Path:
+def write(folder: Path, text: str = GOOD, name: str = "mytask.py") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text(text or GOOD.format(name="Mine", where=where), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
+
+
+def folder_of(task: type[Task] | None) -> str:
+    """Where the task's code stands."""
+    assert task is not None
+    return Path(task.train_step.__code__.co_filename).parent.name
 
 
 def refusal(name: str, *search: Path) -> str:
@@ -55,7 +62,6 @@ def test_built_in(builtin_only: bool) -> None:
 @pytest.mark.parametrize("name", ["mytask.py:Mine", "mytask:Mine", "mytask.py:Absent", "", "digit"])
 def test_builtin_only_imports_nothing_else(tmp_path: Path, name: str) -> None:
     write(tmp_path, "raise SystemExit('imported')")
-    sys.path.insert(0, str(tmp_path))
     assert resolve_task(name, [tmp_path], builtin_only=True) is None
     assert "mytask" not in sys.modules
 
@@ -64,15 +70,13 @@ def test_builtin_only_imports_nothing_else(tmp_path: Path, name: str) -> None:
 def test_module(tmp_path: Path, name: str) -> None:
     module = name.partition(":")[0]
     write(tmp_path / Path(*module.split(".")[:-1]))
-    sys.path.insert(0, str(tmp_path))
     task = resolve_task(name, [])
     assert task is not None and task.__module__ == module
 
 
 def test_file_and_its_neighbours(tmp_path: Path) -> None:
     write(tmp_path / "src", "VALUE = 3", "neighbour.py")
-    text = "from neighbour import VALUE\n" + GOOD.format(name="Mine", where="here")
-    write(tmp_path / "src", text)
+    write(tmp_path / "src", "from neighbour import VALUE\n" + GOOD)
     task = resolve_task("src/mytask.py:Mine", [tmp_path])
     assert task is not None
     # Loader workers that are not forked find the class by its module's name.
@@ -83,17 +87,16 @@ def test_file_and_its_neighbours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("written", "found"), [("ab", "a"), ("b", "b"), ("a", "a")])
 def test_folders_are_searched_in_order(tmp_path: Path, written: str, found: str) -> None:
     for folder in written:
-        write(tmp_path / folder, where=folder)
-    task = resolve_task("mytask.py:Mine", [tmp_path / "a", tmp_path / "b"])
-    assert task is not None and vars(task)["WHERE"] == found
+        write(tmp_path / folder)
+    assert folder_of(resolve_task("mytask.py:Mine", [tmp_path / "a", tmp_path / "b"])) == found
 
 
-def test_two_files_of_one_name_are_two_tasks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["{folder}/mytask.py:Mine", "{tmp_path}/{folder}/mytask.py:Mine"])
+def test_two_files_of_one_name_are_two_tasks(tmp_path: Path, name: str) -> None:
     for folder in "ab":
-        write(tmp_path / folder, where=folder)
-    for path in ("{}/mytask.py:Mine", f"{tmp_path}/{{}}/mytask.py:Mine"):
-        found = [resolve_task(path.format(folder), [tmp_path]) for folder in "ab"]
-        assert [vars(task)["WHERE"] for task in found] == ["a", "b"]
+        write(tmp_path / folder)
+    names = [name.format(tmp_path=tmp_path, folder=folder) for folder in "ab"]
+    assert [folder_of(resolve_task(name, [tmp_path])) for name in names] == ["a", "b"]
 
 
 def test_missing_file_names_where_it_was_sought(tmp_path: Path) -> None:
@@ -117,11 +120,10 @@ def test_the_users_mistake_and_its_line_are_told(
     tmp_path: Path, form: str, text: str, told: str
 ) -> None:
     path = write(tmp_path, text)
-    sys.path.insert(0, str(tmp_path))
     message = refusal(form, tmp_path)
     assert told.format(path=path) in message
     assert "mytask" not in sys.modules
-    path.write_text(GOOD.format(name="Mine", where=""))
+    path.write_text(GOOD)
     assert resolve_task("mytask.py:Mine", [tmp_path]) is not None
 
 
@@ -131,45 +133,37 @@ def test_a_mistake_in_a_neighbour_names_the_line_that_imports_it(tmp_path: Path)
     assert f"{path}:2: ZeroDivisionError" in refusal("mytask.py:Mine", tmp_path)
 
 
-@pytest.mark.parametrize("module", ["mynothing", "mynothing.inner"])
-def test_a_module_that_is_not_there(module: str) -> None:
-    assert f"there is no module {module}" in refusal(f"{module}:Mine")
-
-
 def test_a_module_whose_missing_import_begins_its_own_name(tmp_path: Path) -> None:
     """`mylib_task` is there; `mylib`, which it imports, is not."""
     write(tmp_path, "import mylib\n", "mylib_task.py")
-    sys.path.insert(0, str(tmp_path))
     message = refusal("mylib_task:Mine")
     assert "No module named 'mylib'" in message and "mylib_task.py:1" in message
 
 
-@pytest.mark.parametrize(
-    ("class_name", "hint"), [("Mime", " (did you mean Mine?)"), ("Zebra", ""), ("WHERE", "")]
-)
-def test_a_missing_class_is_told_with_the_nearest(
-    tmp_path: Path, class_name: str, hint: str
-) -> None:
-    write(tmp_path, GOOD.format(name="Mine", where="") + "WHERE = 3\n")
-    message = refusal(f"mytask.py:{class_name}", tmp_path)
-    assert message == f"mytask.py has no class {class_name}{hint}"
-
-
+LACKS = "mytask.py:Mine is no task: it lacks"
 METHODS = "build_model, build_dataset, train_step, eval_step"
 
 
 @pytest.mark.parametrize(
-    ("text", "lacking"),
+    ("name", "text", "told"),
     [
-        ("from launcher import Task\nclass Mine(Task): pass\n", METHODS),
-        ("class Mine: pass\n", METHODS),
-        (GOOD.format(name="Mine", where="").replace("eval_step", "evaluate"), "eval_step"),
+        ("mytask.py:Mime", GOOD, "mytask.py has no class Mime (did you mean Mine?)"),
+        ("mytask.py:Zebra", GOOD, "mytask.py has no class Zebra"),
+        ("mytask.py:VALUE", GOOD + "VALUE = 3", "mytask.py has no class VALUE"),
+        ("mynothing:Mine", GOOD, "there is no module mynothing (install it, or set PYTHONPATH)"),
+        ("my.inner:Mine", GOOD, "there is no module my.inner (install it, or set PYTHONPATH)"),
+        ("mytask.py:Mine", GOOD.replace("eval_step", "evaluate"), f"{LACKS} eval_step"),
+        ("mytask.py:Mine", "class Mine: pass", f"{LACKS} {METHODS}"),
+        (
+            "mytask.py:Mine",
+            "import launcher\nclass Mine(launcher.Task): pass",
+            f"{LACKS} {METHODS}",
+        ),
     ],
 )
-def test_missing_methods_are_named(tmp_path: Path, text: str, lacking: str) -> None:
+def test_what_is_missing_is_told(tmp_path: Path, name: str, text: str, told: str) -> None:
     write(tmp_path, text)
-    message = refusal("mytask.py:Mine", tmp_path)
-    assert message == f"mytask.py:Mine is no task: it lacks {lacking}"
+    assert refusal(name, tmp_path) == told
 
 
 @pytest.mark.parametrize("name", ["", "digit", "mytask.py", "mytask", ":Mine", "mytask:", "a b"])

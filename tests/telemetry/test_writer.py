@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from launcher.telemetry.media import Media, OnHost
 from launcher.telemetry.sinks import Record, Sink
 from launcher.telemetry.writer import RECORD_BYTES, TOGETHER, Writer
+from tests.waiting import wait_until
 
 
 class Kept(Sink):
@@ -31,23 +33,10 @@ class Kept(Sink):
         if self.fails:
             self.fails -= 1
             raise self.error
-        self.got += [item.value if isinstance(item, Media) else item["step"] for item in items]
+        self.got += items
 
     def close(self, completed: bool) -> None:
         self.got.append("completed" if completed else "closed")
-
-
-class History:
-    def __init__(self, fails: int = 0) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.fails = fails
-
-    def __call__(self, event: str, step: int, **details: Any) -> bool:
-        if self.fails:
-            self.fails -= 1
-            return False
-        self.lines.append({"event": event, "step": step, **details})
-        return True
 
 
 made: list[tuple[Writer, tuple[Kept, ...]]] = []
@@ -63,111 +52,98 @@ def ended() -> Iterator[None]:
         writer.close()
 
 
-def start(*sinks: Kept, history: Any = None, open: Any = None, **options: Any) -> Writer:
-    made.append((Writer(**options), sinks))
-    made[-1][0].open(sinks, history or History(), **(open or {}))
-    return made[-1][0]
+def start(*sinks: Kept, writer: Writer | None = None, history: Any = None, **more: Any) -> Writer:
+    """Open a writer; by default its history can be written."""
+    writer = writer or Writer()
+    made.append((writer, sinks))
+    writer.open(sinks, history or Mock(return_value=True), **more)
+    return writer
+
+
+def stuck(sink: Kept, **options: float) -> Writer:
+    """A writer whose thread stands still in this sink, with record 0."""
+    sink.gate.clear()
+    writer = start(sink, writer=Writer(**options))
+    writer.write(record(0))
+    assert sink.entered.wait(60)
+    return writer
 
 
 def record(step: int) -> Record:
     return {"step": step, "epoch": 0, "samples": 0, "time": 1.0}
 
 
+def records(*steps: int) -> list[Record]:
+    return [record(step) for step in steps]
+
+
 def text(content: str) -> Media:
     return Media("text", ["note"], content, 0)
 
 
-def stuck(sink: Kept, **options: Any) -> Writer:
-    """A writer whose thread stands still in this sink, with record 0."""
-    sink.gate.clear()
-    writer = start(sink, **options)
-    writer.write(record(0))
-    assert sink.entered.wait(60)
-    return writer
-
-
 def test_everything_reaches_every_sink_in_order() -> None:
-    one, two = Kept(), Kept()
+    one, two, shown = Kept(), Kept(), list[Any]()
     writer = start(one, two)
-    for step in range(1, 100, 2):
-        writer.write(record(step))
-        writer.show(text(f"after {step}"))
+    for step in range(50):
+        shown += [record(step), text(f"after {step}")]
+        writer.write(shown[-2])
+        writer.show(shown[-1])
     assert writer.flush()
-    expected = [x for step in range(1, 100, 2) for x in (step, f"after {step}")]
-    assert one.got == two.got == expected
+    assert one.got == two.got == shown
     writer.close(completed=True)
-    assert one.got == [*expected, "completed"]
+    assert one.got == [*shown, "completed"]
 
 
-def test_what_a_stuck_sink_gets_is_written_later_and_nobody_waits() -> None:
-    """The sink stands still while all of this is recorded: were a call to wait for it, the test
-    would not come to its end."""
-    sink = Kept()
-    writer = stuck(sink)
-    for step in range(1, 1000):
-        writer.write(record(step))
-    assert sink.got == []
-    sink.gate.set()
-    assert writer.flush()
-    assert sink.got == list(range(1000))
-
-
-def test_a_checkpoint_waits_for_a_stuck_sink_only_so_long() -> None:
+def test_what_a_stuck_sink_gets_is_written_later_part_by_part_and_nobody_waits() -> None:
+    """But a checkpoint, for so long. What was written is not tried again."""
     sink = Kept()
     writer = stuck(sink, flush_s=0.05)
-    assert writer.flush() is False
+    for step in range(1, 1000):
+        writer.write(record(step))
+    assert writer.flush() is False and sink.got == []
+    sink.fails = 2
     sink.gate.set()
-    assert any(writer.flush() for _ in range(1000))
+    wait_until(writer.flush)
+    assert sink.got == records(*range(1000)) and sink.most == TOGETHER
 
 
 def test_a_failure_and_its_end_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     """The history is on the same full disk: it is told when that has room again."""
     caplog.set_level(logging.INFO, "launcher")
-    bad, good, history = Kept("bad"), Kept("good"), History(fails=3)
+    bad, good = Kept("bad"), Kept("good")
+    history = Mock(side_effect=[False, False, False, True, True])
     writer = start(bad, good, history=history)
     for step in range(1, 8):
         bad.fails = 10**6 if step in (1, 2, 3, 5) else 0
         writer.write(record(step))
         assert writer.flush() is (bad.fails == 0)
-    assert good.got == bad.got == list(range(1, 8))
+    assert good.got == bad.got == records(*range(1, 8))
     writer.close()
+    reason = "OSError: [Errno 28] No space left on device"
     (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert "bad cannot be written: OSError: [Errno 28]" in warning
+    assert f"bad cannot be written: {reason}" in warning
     assert caplog.messages.count("bad is written again") == 1
-    failed, recovered = history.lines
-    assert (failed["event"], failed["sink"], failed["step"]) == ("sink", "bad", 1)
-    assert "No space left" in failed["failed"]
-    assert (recovered["event"], recovered["sink"]) == ("sink", "bad") and recovered["recovered"]
+    failed = call("sink", step=1, sink="bad", failed=reason)
+    assert history.mock_calls == [failed] * 4 + [call("sink", step=1, sink="bad", recovered=True)]
 
 
 def test_what_failed_is_tried_again_without_anything_new() -> None:
     sink = Kept(fails=1)
-    writer, beats = start(sink), threading.Event()
-    writer.write(record(1))
-    for _ in range(600):
-        if sink.got:
-            break
-        beats.wait(0.1)
-    assert sink.got == [1]
-
-
-def test_only_what_a_checkpoint_needs_holds_it_up() -> None:
-    writer = start(Kept(), Kept("TensorBoard", essential=False, fails=100))
-    writer.write(record(1))
-    assert writer.flush() is True
+    start(sink).write(record(1))
+    wait_until(lambda: sink.got == [record(1)])
 
 
 def test_a_sink_that_no_checkpoint_needs_costs_no_record() -> None:
     """It fails for so long that more waits for it than may wait."""
     needed, extra = Kept(), Kept("TensorBoard", essential=False, fails=10**6)
-    writer = start(needed, extra, limit=8 * RECORD_BYTES)
+    writer = start(needed, extra, writer=Writer(limit=8 * RECORD_BYTES))
     for step in range(100):
         writer.write(record(step))
-        assert writer.flush()
-    assert needed.got == list(range(100)) and not writer.lost
+        assert writer.flush() is True
+    assert needed.got == records(*range(100)) and not writer.lost
     extra.fails = 0
     writer.write(record(100))
-    assert writer.flush() and len(extra.got) < 8 and extra.got[-1] == 100
+    assert writer.flush() and len(extra.got) < 8 and extra.got[-1] == record(100)
 
 
 @pytest.mark.parametrize("essential", [False, True])
@@ -180,21 +156,8 @@ def test_a_sink_with_a_bug_ends_nothing(essential: bool, caplog: pytest.LogCaptu
         bad.fails = 10**6 if step < 2 else 0
         writer.write(record(step))
         assert writer.flush() is not essential
-    assert (good.got, bad.got) == ([0, 1, 2, 3, 4], [2, 3, 4])
+    assert (good.got, bad.got) == (records(0, 1, 2, 3, 4), records(2, 3, 4))
     assert sum("TypeError: a bug" in r.message for r in caplog.records) == 1
-
-
-def test_a_try_to_write_costs_no_more_than_a_part() -> None:
-    """And what was written is not tried again."""
-    sink = Kept()
-    writer = stuck(sink)
-    for step in range(1, 3 * TOGETHER):
-        writer.write(record(step))
-    sink.fails = 2
-    sink.gate.set()
-    while not writer.flush():
-        pass
-    assert sink.got == [*range(3 * TOGETHER)] and sink.most == TOGETHER
 
 
 def test_pictures_are_left_out_before_records_are(caplog: pytest.LogCaptureFixture) -> None:
@@ -207,8 +170,7 @@ def test_pictures_are_left_out_before_records_are(caplog: pytest.LogCaptureFixtu
         writer.write(record(step))
     sink.gate.set()
     assert writer.flush()  # every record is there, so a checkpoint may follow
-    assert [x for x in sink.got if isinstance(x, int)] == list(range(10))
-    assert sum(x is big.value for x in sink.got) == 1
+    assert sink.got == [record(0), big, *records(*range(1, 10))]
     writer.close()
     assert "4 pictures, histograms and texts were left out" in caplog.text
 
@@ -219,47 +181,31 @@ def test_after_a_lost_record_no_checkpoint_follows() -> None:
     for step in range(1, 10):
         writer.write(record(step))
     sink.gate.set()
-    assert writer.flush() is False
-    assert sink.got == [0, 1, 2]
+    assert writer.flush() is False and sink.got == records(0, 1, 2)
     writer.write(record(10))
-    assert writer.flush() is False and sink.got[-1] == 10
-
-
-class Whole(Kept):
-    def write(self, items: Sequence[Record | Media]) -> None:
-        self.got += items
+    assert writer.flush() is False and sink.got[-1] == record(10)
 
 
 @pytest.mark.parametrize("error", [None, OSError("gone")])
 def test_records_of_the_training_get_system_figures(error: Exception | None) -> None:
-    def figures() -> dict[str, float]:
-        if error is not None:
-            raise error
-        return {"system/x": 1.0}
-
-    sink = Whole()
-    writer = start(sink, open={"complete": figures})
-    training, evaluation = {**record(1), "perf/step_s": 0.1}, record(1)
-    writer.write(training)
-    writer.write(evaluation)
+    sink = Kept()
+    figures = Mock(return_value={"system/x": 1.0}, side_effect=error)
+    writer = start(sink, complete=figures)
+    training = {**record(1), "perf/step_s": 0.1}
+    writer.write(dict(training))
+    writer.write(record(1))
     assert writer.flush()
-    assert sink.got == [training if error else {**training, "system/x": 1.0}, evaluation]
+    assert sink.got == [{**training, **({} if error else {"system/x": 1.0})}, record(1)]
 
 
 def test_it_beats_when_nothing_is_written_also_after_an_error() -> None:
-    beats = threading.Semaphore(0)
-
-    def beat() -> None:
-        beats.release()
-        raise OSError("a stalled mount")
-
-    start(open={"beat": beat})
-    assert all(beats.acquire(timeout=60) for _ in range(2))
+    beat = Mock(side_effect=OSError("a stalled mount"))
+    start(beat=beat)
+    wait_until(lambda: beat.call_count >= 2)
 
 
 def test_close_comes_to_an_end_beside_a_stuck_sink(caplog: pytest.LogCaptureFixture) -> None:
-    sink = Kept()
-    writer = stuck(sink, close_s=0.05)
+    writer = stuck(Kept(), close_s=0.05)
     writer.close()
     writer.close()
     assert "a sink is stuck" in caplog.text
