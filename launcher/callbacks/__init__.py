@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from launcher.config import CfgNode
     from launcher.data.splits import Data
     from launcher.runtime.process import Runtime
+    from launcher.telemetry.logs import ConsoleHandler
     from launcher.telemetry.recorder import Recorder
     from launcher.telemetry.sinks import Sink
 
@@ -73,6 +74,7 @@ class Run:
     data: Data
     runtime: Runtime  # device, rank, world size
     directory: Path
+    console: ConsoleHandler | None = None  # the log's, where the launcher has set that up
 
     @property
     def progress(self) -> Progress:
@@ -192,9 +194,10 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
     """
     from launcher.callbacks.data_advice import DataAdvice
     from launcher.callbacks.disk_space import DiskSpace
+    from launcher.callbacks.log_lines import LogLines
     from launcher.callbacks.system import SystemFigures
 
-    classes: list[type] = [DataAdvice, DiskSpace, SystemFigures]
+    classes: list[type] = [LogLines, DataAdvice, DiskSpace, SystemFigures]
     if runtime.distributed:
         from launcher.callbacks.stragglers import Stragglers
 

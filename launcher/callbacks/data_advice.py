@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from launcher.callbacks import Run
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # Share of the time since the last record, and the least such time in seconds.
 WAITS, LEAST_S = 0.2, 1.0
 

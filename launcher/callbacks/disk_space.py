@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 
 from launcher.callbacks import Run
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class DiskSpace:

@@ -24,7 +24,7 @@ class ProgressBar:
         self.run = run
 
     def sink(self) -> Sink:
-        return Bar(self.run.data.total_steps, self.run.progress.step)
+        return Bar(self.run.data.total_steps, self.run.progress.step, self.run.console)
 
 
 class Bar(Sink):
@@ -37,8 +37,8 @@ class Bar(Sink):
 
     name = "the progress bar"
 
-    def __init__(self, total_steps: int, step: int) -> None:
-        """`step` of `total_steps` are done."""
+    def __init__(self, total_steps: int, step: int, log: ConsoleHandler | None) -> None:
+        """`step` of `total_steps` are done; `log` has the log's lines on the console."""
         console = Console(stderr=True, soft_wrap=True)
         self.bar = Progress(
             "step",
@@ -54,11 +54,10 @@ class Bar(Sink):
         self.task = self.bar.add_task("train", total=total_steps, completed=step, values="")
         self.bar.start()
         above: Any = FileProxy(console, sys.stderr)
-        handlers = logging.getLogger().handlers
-        # Each handler of the console's, and the stream that it had.
-        self.below = [(h, h.setStream(above)) for h in handlers if isinstance(h, ConsoleHandler)]
-        for handler, _ in self.below:
-            handler.addFilter(_is_no_training)
+        self.log = log
+        if log is not None:
+            self.stream = log.setStream(above)
+            log.addFilter(_is_no_training)
 
     def write(self, items: Sequence[Record | Media]) -> None:
         for record in items:
@@ -71,9 +70,9 @@ class Bar(Sink):
 
     def close(self, completed: bool) -> None:
         self.bar.stop()
-        for handler, stream in self.below:
-            handler.removeFilter(_is_no_training)
-            handler.setStream(stream)
+        if self.log is not None:
+            self.log.removeFilter(_is_no_training)
+            self.log.setStream(self.stream)
 
 
 def _is_no_training(line: logging.LogRecord) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import time
@@ -12,8 +11,9 @@ from collections.abc import Mapping
 import psutil
 
 from launcher.callbacks import Run
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 STEPS = 2  # that the ranks may still take, to agree on the stop
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
 from collections import deque
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from launcher.callbacks import Run
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # How much longer than the median rank's a rank's own part is when people are warned, once.
 SLOW = 1.5
 # How many ranks a log line names, slowest first.

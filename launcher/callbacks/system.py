@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import time
 
@@ -11,8 +10,9 @@ import psutil
 import torch
 
 from launcher.callbacks import Run
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 GIB = 1 << 30
 
 

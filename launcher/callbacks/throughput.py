@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from launcher.callbacks import Run
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # Peak TFLOP/s without sparsity in 16 bits, TF32 and FP32, from the makers' data sheets. The first
 # name that is part of the device's, as whole words, counts.
 PEAKS = {

@@ -8,7 +8,6 @@ touched for the first time costs more than the copy.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +17,10 @@ import torch
 
 from launcher.checkpoint.store import CheckpointStore
 from launcher.errors import RunError
+from launcher.log import get_logger
 from launcher.runtime.nest import map_tensors
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Saver:

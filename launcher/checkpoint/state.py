@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Collection
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from launcher.callbacks import Callbacks
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
+from launcher.log import get_logger
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
@@ -25,7 +25,7 @@ from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

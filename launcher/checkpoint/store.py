@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import math
 import os
 import re
@@ -21,8 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from launcher.config import CfgNode, parse_duration
 from launcher.errors import RunError
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 REPLACED = ".tmp_replaced_"
 STATE, MANIFEST = "state.pt", "manifest.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import tempfile
@@ -13,12 +12,13 @@ from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
 from launcher.errors import RunError, UsageError
 from launcher.guard.stop import STOPPED, Signals
+from launcher.log import get_logger
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology, read_topology
 from launcher.tasks import resolve_task
 from launcher.telemetry.rundir import RunDirectory
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 from launcher.data.order import keys, mix
 from launcher.data.plan import Request
 from launcher.errors import RunError, UsageError
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 Collate = Callable[[list[Any]], Any]
 
 

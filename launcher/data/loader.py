@@ -5,7 +5,6 @@ One iterator serves an attempt: epochs are part of the requests, so workers live
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 from collections import deque
@@ -18,10 +17,11 @@ from torch.utils.data import DataLoader
 
 from launcher.data.plan import Request
 from launcher.errors import RunError, UsageError
+from launcher.log import get_logger
 from launcher.runtime.memory import oom_kills
 from launcher.runtime.nest import map_tensors
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def load(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import time
 from collections import deque
@@ -22,12 +21,13 @@ from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
 from launcher.data.sizing import LoaderSize, size_loader
 from launcher.errors import UsageError
+from launcher.log import get_logger
 from launcher.runtime.cpu import threads_set_by_user
 from launcher.runtime.memory import memory_budget
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import in_steps
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # In global batches, how often a stream's state is taken along; a resume reads forward from there.
 STATE_EVERY = 32
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 from launcher.checkpoint.saver import Saver
@@ -13,10 +12,11 @@ from launcher.engine.step import TrainStep
 from launcher.engine.timing import Timing
 from launcher.errors import RunError
 from launcher.guard.guard import Guard
+from launcher.log import get_logger
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Loop:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import yaml
 from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint, Found, load_file
 from launcher.config import CfgNode, flatten
 from launcher.errors import RunError, UsageError
+from launcher.log import get_logger
 from launcher.runtime.process import Runtime
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # As it is allowed: the order of a data set of another length is another.
 DATA = "DATASET_LENGTH"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +29,18 @@ from launcher.engine.resume import check_changes, choose_checkpoint, find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
 from launcher.guard.guard import Guard
+from launcher.log import get_logger
 from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
 from launcher.tasks import make_task
 from launcher.telemetry.environment import describe, this_rank
-from launcher.telemetry.logs import LogLines, Logs
+from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory, replace_json
 from launcher.telemetry.sinks import JsonLines, strict
 from launcher.telemetry.writer import Writer
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     recorder = Recorder(runtime, guard.progress, writer)
     task = make_task(job.task_class, cfg, recorder)
     data = Data(cfg, task, runtime, guard.enter)
-    state = build_state(job, task, data, recorder, runtime)
+    state = build_state(job, task, data, recorder, runtime, logs.console)
     plan, progress = data.train_plan, state.progress
     guard.agree(
         {
@@ -128,7 +128,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             if error is None:
                 state.callbacks.call("on_saved", seconds)
 
-        sinks = [JsonLines(directory.metrics), LogLines(), *state.callbacks.sinks()]
+        sinks = [JsonLines(directory.metrics), *state.callbacks.sinks()]
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
         saver = Saver(store, saved)
     completed = False
@@ -149,7 +149,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
 
 
 def build_state(
-    job: Job, task: Any, data: Data, recorder: Recorder, runtime: Runtime
+    job: Job, task: Any, data: Data, recorder: Recorder, runtime: Runtime, console: Any = None
 ) -> TrainingState:
     """The model, its optimiser and all else that a checkpoint holds, fresh."""
     cfg, ema = job.cfg, None
@@ -160,7 +160,7 @@ def build_state(
         ema.eval()
     # CUDA and CPU both have a scaler; it is off, and costs nothing, except in fp16.
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
-    view = Run(cfg, task, model, optimizer, recorder, data, runtime, job.directory.path)
+    view = Run(cfg, task, model, optimizer, recorder, data, runtime, job.directory.path, console)
     callbacks = Callbacks(
         [
             *(made(view) for made in shipped(cfg, task, runtime)),

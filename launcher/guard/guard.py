@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import logging
 import os
 import signal
 import threading
@@ -36,6 +35,7 @@ from launcher.guard.board import Board, Unreachable
 from launcher.guard.failure import Failure, describe, lost_connection, show, tell_torchrun
 from launcher.guard.hang import ALONE, Beat, judge, process_state, stacks
 from launcher.guard.members import compare, introduce
+from launcher.log import get_logger
 from launcher.runtime import process
 from launcher.runtime.member import Member
 from launcher.runtime.memory import memory_budget, oom_kills
@@ -44,7 +44,7 @@ from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
 from launcher.telemetry.rundir import RunDirectory
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 TICK_S, BEAT_S = 0.5, 1.0
 SILENT_S = 3.0  # a rank that posts nothing for so long gives no sign of life
 GRACE_S = 10.0  # before the ranks have met, joining raises earlier, with better words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from torch import nn
 
 from launcher.checkpoint.store import DamagedCheckpoint, load_file
 from launcher.errors import UsageError
+from launcher.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # What wrappers put before the names of weights, and where files keep them.
 PREFIXES = ("module.", "_orig_mod.", "model.")
 NESTED = ("model", "state_dict", "model_state", "model_state_dict")

@@ -1,4 +1,4 @@
-"""Python logging: rank 0 on the console, every rank in a file of its own; and a line a record."""
+"""Python logging: rank 0 on the console, every rank in a file of its own."""
 
 from __future__ import annotations
 
@@ -9,18 +9,15 @@ import mmap
 import os
 import sys
 import threading
+import warnings
 from collections import deque
-from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from launcher.log import console_of, consoles, get_logger, shown_on, wrapped
 from launcher.runtime.topology import Topology
-from launcher.telemetry.media import Media
-from launcher.telemetry.rundir import POSITION
-from launcher.telemetry.sinks import Record, Sink
 
-logger = logging.getLogger("launcher")
+logger = get_logger("launcher")
 TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 COLOURS = {logging.WARNING: "33", logging.ERROR: "31", logging.CRITICAL: "1;31"}
 EARLY = 10_000  # lines that wait for the file
@@ -41,6 +38,8 @@ class Logs:
         """`level` is that of the launcher and of the user's `own_modules`; libraries keep theirs.
         `form`, `file_mb` and `files_kept` are LOG.FORMAT, LOG.FILE_MB and LOG.FILES_KEPT."""
         self.name = f"rank{topology.rank}.log"
+        self.least = logging.NOTSET if topology.is_main else logging.ERROR  # on the console
+        self.undo = contextlib.ExitStack()
         self.levels = dict.fromkeys(["launcher", *own_modules], level)
         self.console = ConsoleHandler()
         # Rank 0 speaks for all; what goes wrong elsewhere is heard with its rank.
@@ -52,13 +51,50 @@ class Logs:
         self.file.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(TEXT))
 
     def __enter__(self) -> Logs:
-        for handler in (self.console, self.file):
-            logging.getLogger().addHandler(handler)
+        # No handler of ours is on a logger: there basicConfig and logging.config would take it
+        # away, and basicConfig would do nothing because of it.
+        enter = self.undo.enter_context
+        enter(wrapped(logging.Logger, "callHandlers", self._line))
+        enter(wrapped(logging.Handler, "handle", self._handle))
+        enter(wrapped(threading, "excepthook", _log_thread))
+        # logging.warning() and its like ask, without options, for a console: there is one.
+        enter(wrapped(logging, "basicConfig", lambda basic, **how: basic(**how) if how else None))
         for name, level in self.levels.items():
-            logging.getLogger(name).setLevel(level)
+            if (logger := logging.getLogger(name)).level == logging.NOTSET:
+                logger.setLevel(level)
+                self.undo.callback(logger.setLevel, logging.NOTSET)
+        warned, warn = logging.getLogger("py.warnings"), warnings.showwarning
+        self.undo.callback(setattr, warned, "__class__", type(warned))
+        get_logger("py.warnings")
         logging.captureWarnings(True)
-        self.hook, threading.excepthook = threading.excepthook, _log_thread
+        if warnings.showwarning is not warn:
+            self.undo.callback(logging.captureWarnings, False)
         return self
+
+    def _line(self, others: Any, logger: logging.Logger, record: logging.LogRecord) -> None:
+        """A line in the file, to the handlers of others, and on the console if none shows it."""
+        shown = shown_on(record)  # before a handler copies the record, for a queue, say
+        self.file.handle(record)
+        others(logger, record)
+        thread, everywhere = threading.get_ident(), dict.fromkeys(consoles())
+        hidden = getattr(record, "file_only", False) or any(x != thread for x in shown.values())
+        if not hidden and record.levelno >= self.console.level:
+            shown.update(everywhere)
+            self.console.handle(record)
+
+    def _handle(self, handle: Any, handler: logging.Handler, record: logging.LogRecord) -> Any:
+        """What a handler does with a line: nothing, where that would put it on the console and it
+        is ours, or stands there, or is less than an error of another rank."""
+        console = console_of(handler)
+        if console is None or isinstance(handler, ConsoleHandler):
+            return handle(handler, record)
+        ours = f"{record.name}.".startswith("launcher.") or handler is logging.lastResort
+        shown, thread = shown_on(record), threading.get_ident()
+        if ours or record.levelno < self.least or shown.setdefault(console, thread) != thread:
+            return False
+        if passed := handle(handler, record):
+            shown[console] = None
+        return passed
 
     def open(self, directory: Path) -> None:
         """Start rank<K>.log in this directory with the lines logged so far."""
@@ -66,11 +102,7 @@ class Logs:
         self.file.open(directory / self.name)
 
     def __exit__(self, *_: object) -> None:
-        for handler in (self.console, self.file):
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-        logging.captureWarnings(False)
-        threading.excepthook = self.hook
+        self.undo.close()
 
 
 class ConsoleHandler(logging.StreamHandler):
@@ -81,8 +113,6 @@ class ConsoleHandler(logging.StreamHandler):
         self.pid = os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "file_only", False):
-            return
         if os.getpid() == self.pid:
             super().emit(record)
             return
@@ -154,43 +184,13 @@ class JsonFormatter(logging.Formatter):
     """A line of strict JSON a log record: time, level, logger, message, and exception."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
-            "time": record.created,
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        entry: dict[str, Any] = {"time": record.created, "level": record.levelname}
+        entry |= {"logger": record.name, "message": record.getMessage()}
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
 
 
-def _log_thread(args: threading.ExceptHookArgs) -> None:
-    if args.exc_value is not None:
-        name = args.thread.name if args.thread else "?"
-        trace = (args.exc_type, args.exc_value, args.exc_traceback)
-        logger.critical("uncaught exception in thread %s", name, exc_info=trace)
-
-
-class LogLines(Sink):
-    """A line a record in the log."""
-
-    name = "the log"
-
-    def write(self, items: Sequence[Record | Media]) -> None:
-        for record in items:
-            if isinstance(record, dict):
-                # A progress bar shows these; evaluations deserve a line above it too.
-                logger.info(summary(record), extra={"training": "train/loss" in record})
-
-
-def summary(record: Record) -> str:
-    """One line of a record: `step 20  epoch 1  loss 1.234  ...  eta 0:03:20`, system figures left
-    out."""
-    parts = [f"step {record['step']}", f"epoch {record['epoch']}"]
-    for key, value in record.items():
-        if key not in POSITION and not key.startswith("system/") and key != "perf/eta_s":
-            parts.append(f"{key.removeprefix('train/')} {value:.4g}")
-    if "perf/eta_s" in record:
-        parts.append(f"eta {timedelta(seconds=round(record['perf/eta_s']))}")
-    return "  ".join(parts)
+def _log_thread(hook: Any, args: threading.ExceptHookArgs) -> None:
+    name = args.thread.name if args.thread else "?"
+    logger.critical("uncaught exception in thread %s", name, exc_info=args.exc_value)

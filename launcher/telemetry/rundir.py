@@ -6,7 +6,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import logging
 import os
 import threading
 import time
@@ -17,10 +16,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from launcher.errors import UsageError
+from launcher.log import get_logger
 from launcher.runtime.member import Member
 from launcher.telemetry.sinks import AppendFile, lines
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # Fields of a record in metrics.jsonl that are no metrics.
 POSITION = ("step", "epoch", "samples", "time")
 BEAT_S = 10.0  # between signs of life in status.json

@@ -1,7 +1,4 @@
-"""What a sink is, metrics.jsonl, and a file that grows by whole pieces. Imports no torch.
-
-The other sinks are in telemetry/logs.py and callbacks/tensorboard.py.
-"""
+"""What a sink is, metrics.jsonl, and a file that grows by whole pieces. Imports no torch."""
 
 from __future__ import annotations
 

@@ -5,17 +5,17 @@ training. Everything waits in one buffer, in the order it was recorded, until ev
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.log import get_logger
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import Record, Sink
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 # What may wait in memory: at 20 values a record that is 60,000 of them. Media take a part of it.
 LIMIT, MEDIA_PART = 256 << 20, 0.25
 RECORD_BYTES = 4096  # about what a record takes in memory

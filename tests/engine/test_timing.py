@@ -3,7 +3,6 @@
 import pytest
 
 from launcher.engine.timing import Timing
-from launcher.telemetry.logs import summary
 
 
 def test_evaluations_and_saves_are_in_the_time_to_the_end_alone() -> None:
@@ -23,11 +22,3 @@ def test_evaluations_and_saves_are_in_the_time_to_the_end_alone() -> None:
         "perf/samples_per_s": 0.0,
         "perf/eta_s": 0.0,
     }
-
-
-@pytest.mark.parametrize(
-    ("seconds", "read"), [(0, "0:00:00"), (60.6, "0:01:01"), (90061, "1 day, 1:01:01")]
-)
-def test_eta_is_read_as_a_time(seconds: float, read: str) -> None:
-    record = {"step": 1, "epoch": 0, "perf/eta_s": seconds}
-    assert summary(record) == f"step 1  epoch 0  eta {read}"

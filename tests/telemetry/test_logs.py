@@ -108,7 +108,8 @@ def test_the_end_puts_everything_back(
     """Also a hook that was not Python's own: a notebook, a debugger and pytest have theirs."""
 
     def state() -> list[Any]:
-        return [list(logging.getLogger().handlers), threading.excepthook, warnings.showwarning]
+        ours = logging.Logger.callHandlers, logging.Handler.handle
+        return [*ours, threading.excepthook, warnings.showwarning]
 
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     before = state()

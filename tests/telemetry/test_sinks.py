@@ -1,7 +1,6 @@
-"""Sinks: strict JSON a line, a line for people, and a file that grows by whole pieces."""
+"""Sinks: strict JSON a line, and a file that grows by whole pieces."""
 
 import errno
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launcher.telemetry.logs import LogLines
 from launcher.telemetry.media import Media
 from launcher.telemetry.sinks import AppendFile, JsonLines
 from tests.system.jobs import json_lines, strict_json
@@ -50,14 +48,6 @@ def test_an_attempt_appends_its_records_alone(tmp_path: Path) -> None:
         sink.write([NOTE])
         sink.close(False)
     assert json_lines(path) == found == RECORDS
-
-
-def test_console_line_a_record_without_system_figures(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "launcher")
-    record = {**RECORDS[0], "val/accuracy": 0.98765, "system/rss_gib": 1.0}
-    LogLines().write([record, NOTE])
-    told = "step 1  epoch 0  loss 0.1  val/größe 0.3333  val/accuracy 0.9877"
-    assert caplog.messages == [told]
 
 
 class Disk:
