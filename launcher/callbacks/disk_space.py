@@ -19,7 +19,8 @@ class DiskSpace:
         if self.run.runtime.rank != 0:
             return
         # Weights, their average, and as much again as the optimiser may keep for each weight.
-        weights = sum(getattr(t, "nbytes", 0) for t in self.run.model.state_dict().values())
+        tensors = [t for t in self.run.model.state_dict().values() if hasattr(t, "element_size")]
+        weights = sum(t.numel() * t.element_size() for t in tensors)
         copies = 2 + (cfg.MODEL.EMA_DECAY > 0) + (cfg.OPTIM.NAME == "adamw")
         kept = cfg.CHECKPOINT.KEEP_LAST + cfg.CHECKPOINT.KEEP_BEST
         needed = (kept + 1) * weights * copies

@@ -6,7 +6,8 @@ import torch
 
 from launcher.callbacks import Run
 from launcher.runtime.progress import Every
-from launcher.telemetry.media import Media, OnHost, spread
+from launcher.tasks.pictures import spread
+from launcher.telemetry.media import Media, OnHost
 
 
 class Histograms:

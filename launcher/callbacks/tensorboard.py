@@ -27,7 +27,8 @@ from torch.utils.tensorboard import summary
 
 from launcher.callbacks import Run
 from launcher.config import CfgNode, defaults, flatten
-from launcher.telemetry.media import BUCKETS, Media
+from launcher.tasks.pictures import BUCKETS
+from launcher.telemetry.media import Media
 from launcher.telemetry.rundir import POSITION
 from launcher.telemetry.sinks import AppendFile, Record, Sink
 

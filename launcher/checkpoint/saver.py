@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.store import CheckpointStore
+from launcher.edges.state import check, kinds, plain
 from launcher.errors import RunError
 from launcher.log import get_logger
 from launcher.runtime.nest import map_tensors
@@ -37,13 +38,15 @@ class Saver:
         self.writing: Future[Exception | None] | None = None
         self.copies: list[torch.Tensor] = []  # in the order in which the state's tensors stand
         self.pending: dict[str, Any] | None = None
+        self.checked: set[int] = set()  # kinds of state that are known to come back
 
     def save(self, state: dict[str, Any], manifest: dict[str, Any], last: bool = False) -> None:
         """Copy the state, and start to write it.
 
         Waits for the save before this one: its copy is still being written. A save that is skipped
         instead could be that of a new best. The `last` one of an attempt is waited for and, since
-        nothing comes after it that could be tried instead, tried once more: then RunError.
+        nothing comes after it that could be tried instead, tried once more: then RunError. That is
+        raised, too, for a state that could not be loaded again.
         """
         began = time.monotonic()
         self.wait()
@@ -53,9 +56,15 @@ class Saver:
                 "CHECKPOINT.EVERY is shorter than a save takes",
                 waited,
             )
+        state = plain(state)
+        if (kind := kinds(state)) not in self.checked:
+            check(state)
+            self.checked.add(kind)
         old, self.copies = iter(self.copies), []
 
         def copy(value: torch.Tensor) -> torch.Tensor:
+            if value.layout is not torch.strided or value.is_quantized:
+                return value.detach().to("cpu", copy=True)
             kept = next(old, None)
             # The layout too: an optimiser's fused kernel walks its state as its weights lie.
             same = kept is not None and (kept.shape, kept.stride()) == (value.shape, value.stride())

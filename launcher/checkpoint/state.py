@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +15,12 @@ from torch.optim.swa_utils import AveragedModel
 from launcher.callbacks import Callbacks
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
+from launcher.edges.generators import random_state, set_random_state
+from launcher.edges.model import bits, differing, load_model_state, model_state, own_buffers
+from launcher.edges.optimizer import evaluated, has_modes
+from launcher.errors import UsageError
 from launcher.log import get_logger
+from launcher.runtime.nest import map_tensors
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
@@ -34,7 +37,8 @@ class TrainingState:
 
     config          the resolved config, as YAML
     progress        {"step", "epoch", "samples"}
-    model, optimizer, scaler, ema    their state_dicts; ema None without an average
+    model, optimizer, scaler, ema    their state_dicts; ema: the weights that are evaluated, or None
+                    where they are the model's
     due             what was due at this step, and is left to the next attempt
     recorded, evaluated    the last step that was: once is enough
     finished        which callback has completed the run here, or ""
@@ -42,10 +46,10 @@ class TrainingState:
     dataset_length  of the training data
     stream          where the stream of an iterable data set was, or None
     files           bytes of the files that grow with the records, by name
-    ranks           a dict for each rank: "random" (its generators), "recorder" (sums since the last
+    ranks           a dict for each rank: "random" (its generators), "means" (since the last
                     record), "threads" (that it computes with: sums depend on it), "callbacks"
                     (the state_dict of each that has one), "asked" (by them, for the next step; a
-                    stop is for this attempt alone)
+                    stop is for this attempt alone), "buffers" (its own, where they differ)
 
     All but `ranks` is the same on every rank.
     """
@@ -65,6 +69,7 @@ class TrainingState:
     finished: str = ""
     agreed: list[list[str]] = field(default_factory=list)
     threads: int = 0  # those of the attempt before, or 0
+    alike: Sequence[str] = ()  # patterns of buffers that are rank 0's everywhere
 
     @property
     def progress(self) -> Progress:
@@ -77,28 +82,44 @@ class TrainingState:
         return self.progress.reached(duration) or bool(self.finished)
 
     def capture(self, runtime: Runtime) -> dict[str, Any] | None:
-        """The state as rank 0 saves it; None on the other ranks. A collective.
+        """The state as rank 0 saves it; None on the other ranks. Collectives.
 
-        Tensors are those of the live objects, not copies.
+        Tensors are those of the live objects, not copies. Raises RunError where the ranks' weights
+        differ.
         """
-        ranks = runtime.gather(
-            {
-                "random": random_state(),
-                "recorder": self.recorder.state(),
-                "threads": torch.get_num_threads(),
-                "callbacks": self.callbacks.state_dict(),
-                "asked": {k: v for k, v in self.callbacks.asked.items() if k != "stop"},
-            }
-        )
-        if ranks is None:
-            return None
+        rank = self.of_rank()
+        if runtime.distributed:
+            rank["buffers"] = self._differing_buffers(runtime)
+        ranks = runtime.gather(rank)
+        return None if ranks is None else {**self.shared(), "ranks": ranks}
+
+    def _differing_buffers(self, runtime: Runtime) -> dict[str, torch.Tensor]:
+        """This rank's own buffers, those that are not alike on all ranks. Collectives."""
+        weights = dict(self.model.named_parameters())
+        buffers = own_buffers(self.model, self.alike)
+        ranks = runtime.gather(bits({**weights, **buffers})) or []
+        apart = differing(ranks, weights, self.progress.step)
+        return {name: buffers[name].cpu() for name in runtime.broadcast(apart)}
+
+    def of_rank(self) -> dict[str, Any]:
+        """What is this rank's own."""
+        return {
+            "random": random_state(),
+            "means": self.recorder.state(),
+            "threads": torch.get_num_threads(),
+            "callbacks": self.callbacks.state_dict(),
+            "asked": {k: v for k, v in self.callbacks.asked.items() if k != "stop"},
+        }
+
+    def shared(self) -> dict[str, Any]:
+        """What is the same on all ranks."""
         return {
             "config": self.cfg.dump(),
             "progress": self.progress.as_dict(),
-            "model": self.model.state_dict(),
+            "model": model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": self._averaged(),
             "due": list(self.due),
             "recorded": self.recorded,
             "evaluated": self.evaluated,
@@ -107,8 +128,17 @@ class TrainingState:
             "dataset_length": self.data.length,
             "stream": self.data.stream_state(self.progress.samples),
             "files": self.directory.positions(),
-            "ranks": ranks,
         }
+
+    def _averaged(self) -> dict[str, Any] | None:
+        """The weights that are evaluated, where they are not those that are trained."""
+        if self.ema is not None:
+            return model_state(self.ema)
+        if not has_modes(self.optimizer):
+            return None
+        with evaluated(self.optimizer):
+            state = map_tensors(model_state(self.model), torch.clone)
+        return {f"module.{name}": value for name, value in state.items()}
 
     def manifest(self, world_size: int, metrics: dict[str, float]) -> dict[str, Any]:
         """What manifest.json says beside the files; `metrics` are those of this very step."""
@@ -130,28 +160,33 @@ class TrainingState:
         ranks without a random state of their own keep the one they were seeded with. Keys of OPTIM.
         and TRAIN.PRECISION that are among the `changed` ones take effect.
         """
-        self.model.load_state_dict(saved["model"])
+        ranks = saved["ranks"]
+        same = len(ranks) == runtime.world_size
+        own = ranks[runtime.rank].get("buffers", {}) if same else {}
+        load_model_state(self.model, saved["model"])
+        if own:
+            load_model_state(self.model, own, strict=False)
         self._restore_optimizer(saved["optimizer"], changed)
         if self.scaler.is_enabled() and saved["scaler"]:  # fp16, now and then
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:
-            self.ema.load_state_dict(saved["ema"])
+            load_model_state(self.ema, saved["ema"])
         elif self.ema is not None:  # an average that is new to the run begins here
-            self.ema.module.load_state_dict(saved["model"])
+            load_model_state(self.ema.module, saved["model"])
         self.progress.__dict__.update(saved["progress"])
         for name in ("due", "recorded", "evaluated", "finished", "agreed"):
             setattr(self, name, saved[name])
-        ranks = saved["ranks"]
         self.callbacks.load_state_dict(ranks[min(runtime.rank, len(ranks) - 1)]["callbacks"])
-        if runtime.rank < len(ranks):
+        if runtime.rank < len(ranks) and "SEED" not in changed:
             set_random_state(ranks[runtime.rank]["random"])
+        if runtime.rank < len(ranks):
             self.threads = ranks[runtime.rank]["threads"]
-        if len(ranks) == runtime.world_size:
+        if same:
             ours = [ranks[runtime.rank]]
         else:
             ours = ranks if runtime.is_main else []
         for rank in ours:
-            self.recorder.add_state(rank["recorder"])
+            self.recorder.add_state(rank["means"])
             self.callbacks.asked.update(rank["asked"])
 
     def _restore_optimizer(self, saved: dict[str, Any], changed: Collection[str]) -> None:
@@ -159,33 +194,14 @@ class TrainingState:
             logger.warning("OPTIM.NAME is another: the optimiser's state begins afresh")
             return
         given = [{**group, "params": None} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(saved)
+        try:
+            self.optimizer.load_state_dict(saved)
+        except (ValueError, KeyError) as error:
+            raise UsageError(
+                f"the optimiser of this run is another than the checkpoint's ({error}). To begin "
+                "its state afresh: --allow OPTIM.NAME"
+            ) from error
         if any(key.startswith("OPTIM.") for key in changed):
             for group, new in zip(self.optimizer.param_groups, given, strict=True):
                 group.pop("initial_lr", None)  # the schedule's: of the rate before
                 group.update({**new, "params": group["params"]})
-
-
-def random_state() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's generators of this process."""
-    name, words, *rest = np.random.get_state()
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "numpy": [name, torch.from_numpy(np.asarray(words, np.int64)), *rest],
-        "python": [version, list(internal), gauss],
-    }
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators where `random_state` found them."""
-    torch.set_rng_state(state["torch"])
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

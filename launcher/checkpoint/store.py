@@ -94,10 +94,12 @@ def load_file(path: Path) -> dict[str, Any]:
         return store.load(int(match[1]))
     import torch
 
+    from launcher.edges.state import foreign, why
+
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise DamagedCheckpoint(f"{path}: {getattr(error, 'strerror', '') or error}") from error
+        raise DamagedCheckpoint(f"{path}: {foreign(path) or why(error)}") from error
 
 
 class CheckpointStore:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import dropwhile
 
 from launcher.errors import Ended, UsageError
 
@@ -23,6 +25,8 @@ GRACE_S = 5.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit code; mistakes of the user are shown as messages."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # What torch.distributed.launch puts first; the same stands in the environment.
+    argv = [*dropwhile(lambda word: re.match("--local[-_]rank=", word), argv)]
     if not argv or argv[0] in ("-h", "--help"):
         print(_help())
         return 0 if argv else 2

@@ -129,6 +129,7 @@ def _verify(path: Path, as_json: bool) -> int:
 def _export(path: Path, output: Path, ema: bool) -> int:
     import torch
 
+    from launcher.edges.model import some
     from launcher.models.weights import read_weights
 
     weights, step = read_weights(path, ema)
@@ -139,8 +140,10 @@ def _export(path: Path, output: Path, ema: bool) -> int:
                 from safetensors.torch import save_file
             except ImportError as error:
                 raise UsageError("pip install 'launcher[export]' for .safetensors") from error
-            # Weights that share memory stand once each in this format.
-            tensors = {name: tensor.clone().contiguous() for name, tensor in weights.items()}
+            # Weights that share memory stand once each in this format, which holds dense ones only.
+            tensors = {k: v.clone().contiguous() for k, v in weights.items() if _is_dense(v)}
+            if left := [name for name in weights if name not in tensors]:
+                raise UsageError(f"-o {output}: .pt can hold {some(left)}, .safetensors cannot.")
             save_file(tensors, temporary, {"step": str(step), "format": "pt"})
         elif output.suffix == ".pt":
             torch.save(weights, temporary)
@@ -153,6 +156,13 @@ def _export(path: Path, output: Path, ema: bool) -> int:
         temporary.unlink(missing_ok=True)
     print(f"{len(weights)} tensors of step {step} in {output}", file=sys.stderr)
     return 0
+
+
+def _is_dense(value: Any) -> bool:
+    import torch
+
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and value.layout is torch.strided and not value.is_quantized
 
 
 def _size(count: float) -> str:

@@ -15,7 +15,7 @@ from launcher.guard.stop import STOPPED, Signals
 from launcher.log import get_logger
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology, read_topology
-from launcher.tasks import resolve_task
+from launcher.tasks import has_eval_step, resolve_task
 from launcher.telemetry.rundir import RunDirectory
 
 logger = get_logger(__name__)
@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
         "many. Any config key can be overridden; `launcher config keys` lists them.",
         allow_abbrev=False,
     )
-    p.add_argument("--config-file", metavar="FILE", help="the run's YAML config")
+    p.add_argument(
+        "--config-file", metavar="FILE", type=os.path.expanduser, help="the run's YAML config"
+    )
     p.add_argument(
         "--resume",
         action="store_true",
@@ -38,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--resume-from",
         metavar="CKPT",
-        type=Path,
+        type=lambda text: Path(text).expanduser(),
         help="start a new run directory with the full state of any checkpoint of any run",
     )
     p.add_argument(
@@ -49,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--checkpoint",
         metavar="last|best|PATH",
+        type=os.path.expanduser,
         default="last",
         help="the checkpoint that --eval-only evaluates (default: last)",
     )
@@ -69,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="report every mistake in the config, or print the resolved config, and exit",
     )
+    # What torch.distributed.launch adds; the same stands in the environment.
+    p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     return p
 
 
@@ -87,6 +92,11 @@ def _train(argv: list[str], signals: Signals) -> int:
     topology = read_topology(os.environ)
     config = load_config(options.config_file, overrides, resolve_task)
     cfg, task_class = config.cfg, config.task
+    if config.task and (cfg.EVAL.EVERY or options.eval_only) and not has_eval_step(config.task):
+        raise UsageError(
+            f"{cfg.TASK.NAME} has no eval_step, which an evaluation needs. Give it one, or set "
+            'EVAL.EVERY "".'
+        )
     if options.check:
         print(cfg.dump(), end="")
         return 0

@@ -7,6 +7,7 @@ and yes as true, and a key that wants a number, a name or a flag must get what w
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -145,3 +146,14 @@ _FROM_TEXT: dict[type, Callable[[str], object]] = {
     str: str,
 }
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def expand(value: Any) -> Any:
+    """A path, or each of a list of them, with `~` and `$VARIABLES` put in. Raises Mistake for a
+    variable that is not set."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(expand(item) for item in value)
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if left := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise Mistake(f"{quote(value)}: the environment has no variable {left[1].strip('{}')}")
+    return expanded

@@ -22,6 +22,7 @@ class Key:
     `unit` makes the value a duration and names the units it takes; `never` allows "" for none.
     `not_time` is what to say of a time where only epochs and steps make sense.
     `element` is an example of an item where an empty default list shows none.
+    `path` where a value may be the path of a file: `~` and `$VARIABLES` in it are expanded.
     """
 
     name: str
@@ -37,22 +38,26 @@ class Key:
     not_time: str = "a time makes no sense here"
     length: int | None = None
     element: Any = None
+    path: bool = False
 
 
 # fmt: off
 KEYS: list[Key] = [
-    Key("OUTPUT_DIR", "", 'Run directory; "" means runs/<config file\'s stem>'),
+    Key("OUTPUT_DIR", "", 'Run directory; "" means runs/<config file\'s stem>', path=True),
     # numpy's seeds end at 2**32 - 1.
     Key("SEED", 0, "Seed of everything random: order, weights, augmentation",
         at_least=0, at_most=2**32 - 1),
     Key("DETERMINISTIC", False, "Use deterministic algorithms only; slower on CUDA"),
     Key("TASK.NAME", "",
-        'What to train: a built-in name, "package.module:Class" or "path/to/file.py:Class"'),
+        'What to train: a built-in name, "package.module:Class" or "path/to/file.py:Class"',
+        path=True),
     Key("MODEL.WEIGHTS", "",
-        'Weights to start from: a checkpoint, .safetensors or a state_dict file; "" means none'),
+        'Weights to start from: a checkpoint, .safetensors or a state_dict file; "" means none',
+        path=True),
     Key("MODEL.WEIGHTS_STRICT", True, "Whether WEIGHTS must fit the model in every name and shape"),
     Key("MODEL.EMA_DECAY", 0.0, "Decay a step of the moving average of the weights; 0: no average",
         at_least=0, below=1),
+    Key("MODEL.SYNC_BN", False, "Batch-norm over the samples of all ranks (CUDA)"),
     Key("DATALOADER.NUM_WORKERS", -1, "Loader worker processes per rank; -1: from the CPU budget",
         at_least=-1),
     Key("DATALOADER.PREFETCH_FACTOR", 2, "Batches each loader worker prepares ahead", at_least=1),
@@ -101,7 +106,7 @@ KEYS: list[Key] = [
     Key("OPTIM.GAMMA", 0.1, "Factor of LR at each milestone (step)", above=0),
     Key("CALLBACKS", [],
         'Callbacks: a name, "package.module:Class" or "file.py:Class", then key=value arguments',
-        element=""),
+        element="", path=True),
     Key("CHECKPOINT.EVERY", "1ep", 'How often to save; "" means only at the end',
         unit=STEPS + TIME, never=True),
     Key("CHECKPOINT.KEEP_LAST", 2, "Newest checkpoints to keep", at_least=1),

@@ -13,7 +13,7 @@ import yaml
 from yacs.config import CfgNode
 
 from launcher.config.checks import CHECKS, check_value
-from launcher.config.coerce import coerce, plain
+from launcher.config.coerce import coerce, expand, plain
 from launcher.config.keys import KEYS, Key, defaults, flatten, put
 from launcher.config.problem import ConfigError, Mistake, Problem, nearest, nearest_key, quote
 from launcher.config.source import (
@@ -116,6 +116,8 @@ class _Merge:
                 return
             key = keys[setting.key]
             value = coerce(_node(setting, key.default), key.default, key.element)
+            if key.path:
+                value = expand(value)
             check_value(key, value)
             self._put(setting, value)
         except Mistake as mistake:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher.config.coerce import TAG
+from launcher.config.coerce import TAG, expand
 from launcher.config.problem import Mistake, Problem, quote
 
 BASE = "_BASE_"
@@ -136,7 +136,12 @@ def _read(
     for setting in [s for s in settings if s.key == BASE]:
         settings.remove(setting)
         for name in _base_names(setting, report):
-            base = os.path.normpath(os.path.join(os.path.dirname(path), name))
+            try:
+                base = os.path.normpath(os.path.join(os.path.dirname(path), expand(name)))
+            except Mistake as mistake:
+                report(Problem(setting.where, BASE, str(mistake)))
+                complete = False
+                continue
             found, whole = _read(base, [*chain, path], setting.where, BASE, report)
             bases += found
             complete = complete and whole

@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from launcher.data.plan import Request
-from launcher.errors import RunError, UsageError
+from launcher.edges.loading import explain, named
+from launcher.errors import UsageError
 from launcher.log import get_logger
 from launcher.runtime.memory import oom_kills
 from launcher.runtime.nest import map_tensors
@@ -72,53 +73,20 @@ def load(
             raise
         # torch puts a worker's whole traceback into the message: that is for the log file.
         logger.error("%s", error, extra={"file_only": True})
-        waited_for = f"{_samples(pending)} of data set {type(fetcher.dataset).__name__}"
-        failure = _explain(error, waited_for, timeout_s, processes, oom_kills() > killed_before)
+        due = named(pending[0] if pending else None)
+        waited_for = f"{due} of data set {type(fetcher.dataset).__name__}"
+        failure = explain(error, waited_for, timeout_s, processes, oom_kills() > killed_before)
         for process in processes:
             process.kill()  # nobody waits for what they are at
         raise failure from None
     finally:
-        # Tells the workers to leave, and waits for them a while. What the iterator does itself when
-        # it is dropped comes too late: an error's traceback keeps it.
+        # Tells the workers to leave, and waits a while. What the iterator does when it is dropped
+        # comes too late: an error's traceback keeps it.
         if workers:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
         for process in processes:
             if process.is_alive():  # stuck in a read, say; it ignores SIGTERM
                 process.kill()
-
-
-def _explain(
-    error: Exception, waited_for: str, timeout_s: float, processes: list[BaseProcess], oom: bool
-) -> Exception:
-    """What a DataLoader's own error means; an error that is not about its workers itself."""
-    text, kind = str(error), type(error)
-    if isinstance(error, UsageError):
-        return kind(text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
-    if "timed out" in text:
-        return RunError(
-            f"a loader worker took longer than {timeout_s:g} s (DIST.TRAIN_TIMEOUT) for "
-            f"{waited_for}: is a file or a server it reads from stuck?"
-        )
-    if "exited unexpectedly" not in text and "killed by signal" not in text:
-        return error
-    codes = [-p.exitcode for p in processes if p.exitcode is not None and p.exitcode < 0]
-    cause = f"killed by {signal.Signals(codes[0]).name}" if codes else "it exited by itself"
-    if oom:
-        cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
-    elif signal.SIGBUS in codes or "Bus error" in text:
-        cause = "bus error: /dev/shm is full"
-    elif signal.SIGKILL in codes:
-        cause += ", as the kernel does when memory is short"
-    return RunError(
-        f"a loader worker died while {waited_for} were due: {cause}. Fewer DATALOADER.NUM_WORKERS "
-        "or a smaller DATALOADER.PREFETCH_FACTOR need less memory and /dev/shm."
-    )
-
-
-def _samples(pending: deque[Request]) -> str:
-    samples = pending[0].samples if pending else []
-    more = f", ... ({len(samples)} in all)" if len(samples) > 8 else ""
-    return f"samples {', '.join(map(str, samples[:8]))}{more}"
 
 
 def _as_is(batch: Any) -> Any:
@@ -136,7 +104,7 @@ def _start_worker(worker_id: int) -> None:
 def nbytes(batch: Any) -> int:
     """Bytes of all tensors in a batch."""
     sizes: list[int] = []
-    map_tensors(batch, lambda tensor: sizes.append(tensor.nbytes))
+    map_tensors(batch, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
     return sum(sizes)
 
 

@@ -53,6 +53,19 @@ class Plan:
         return -(-self.length // self.batch_size)
 
     @property
+    def leaves_ranks_idle(self) -> bool:
+        """Whether some global batch has fewer samples than there are ranks."""
+        start, stop = self.batch(self.steps_per_epoch - 1)
+        return stop - start < self.world_size
+
+    @property
+    def gives_one_sample(self) -> bool:
+        """Whether some micro-batch has one sample."""
+        batches = {0, self.steps_per_epoch - 1}
+        cuts = (self.micro_batches(k, rank) for k in batches for rank in range(self.world_size))
+        return any(stop - start == 1 for parts in cuts for start, stop in parts)
+
+    @property
     def samples_per_epoch(self) -> int:
         return min(self.length, self.steps_per_epoch * self.batch_size)
 

@@ -59,28 +59,41 @@ class Data:
         """`enter` is called with "data" before a training batch is waited for, and with "step"
         after."""
         self.cfg, self.runtime, self.enter = cfg, runtime, enter
-        self.collate = getattr(task, "collate", None)
-        self.datasets = {split: task.build_dataset(split) for split in ("train", "val")}
-        self.kinds = {split: kind_of(d, self.collate) for split, d in self.datasets.items()}
-        self.lengths = {split: self._length(split) for split in self.datasets}
-        self.length = self.lengths["train"]
-        ranks, train = runtime.world_size, cfg.TRAIN
-        sizes = train.BATCH_SIZE, train.DROP_LAST, ranks, train.MICRO_BATCH_SIZE
+        self.collate, self._build = getattr(task, "collate", None), task.build_dataset
+        self.datasets: dict[str, Any] = {}
+        self.kinds, self.lengths = dict[str, str](), dict[str, int]()
+        for split in ("train", "val") if cfg.EVAL.EVERY else ("train",):
+            self.open(split)
+        self.length, train = self.lengths["train"], cfg.TRAIN
+        sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, train.MICRO_BATCH_SIZE
         self.train_plan = Plan(self.length, *sizes)
         self.total_steps = in_steps(train.DURATION, self.train_plan.steps_per_epoch)
-        self.val_plan = Plan(self.lengths["val"], cfg.EVAL.BATCH_SIZE, world_size=ranks)
         # A stream's order is its own.
         sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
         self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
         # Before there are workers, whose memory would count as taken.
         self._memory = memory_budget(), psutil.Process().memory_full_info().uss
-        self._nbytes = dict.fromkeys(self.datasets, 0)  # of a batch, once one is known
+        self._nbytes = {"train": 0, "val": 0}  # of a batch, once one is known
         self.size = self._size("train")
         self.waited = 0.0
         self._first = self._last = 0  # global batches, counted over all epochs
         self._training: Iterator[Any] = iter(())
         # Newest last: it may be ahead of the training, by the batches that were prefetched.
         self._stream_states: deque[dict[str, Any] | None] = deque([None], maxlen=4)
+
+    def open(self, split: str) -> None:
+        """Build a split's data set, where that is not done; "val" may wait for an evaluation, for
+        what is never evaluated need not exist."""
+        if split not in self.datasets:
+            self.datasets[split] = dataset = self._build(split)
+            self.kinds[split] = kind_of(dataset, self.collate)
+            self.lengths[split] = self._length(split)
+
+    @property
+    def val_plan(self) -> Plan:
+        self.open("val")
+        size, ranks = self.cfg.EVAL.BATCH_SIZE, self.runtime.world_size
+        return Plan(self.lengths["val"], size, world_size=ranks)
 
     def _length(self, split: str) -> int:
         dataset = self.datasets[split]

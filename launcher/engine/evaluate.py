@@ -9,8 +9,9 @@ from torch import nn
 
 from launcher.config import CfgNode
 from launcher.data.splits import Data
+from launcher.edges.model import fill
+from launcher.edges.returned import averages, joined, per_sample, summarized
 from launcher.engine.step import autocast
-from launcher.errors import RunError
 from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime, seed_everything
 from launcher.telemetry.recorder import Note, Recorder, means
@@ -28,14 +29,19 @@ class Evaluation:
         self.task, self.runtime, self.guard, self.data = task, runtime, guard, data
         self.autocast, self.seed = autocast(cfg, runtime.device), cfg.SEED
         self.recorder: Recorder = task.recorder
+        self.name = type(task).__name__
 
     def __call__(self, model: nn.Module) -> dict[str, float] | None:
         """The metrics as `val/<name>`, on every rank. None where a rank was asked to stop
         meanwhile: a long evaluation must not outlast the time that a scheduler grants."""
         modes = [(module, module.training) for module in model.modules()]
+        buffers = [buffer.clone() for buffer in model.buffers()] if self.runtime.distributed else []
         model.eval()
         with torch.no_grad(), self.recorder.evaluating():
+            # Each rank has buffers of its own by now; rank 0's are evaluated. Collectives.
+            fill(model.buffers(), self.runtime.broadcast_state(list(model.buffers())))
             metrics = self._evaluate(model)
+            fill(model.buffers(), buffers)
         for module, mode in modes:
             module.training = mode
         if metrics is None:
@@ -44,19 +50,19 @@ class Evaluation:
         return {f"val/{name}": value for name, value in metrics.items()}
 
     def _evaluate(self, model: nn.Module) -> dict[str, float] | None:
-        task, runtime = self.task, self.runtime
-        # DDP gives every rank rank 0's buffers at the start of a step, but the last step changed
-        # them by each rank's own batch. One collective a buffer, once an evaluation.
-        runtime.broadcast_tensors(list(model.buffers()))
+        task, runtime, plan = self.task, self.runtime, self.data.val_plan
         outputs, abandoned = [], False
         for i, batch in enumerate(self.data.evaluation()):
             self.guard.enter("evaluate")
             if abandoned := self.guard.stop is not None:
                 break
+            k = i * runtime.world_size + runtime.rank
+            start, stop = plan.batch(k)
             # By the batch, so that what it draws is the same on any rank and at any time.
-            seed_everything(self.seed, i * runtime.world_size + runtime.rank)
+            seed_everything(self.seed, k)
+            who = f"{self.name}.eval_step (samples {start} to {stop - 1})"
             with self.autocast:
-                output = _checked(task, task.eval_step(model, batch))
+                output = per_sample(task.eval_step(model, batch), stop - start, who)
             outputs.append((output, self.recorder.take()))
         # The one point where evaluation waits for the device.
         mine = [
@@ -68,63 +74,18 @@ class Evaluation:
         metrics = None
         if parts is not None and None not in parts:
             self.guard.enter("summarize")
-            plan = self.data.val_plan
             # The inverse of data/plan.py's eval_requests: whole batches, dealt in turn.
             whole = [parts[k % len(parts)][k // len(parts)] for k in range(plan.steps_per_epoch)]
             metrics = means(note for _, noted in whole for note in noted)
-            metrics |= _metrics(task, [output for output, _ in whole], plan.length)
+            values = joined([output for output, _ in whole], f"{self.name}.eval_step")
+            metrics |= averages(values, f"{self.name}.eval_step")
+            if hasattr(task, "summarize"):
+                metrics |= summarized(task.summarize(values), f"{self.name}.summarize")
             metrics |= means(on_host(self.recorder.take()))  # what summarize noted
         # A collective: all ranks learn the result, so that all agree on a new best.
         return runtime.broadcast(metrics)
 
 
 def on_host(notes: list[Note]) -> list[tuple[str, float, float]]:
-    """Names, weighted values and weights as plain numbers. Waits for the device."""
-    return [(name, float(value) * float(weight), float(weight)) for name, value, weight in notes]
-
-
-def _metrics(task: Any, batches: list[dict[str, torch.Tensor]], length: int) -> dict[str, float]:
-    outputs = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    for key, value in outputs.items():
-        if len(value) != length:
-            raise RunError(
-                f"{type(task).__name__}.eval_step returned {len(value)} values of {key!r} for the "
-                f"{length} samples of the split: one a sample is needed"
-            )
-    weight = outputs.pop("weight", None)
-    if weight is not None and weight.dim() != 1:
-        raise RunError(
-            f"{type(task).__name__}.eval_step must return a 'weight' of shape (B,), one a sample; "
-            f"its shape is {('B', *weight.shape[1:])}"
-        )
-    metrics = {}
-    for key, value in outputs.items():
-        if value.dim() == 1 and (value.is_floating_point() or value.dtype == torch.bool):
-            metrics[key] = _mean(value.double(), weight)
-    summarize = getattr(task, "summarize", None)
-    if summarize is not None:
-        metrics.update({key: float(value) for key, value in summarize(outputs).items()})
-    return metrics
-
-
-def _mean(value: torch.Tensor, weight: torch.Tensor | None) -> float:
-    if weight is None:
-        return value.mean().item()
-    return ((value * weight.double()).sum() / weight.double().sum()).item()
-
-
-def _checked(task: Any, output: Any) -> dict[str, torch.Tensor]:
-    name = f"{type(task).__name__}.eval_step"
-    if not isinstance(output, dict) or not output:
-        raise RunError(f"{name} must return a dict of tensors, not {type(output).__name__}")
-    sizes = {
-        key: tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        for key, value in output.items()
-    }
-    first = {shape[0] if isinstance(shape, tuple) and shape else None for shape in sizes.values()}
-    if None in first or len(first) != 1:
-        raise RunError(
-            f"{name} must return tensors of one value a sample, shape (B, ...), for the same B; "
-            f"it returned {sizes}. A loss needs reduction='none'."
-        )
-    return output
+    """Names, values and weights as plain numbers. Waits for the device."""
+    return [(name, float(value), float(weight)) for name, value, weight in notes]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Any
 
 from launcher.checkpoint.saver import Saver
-from launcher.checkpoint.state import TrainingState, random_state, set_random_state
+from launcher.checkpoint.state import TrainingState
+from launcher.edges.generators import random_state, set_random_state
+from launcher.edges.optimizer import evaluated, rates
 from launcher.engine.evaluate import Evaluation
-from launcher.engine.optim import rates
 from launcher.engine.step import TrainStep
-from launcher.engine.timing import Timing
 from launcher.errors import RunError
 from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
+from launcher.telemetry.timing import Timing
 
 logger = get_logger(__name__)
 
@@ -45,6 +48,7 @@ class Loop:
         # Of an evaluation at this very step.
         self.metrics: dict[str, float] = {}
         self.best = False
+        self.untried = True  # nothing is evaluated yet in this attempt
 
     def train(self) -> str | None:
         """One global batch after the other, and after each what is due, in this order: the record,
@@ -158,8 +162,17 @@ class Loop:
         # What an evaluation draws leaves the training's random state as it was: it may be left
         # out, done once more or given up, and the steps after it stay the same.
         before = random_state()
-        metrics = self.evaluation(state.model if state.ema is None else state.ema.module)
+        # A collective, in an attempt's first evaluation, which is the likeliest to fail.
+        captured = self._capture() if self.untried else None
+        try:
+            with evaluated(state.optimizer):
+                metrics = self.evaluation(state.model if state.ema is None else state.ema.module)
+        except Exception:
+            if captured is not None:
+                self._keep(captured)
+            raise
         set_random_state(before)
+        self.untried = False
         self.guard.enter("step")
         if metrics is None:
             return False
@@ -175,16 +188,29 @@ class Loop:
         self.best = self.runtime.broadcast(best)  # a collective: rank 0 alone sees the checkpoints
         return True
 
+    def _capture(self) -> dict[str, Any] | None:
+        self.state.agreed = self.step.agreement.on_their_way()
+        return self.state.capture(self.runtime)
+
+    def _keep(self, captured: dict[str, Any]) -> None:
+        """Save what was trained up to an evaluation that has failed: a mistake in it costs nothing.
+        On rank 0 alone, for the other ranks may be gone."""
+        self.guard.enter("save")
+        if self.saver is not None and self.state.recorder.writer.flush():
+            files = self.state.directory.positions()
+            captured |= {"files": files, "due": ["checkpoint", "evaluate"]}
+            with contextlib.suppress(RunError):  # what the evaluation failed with is told
+                self.saver.save(captured, self.state.manifest(self.runtime.world_size, {}), True)
+
     def save(self, last: bool = False) -> None:
         """Start to save this step boundary; the last save is waited for. A collective."""
         self.callbacks.call("on_checkpoint")
         self.guard.enter("save")
         state = self.state
-        state.agreed = self.step.agreement.on_their_way()
         # A checkpoint says how long the files are up to it: the records must be in them, and nobody
         # records anything until `capture` has taken their lengths.
         written = state.recorder.writer.flush()
-        captured = state.capture(self.runtime)
+        captured = self._capture()
         if captured is not None and self.saver is not None:
             if written:
                 manifest = state.manifest(self.runtime.world_size, self.metrics)

@@ -9,6 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from launcher.config import CfgNode
+from launcher.edges.gradients import has_sparse_gradients
+from launcher.edges.optimizer import check_optimizer
 from launcher.errors import UsageError
 
 
@@ -18,12 +20,8 @@ def build_optimizer(cfg: CfgNode, task: Any, model: nn.Module) -> Optimizer:
     Fused kernels update all parameters at once; torch 2.6 has them for both on CPU and CUDA.
     """
     if hasattr(task, "build_optimizer"):
-        optimizer = task.build_optimizer(model)
-        if not isinstance(optimizer, Optimizer):
-            raise UsageError(
-                f"{type(task).__name__}.build_optimizer must return a torch.optim.Optimizer, "
-                f"not {type(optimizer).__name__}"
-            )
+        optimizer: Optimizer = task.build_optimizer(model)
+        check_optimizer(optimizer, model, f"{type(task).__name__}.build_optimizer")
         return optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -31,7 +29,15 @@ def build_optimizer(cfg: CfgNode, task: Any, model: nn.Module) -> Optimizer:
             "The model has no parameter to train: every one is frozen, or none exists."
         )
     optim = cfg.OPTIM
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    sparse = has_sparse_gradients(model)
+    if sparse and (optim.NAME != "sgd" or optim.WEIGHT_DECAY):
+        raise UsageError(
+            "The model has embeddings with sparse gradients, which OPTIM.NAME sgd without "
+            "OPTIM.WEIGHT_DECAY takes, and torch.optim.SparseAdam (in build_optimizer)."
+        )
+    fused = not sparse and all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters
+    )
     if optim.NAME == "sgd":
         # The fused kernel leaves momentum unset where the gradient scaler skips the first step.
         fused = fused and (optim.MOMENTUM == 0 or cfg.TRAIN.PRECISION != "fp16")
@@ -51,14 +57,3 @@ def build_optimizer(cfg: CfgNode, task: Any, model: nn.Module) -> Optimizer:
         weight_decay=optim.WEIGHT_DECAY,
         fused=fused,
     )
-
-
-def rates(optimizer: Optimizer) -> dict[str, float]:
-    """`train/lr`, that of the first parameter group, and where the groups were made with different
-    rates `train/lr/<name>` for each: its "name", or its number."""
-    groups = optimizer.param_groups
-    found = {"train/lr": float(groups[0]["lr"])}
-    if len({group.get("initial_lr", group["lr"]) for group in groups}) > 1:
-        for number, group in enumerate(groups):
-            found[f"train/lr/{group.get('name', number)}"] = float(group["lr"])
-    return found

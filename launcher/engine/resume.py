@@ -1,29 +1,15 @@
-"""Going on from a checkpoint: which one, and whether this config may."""
+"""Going on from a checkpoint: which one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint, Found, load_file
-from launcher.config import CfgNode, flatten
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
 from launcher.runtime.process import Runtime
 
 logger = get_logger(__name__)
-
-# As it is allowed: the order of a data set of another length is another.
-DATA = "DATASET_LENGTH"
-# Keys that say where and how much to log, save and evaluate, or how to load: the steps of a run do
-# not depend on them.
-FREE = (
-    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
-    *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
-)
 
 
 def find(
@@ -65,29 +51,3 @@ def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
             logger.warning("checkpoint step_%s is damaged, passed over: %s", step, error)
     told = f" with a {store.retention.metric}" if which == "best" else ""
     raise UsageError(f"there is no valid checkpoint{told} in {store.directory}")
-
-
-def check_changes(
-    saved: Mapping[str, Any], cfg: CfgNode, length: int, allow: frozenset[str]
-) -> dict[str, str]:
-    """Print how this config, and the `length` of the training data, differ from those of a saved
-    state, and return that by key; refuse what would break exactness.
-
-    Raises UsageError unless every such key is in `allow`.
-    """
-    old = flatten(CfgNode(yaml.safe_load(saved["config"]))) | {DATA: saved["dataset_length"]}
-    new = flatten(cfg) | {DATA: length}
-    changed = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, now = (list(v) if isinstance(v, tuple) else v for v in (old.get(key), new.get(key)))
-        if before != now:
-            changed[key] = f"{key}: {before!r} -> {now!r}"
-            logger.info("changed since the checkpoint: %s", changed[key])
-    refused = [key for key in changed if not key.startswith(FREE) and key not in allow]
-    if refused:
-        told = "\n".join(f"  {changed[key]}" for key in refused)
-        raise UsageError(
-            f"This config differs from the checkpoint's, so the run cannot go on exactly:\n{told}\n"
-            f"To go on all the same: --allow {','.join(refused)}"
-        )
-    return changed

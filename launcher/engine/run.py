@@ -5,7 +5,6 @@ config -> task -> data set -> order -> loader -> device -> step -> recorder and 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,18 +13,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from launcher.callbacks import Callbacks, Made, Run, shipped
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.config import CfgNode
+from launcher.config.changes import check_changes
 from launcher.data.splits import Data
+from launcher.edges.model import (
+    averaged,
+    check_model,
+    fill,
+    load_model_state,
+    model_layout,
+    model_state,
+    warn_of_one_sample,
+)
+from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
 from launcher.engine.optim import build_optimizer
-from launcher.engine.resume import check_changes, choose_checkpoint, find
+from launcher.engine.resume import choose_checkpoint, find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
 from launcher.guard.guard import Guard
@@ -77,6 +86,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             "the model's layout": model_layout(state.model),
         }
     )
+    # Collectives: where buffers are made of random numbers, rank 0's are everybody's.
+    fill(state.model.buffers(), runtime.broadcast_state(list(state.model.buffers())))
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
     if found is not None:
@@ -100,9 +111,13 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
                 write_end(directory, state, None)
             return True
     elif cfg.MODEL.WEIGHTS:
-        # A collective: rank 0 loads, and DDP gives the others what it has.
         path, strict_names = Path(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS_STRICT
+        # Collectives: rank 0 loads, and the others get what it has.
         runtime.on_main(lambda: load_weights(path, state.model, strict_names))
+        load_model_state(state.model, runtime.broadcast_state(model_state(state.model)))
+    check({**state.shared(), "rank": state.of_rank()}, UsageError)
+    if plan.gives_one_sample:
+        warn_of_one_sample(state.model)
     data.start(progress.samples, found.state["stream"] if found else None, state.threads)
     resumed = found is not None and found.step is not None
     open_directory(job, state, runtime, resumed)
@@ -154,10 +169,14 @@ def build_state(
     """The model, its optimiser and all else that a checkpoint holds, fresh."""
     cfg, ema = job.cfg, None
     model = task.build_model().to(runtime.device)
+    check_model(model)
+    if cfg.MODEL.SYNC_BN and runtime.distributed:
+        if runtime.device.type != "cuda":
+            raise UsageError("MODEL.SYNC_BN works on CUDA only: set it False, or DIST.DEVICE cuda.")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = build_optimizer(cfg, task, model)
     if cfg.MODEL.EMA_DECAY > 0:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.MODEL.EMA_DECAY))
-        ema.eval()
+        ema = averaged(model, cfg.MODEL.EMA_DECAY)
     # CUDA and CPU both have a scaler; it is off, and costs nothing, except in fp16.
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
     view = Run(cfg, task, model, optimizer, recorder, data, runtime, job.directory.path, console)
@@ -169,17 +188,6 @@ def build_state(
     )
     parts = (model, optimizer, scaler, ema, recorder, data, callbacks)
     return TrainingState(cfg, *parts, job.directory)
-
-
-def model_layout(model: nn.Module) -> str:
-    """A digest of the names, shapes and types of a model's parameters and buffers."""
-    tensors = model.state_dict()
-    kinds = (
-        (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__
-        for t in tensors.values()
-    )
-    text = "\n".join(f"{name} {kind}" for name, kind in zip(tensors, kinds, strict=True))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bool) -> None:
@@ -238,16 +246,17 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     cfg, directory = job.cfg, job.directory
     task = make_task(job.task_class, cfg, Recorder(runtime, guard.progress, Writer()))
     data = Data(cfg, task, runtime, guard.enter)
+    data.open("val")
     model = task.build_model().to(runtime.device)
     guard.agree({"the data sets' length": data.lengths})
     data.set_threads()
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     # Collectives: rank 0 alone need see the checkpoints.
     path = runtime.on_main(lambda: choose_checkpoint(store, job.checkpoint))
-    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0
+    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0 or None
     saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
-    # A collective a tensor: the model of rank 0 is everybody's.
-    runtime.broadcast_tensors(list(model.state_dict().values()))
+    # Collectives: the model of rank 0 is everybody's.
+    load_model_state(model, runtime.broadcast_state(model_state(model)))
     metrics = Evaluation(cfg, task, runtime, guard, data)(model)
     if metrics is None:
         logger.info("stopped (%s) before the evaluation was done", guard.stop)

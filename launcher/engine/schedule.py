@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
 
 from launcher.config import CfgNode
 from launcher.data.plan import Plan
+from launcher.edges.optimizer import set_rate
+from launcher.errors import RunError
 from launcher.runtime.progress import in_steps
 
 # The factor of the base rate at a share, 0 to 1, of the way from the warm-up's end to the run's.
@@ -39,8 +42,13 @@ class Schedule:
     full rate is reached.
     """
 
-    def __init__(self, factor: Factor, total_steps: int, warmup_steps: int = 0) -> None:
+    def __init__(
+        self, factor: Factor, total_steps: int, warmup_steps: int = 0, steady: bool = False
+    ) -> None:
+        """`steady` where the rate never changes: what a task sets itself then stays."""
         self.factor, self.total_steps, self.warmup_steps = factor, total_steps, warmup_steps
+        self.steady = steady
+        self._set: list[Any] = []  # the rates as they were left
 
     def __call__(self, step: int) -> float:
         """The factor for the update that follows `step` updates."""
@@ -50,10 +58,19 @@ class Schedule:
         return self.factor(min((step - warmup) / max(self.total_steps - warmup, 1), 1.0))
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
-        """Set every parameter group's rate from the one it was made with."""
-        factor = self(step)
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        """Set every parameter group's rate from the one it was made with. Raises RunError where
+        somebody else sets it as well."""
+        groups = optimizer.param_groups
+        if self._set and [group.get("lr") for group in groups] != self._set and not self.steady:
+            raise RunError(
+                f"the learning rate was changed between steps, to {groups[0].get('lr')}, but "
+                "OPTIM.SCHEDULE and OPTIM.WARMUP set it before each step. To set it in the task, "
+                'take OPTIM.SCHEDULE constant and OPTIM.WARMUP "".'
+            )
+        for group in groups:
+            if not self.steady or "initial_lr" not in group:
+                set_rate(group, self(step))
+        self._set = [group.get("lr") for group in groups]
 
 
 def build_schedule(cfg: CfgNode, plan: Plan) -> Schedule:
@@ -69,4 +86,5 @@ def build_schedule(cfg: CfgNode, plan: Plan) -> Schedule:
         "cosine": cosine(cfg.OPTIM.FINAL_FACTOR),
         "step": step(shares, cfg.OPTIM.GAMMA),
     }
-    return Schedule(factors[cfg.OPTIM.SCHEDULE], total, warmup)
+    steady = cfg.OPTIM.SCHEDULE == "constant" and not warmup
+    return Schedule(factors[cfg.OPTIM.SCHEDULE], total, warmup, steady)

@@ -8,7 +8,7 @@ ranks is undone by their number.
 from __future__ import annotations
 
 import contextlib
-import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
 from launcher.data.splits import GlobalBatch
+from launcher.edges.gradients import clip, nothing_of, numbers_of
+from launcher.edges.model import own_buffers, switched, unused
+from launcher.edges.optimizer import has_modes
+from launcher.edges.returned import scalars
 from launcher.engine.agreement import Agreement
 from launcher.engine.schedule import build_schedule
 from launcher.errors import RunError
@@ -44,46 +48,46 @@ class MicroBatch(NamedTuple):
 class StepModule(nn.Module):
     """The task's train_step as the forward pass of a module, so that DDP wraps all of it."""
 
-    def __init__(self, task: Any, model: nn.Module, agreement: Agreement, cfg: CfgNode) -> None:
+    def __init__(
+        self,
+        task: Any,
+        model: nn.Module,
+        agreement: Agreement,
+        cfg: CfgNode,
+        collectives: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`collectives` counts those that were begun, where a task may begin none."""
         super().__init__()
+        self.name, self.collectives = f"{type(task).__name__}.train_step", collectives
         self.task, self.model, self.agreement = task, model, agreement
-        self.carrier = agreement.carrier
+        self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
 
     def forward(self, batch: Any, samples: int, count: int, requests: frozenset[str]) -> MicroBatch:
         """`samples` of the global batch's `count`. A rank without samples passes no batch: every
         gradient is zero then."""
         if samples == 0:
-            loss = torch.stack([p.sum() for p in self.model.parameters() if p.requires_grad])
             term = self.agreement.loss_term(requests, 0.0, False)
-            return MicroBatch(loss.sum() * 0.0, term, {}, 0.0)
+            # Where DDP looks for unused weights, this rank uses none: weights that no rank uses
+            # have no gradient then, rather than one of zeros, which decay would act on.
+            loss = term if self.find_unused else nothing_of(self.model)
+            return MicroBatch(loss * 0.0, term, {}, 0.0)
+        begun = self.collectives()
         with self.autocast:
-            values = self._checked(self.task.train_step(self.model, batch))
+            returned = self.task.train_step(self.model, batch)
+        if self.collectives() != begun:
+            raise RunError(
+                f"{self.name} begins a collective of its own, but an epoch's last global batch has "
+                "fewer samples than ranks: those without any would not take part. Set "
+                "TRAIN.DROP_LAST True, or another TRAIN.BATCH_SIZE."
+            )
+        values = scalars(returned, self.carrier.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
-        loss = values["loss"].float() * (weight * (self.agreement.world_size / count))
+        loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
+        loss = loss * (weight * (self.agreement.world_size / count))
         term = self.agreement.loss_term(requests, weight, weighted)
         return MicroBatch(loss, term, values, weight)
-
-    def _checked(self, values: Any) -> dict[str, torch.Tensor]:
-        name = f"{type(self.task).__name__}.train_step"
-        if not isinstance(values, dict) or "loss" not in values:
-            raise RunError(f"{name} must return a dict with a 'loss', not {type(values).__name__}")
-        device = self.carrier.device
-        scalars = {}
-        for key, value in values.items():
-            if isinstance(value, numbers.Real):  # numpy's too
-                # A fill on the device; a copy to it would wait.
-                value = torch.full((), float(value), dtype=torch.float64, device=device)
-            if not isinstance(value, torch.Tensor) or value.dim() != 0:
-                shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value)
-                raise RunError(f"{name} must return scalars; {key!r} is {shape}")
-            scalars[key] = value.to(device, non_blocking=True)
-        if not scalars["loss"].requires_grad:
-            raise RunError(
-                f"{name} returned a 'loss' that depends on no weight: it has no gradient"
-            )
-        return scalars
 
 
 class TrainStep:
@@ -95,17 +99,28 @@ class TrainStep:
         self.clip = cfg.TRAIN.GRAD_CLIP
         self.schedule = build_schedule(cfg, state.data.train_plan)
         self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.weights = list(self.model.parameters())
+        self.trained = [p.requires_grad for p in self.weights]
+        self.parameters = [p for p in self.weights if p.requires_grad]
         if not self.model.training:  # as a pretrained one comes; a module in it keeps its mode
             self.model.train()
-        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg)
+        counted = [runtime.collectives] if state.data.train_plan.leaves_ranks_idle else []
+        if has_modes(self.optimizer):
+            self.optimizer.train()  # type: ignore[attr-defined]
+        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, *counted)
+        # Whether a weight may go without a gradient.
+        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
         if runtime.distributed:
+            own = own_buffers(self.model, state.alike)
+            # Else DDP would give them rank 0's values before each forward pass.
+            ignored: Any = [f"model.{name}" for name in own]
+            self.module._ddp_params_and_buffers_to_ignore = ignored
+            find_unused = cfg.DIST.FIND_UNUSED_PARAMETERS
             self.module = DDP(
-                self.module,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=cfg.DIST.FIND_UNUSED_PARAMETERS,
+                self.module, gradient_as_bucket_view=True, find_unused_parameters=find_unused
             )
-            self._settle_buckets()
+            if not find_unused:  # which keeps the layout
+                self._settle_buckets()
 
     def _settle_buckets(self) -> None:
         """Take DDP through one backward pass of zeros.
@@ -130,23 +145,38 @@ class TrainStep:
             micro_batch = next(batch.batches) if samples else None
             # Gradients cross the ranks once a step: with the last micro-batch.
             with self._held_back() if i < len(batch.sizes) - 1 else contextlib.nullcontext():
-                out = self.module(micro_batch, samples, batch.count, requests)
+                out = self._forward(micro_batch, samples, batch.count, requests)
                 loss = self.scaler.scale(out.loss) + out.term
                 self.callbacks.call("on_backward", loss)
                 loss.backward()
             if samples:
                 weighted = isinstance(out.weight, torch.Tensor)
                 self.recorder.add(out.values, out.weight)
-        self._normalise(batch.count, weighted, idle=not batch.sizes)
-        skipped = self._update()
+        if self.trained != [p.requires_grad for p in self.weights]:
+            raise switched(self.model, self.trained)
+        gradients = numbers_of(self.parameters)
+        if len(gradients) < len(self.parameters) and not self.may_miss:
+            raise unused(self.model)
+        self._normalise(gradients, batch.count, weighted, idle=not batch.sizes)
+        skipped = self._update(gradients)
         seen = self.agreement.seen()
         self.module.zero_grad()
         return skipped, seen
 
+    def _forward(self, *arguments: Any) -> MicroBatch:
+        try:
+            return self.module(*arguments)
+        except RuntimeError as error:
+            if "finished reduction in the prior iteration" in str(error):
+                raise unused(self.model) from error  # some micro-batches use it
+            raise
+
     def _held_back(self) -> contextlib.AbstractContextManager[None]:
         return self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
 
-    def _normalise(self, count: int, weighted: bool, idle: bool) -> None:
+    def _normalise(
+        self, gradients: list[torch.Tensor], count: int, weighted: bool, idle: bool
+    ) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""
         self.scaler.unscale_(self.optimizer)
         if idle:
@@ -156,16 +186,13 @@ class TrainStep:
         if weighted:
             total = self.agreement.total_weight
             # A global batch of weight 0 has gradients of 0, and keeps them.
-            torch._foreach_mul_(self._gradients(), torch.where(total > 0, count / total, 0.0))
+            torch._foreach_mul_(gradients, torch.where(total > 0, count / total, 0.0))
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
-
-    def _update(self) -> bool:
+    def _update(self, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
-        norm = torch.nn.utils.get_total_norm(self._gradients(), foreach=True)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm, foreach=True)
+            clip(gradients, norm, self.clip)
         skipped = False
         if self.scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.

@@ -9,22 +9,23 @@ import torch
 from torch import nn
 
 from launcher.checkpoint.store import DamagedCheckpoint, load_file
+from launcher.edges.model import load_model_state, model_state, plain_name, some
 from launcher.errors import UsageError
 from launcher.log import get_logger
 
 logger = get_logger(__name__)
 # What wrappers put before the names of weights, and where files keep them.
-PREFIXES = ("module.", "_orig_mod.", "model.")
+PREFIXES = ("module.", "model.")
 NESTED = ("model", "state_dict", "model_state", "model_state_dict")
 
-Weights = dict[str, torch.Tensor]
+Weights = dict[str, Any]  # tensors, and what modules keep with them (get_extra_state)
 
 
-def read_weights(path: Path, ema: bool = False) -> tuple[Weights, int | None]:
+def read_weights(path: Path, ema: bool | None = False) -> tuple[Weights, int | None]:
     """The weights in a checkpoint directory, a `.safetensors` file, or a file that torch wrote; and
     the step they are of, for a checkpoint of this launcher.
 
-    With `ema`, its averaged weights. Raises UsageError.
+    With `ema`, its averaged weights; None: these where there are. Raises UsageError.
     """
     if not path.exists():
         raise UsageError(f"there is no file or checkpoint {path}")
@@ -45,17 +46,24 @@ def read_weights(path: Path, ema: bool = False) -> tuple[Weights, int | None]:
         raise UsageError(f"{path} holds no state_dict but a {type(content).__name__}")
     progress = content.get("progress")
     step = progress.get("step") if isinstance(progress, dict) else None
+    ema = isinstance(content.get("ema"), dict) if ema is None else ema
     if ema:
         if not isinstance(content.get("ema"), dict):
             raise UsageError(f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0")
-        averaged = content["ema"]
-        return {
-            k.removeprefix("module."): v for k, v in averaged.items() if k != "n_averaged"
-        }, step
+        content = content["ema"]
+        content.pop("n_averaged", None)
     content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
-    if not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise UsageError(f"{path} holds no state_dict: names and tensors are needed")
-    return content, step
+    if others := [
+        str(name)
+        for name, value in content.items()
+        if not isinstance(value, torch.Tensor) and not str(name).endswith("_extra_state")
+    ]:
+        raise UsageError(
+            f"{path} holds no state_dict: names and tensors are needed, which {some(others)} is not"
+        )
+    if ema:
+        content = {name.removeprefix("module."): value for name, value in content.items()}
+    return {plain_name(name): value for name, value in content.items()}, step  # to be exported
 
 
 def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
@@ -63,8 +71,9 @@ def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
 
     A prefix that all names share (`module.` from DDP) is taken off where that fits better.
     """
-    wanted, candidates = model.state_dict(), [weights]
-    for prefix in PREFIXES:
+    wanted = model_state(model)
+    candidates = [{plain_name(name): value for name, value in weights.items()}]
+    for prefix in (*PREFIXES, *PREFIXES):  # in either order
         for known in list(candidates):
             if known and all(name.startswith(prefix) for name in known):
                 candidates.append({k.removeprefix(prefix): v for k, v in known.items()})
@@ -72,10 +81,16 @@ def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
     mismatched = {
         name: f"{name} {tuple(weights[name].shape)}, the model has {tuple(value.shape)}"
         for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
+        if isinstance(value, torch.Tensor)
+        and name in weights
+        and getattr(weights[name], "shape", None) != value.shape
     }
+    # Tied weights stand under one name in files of safetensors.
+    here = {_place(value) for name, value in wanted.items() if name in weights} - {None}
     groups = {
-        "missing": sorted(wanted.keys() - weights.keys()),
+        "missing": sorted(
+            n for n, v in wanted.items() if n not in weights and _place(v) not in here
+        ),
         "unexpected": sorted(weights.keys() - wanted.keys()),
         "of another shape": list(mismatched.values()),
     }
@@ -87,10 +102,17 @@ def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
     return {k: v for k, v in weights.items() if k in wanted and k not in mismatched}, report
 
 
+def _place(value: Any) -> tuple[int, torch.Size] | None:
+    """Where a tensor's memory is; the same for tied ones."""
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return (value.data_ptr(), value.shape) if value.numel() else None
+
+
 def load_weights(
-    path: Path, model: nn.Module, strict: bool = True, ema: bool = False
+    path: Path, model: nn.Module, strict: bool = True, ema: bool | None = False
 ) -> int | None:
-    """Load weights into the model, with `ema` the averaged ones; the step they are of, if the file
+    """Load weights into the model, `ema` as for read_weights; the step they are of, if the file
     tells. Raises UsageError where they do not fit and `strict` says that they must."""
     weights, step = read_weights(path, ema)
     fitting, report = match(weights, model)
@@ -101,6 +123,6 @@ def load_weights(
         )
     if report:
         logger.warning("the weights of %s fit in part:\n%s", path, report)
-    model.load_state_dict(fitting, strict=False)
+    load_model_state(model, fitting, strict=False)
     logger.info("loaded %d tensors from %s", len(fitting), path)
     return step

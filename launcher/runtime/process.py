@@ -94,27 +94,35 @@ class Runtime:
         """
         if not self.distributed:
             return value
-        # The nest without its tensors' numbers.
-        nest = map_tensors(value, lambda tensor: tensor.to("meta")) if self.is_main else None
+        # The nest without its tensors' numbers, but for those that are more than their numbers.
+        nest = map_tensors(value, lambda t: t.to("meta") if _is_dense(t) else t.cpu())
         nest = self.broadcast(nest)
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
-            # NCCL sends only what lies on a GPU.
-            dist.broadcast(tensor.to(self.device).contiguous(), src=0)
+            if _is_dense(tensor):
+                # NCCL sends only what lies on a GPU. As bytes, in the order in which they lie:
+                # backends do not know every type, and a fused optimiser goes by the layout.
+                sent = torch.empty_like(tensor, device=self.device).copy_(tensor)
+                dist.broadcast(_bytes(sent), src=0)
             return tensor
 
         def receive(tensor: torch.Tensor) -> torch.Tensor:
-            received = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-            dist.broadcast(received, src=0)
+            if not tensor.is_meta:
+                return tensor
+            received = torch.empty_like(tensor, device=self.device)
+            dist.broadcast(_bytes(received), src=0)
             return received.cpu()
 
         return map_tensors(value, send) if self.is_main else map_tensors(nest, receive)
 
-    def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
-        """Make tensors equal to rank 0's, in place. One collective a tensor."""
-        if self.distributed:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The memory of a tensor without gaps."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def choose_device(topology: Topology, choice: str) -> torch.device:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+BUCKETS = 30  # TensorBoard shows as many
+
 
 def picture(image: Any) -> torch.Tensor:
     """An image as a tensor of shape (N, C, H, W), uint8 or floating-point; ValueError for what is
@@ -62,3 +64,25 @@ def grid(images: torch.Tensor, columns: int = 8, factor: int = 6, gap: int = 4) 
     rows, (_, channels, height, width) = len(images) // columns, images.shape
     tiles = images.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
     return tiles.reshape(channels, rows * height, columns * width)
+
+
+@torch.no_grad()
+def spread(values: torch.Tensor) -> torch.Tensor:
+    """How the finite values of a tensor are spread: the least, the largest, their sum, the sum of
+    their squares, and how many lie in each of BUCKETS equal parts between the first two. float64
+    on the tensor's device, shape (4 + BUCKETS,). Never waits for the device; the same on every
+    call."""
+    # In double precision: the edges between two denormal numbers are the same in single precision.
+    flat = values.detach().flatten().float().double()
+    finite = flat.isfinite()
+    low = flat.where(finite, torch.inf).min()
+    high = flat.where(finite, -torch.inf).max()
+    summed = flat.where(finite, 0.0)
+    place = ((flat - low) * (BUCKETS / (high - low))).nan_to_num(0.0).clamp(max=BUCKETS - 1)
+    # What is not finite lies beyond all buckets. Sorted, not counted: that would wait, or add in
+    # whatever order the device takes.
+    ordered = place.where(finite, BUCKETS).to(torch.uint8).sort().values
+    edges = torch.arange(BUCKETS + 1, dtype=torch.uint8, device=flat.device)
+    counts = torch.searchsorted(ordered, edges).diff()
+    figures = torch.stack([low, high, summed.sum(), summed.square().sum()])
+    return torch.cat([figures, counts.double()])

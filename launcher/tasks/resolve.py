@@ -30,12 +30,17 @@ def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> t
     task = resolve_class(name, BUILTIN, "task", search)
     missing = [
         method
-        for method in ("build_model", "build_dataset", "train_step", "eval_step")
+        for method in ("build_model", "build_dataset", "train_step")
         if getattr(task, method, None) in (None, getattr(Task, method))
     ]
     if missing:
         raise UsageError(f"{name} is no task: it lacks {', '.join(missing)}")
     return task
+
+
+def has_eval_step(task: type) -> bool:
+    """Whether a task can be evaluated; one that is never evaluated need not."""
+    return getattr(task, "eval_step", None) not in (None, Task.eval_step)
 
 
 def resolve_class(name: str, builtin: Mapping[str, str], what: str, search: list[Path]) -> type:

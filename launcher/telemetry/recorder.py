@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from launcher.edges.returned import check_name, on_device, real
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.tasks import recorder
-from launcher.tasks.pictures import drawn, picture
-from launcher.telemetry.media import Media, OnHost, spread
+from launcher.tasks.pictures import drawn, picture, spread
+from launcher.telemetry.media import Media, OnHost
 from launcher.telemetry.writer import Writer
 
 # A scalar of an evaluation: name, value, weight.
@@ -30,9 +31,10 @@ class Recorder(recorder.Recorder):
     def __init__(self, runtime: Runtime, progress: Progress, writer: Writer) -> None:
         self.runtime, self.progress, self.writer = runtime, progress, writer
         self.pid = os.getpid()
-        # For each set of keys that was added together: weighted sums in float64 on the device, and
-        # the weight itself as the last element. One small kernel or two an addition.
-        self._sums: dict[tuple[str, ...], torch.Tensor] = {}
+        # For each set of keys that was added together: the means so far in float64, on the device,
+        # and their weight. A mean moves towards each value by its share, so that equal ones give
+        # just that, however large. One small kernel or two an addition.
+        self._means: dict[tuple[str, ...], tuple[torch.Tensor, float | torch.Tensor]] = {}
         self.split = "train"
         # Of an evaluation: scalars since `take`, and what is shown when it is complete.
         self.notes: list[Note] = []
@@ -52,18 +54,12 @@ class Recorder(recorder.Recorder):
     def scalar(self, name: str, value: Any, weight: float = 1.0) -> None:
         if os.getpid() != self.pid:
             return
-        if isinstance(value, torch.Tensor):
-            if value.dim() != 0:
-                raise ValueError(f"{name!r} is no scalar: its shape is {tuple(value.shape)}")
-            value = value.detach()
+        value = real(name, value)
         if self.split != "train":
             self.notes.append((name, value, weight))
             return
-        device = self.runtime.device
-        if not isinstance(value, torch.Tensor):
-            # A fill on the device; a copy to it would wait.
-            value = torch.full((), float(value), dtype=torch.float64, device=device)
-        self.add({name: value.to(device, non_blocking=True)}, weight)
+        check_name(name, "recorder.scalar")
+        self.add({name: on_device(value, self.runtime.device)}, weight)
 
     def image(self, name: str, image: Any) -> None:
         self._show("image", name, lambda: OnHost(picture(image)))
@@ -117,27 +113,33 @@ class Recorder(recorder.Recorder):
 
     def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
         """Count scalars, means over a batch, with its weight. Never waits for the device."""
-        keys = tuple(values)
         stacked = torch.stack([value.detach().double() for value in values.values()])
-        if (sums := self._sums.get(keys)) is None:
-            sums = torch.zeros(len(keys) + 1, dtype=torch.float64, device=stacked.device)
-            self._sums[keys] = sums
-        sums[:-1] += stacked * weight
-        sums[-1] += weight
+        self._add(tuple(values), stacked, weight)
+
+    def _add(
+        self, keys: tuple[str, ...], values: torch.Tensor, weight: float | torch.Tensor
+    ) -> None:
+        mean, before = self._means.get(keys) or (torch.zeros_like(values), 0.0)
+        total = before + weight
+        if isinstance(total, torch.Tensor):
+            mean.lerp_(values, (weight / total).nan_to_num(0.0).double())  # 0 of 0: no step
+        elif total:
+            mean.lerp_(values, float(weight) / total)
+        self._means[keys] = mean, total
 
     def gather(self, local: Any = None) -> tuple[dict[str, float], list[Any]] | None:
         """The means `train/...` since the last call, and every rank's `local`, in rank order; None
         but on rank 0. A collective."""
         # The one place where training waits for the device to read values.
         parts = self.runtime.gather((self.state(), local))
-        self._sums.clear()
+        self._means.clear()
         if parts is None:
             return None
         found = means(
-            (f"train/{key}", value, sums[-1])
+            (f"train/{key}", value, weight)
             for state, _ in parts
-            for keys, sums in state.items()
-            for key, value in zip(keys.split("\n"), sums, strict=False)
+            for keys, (*values, weight) in state.items()
+            for key, value in zip(keys.split("\n"), values, strict=True)
         )
         return found, [local for _, local in parts]
 
@@ -146,21 +148,26 @@ class Recorder(recorder.Recorder):
         self.writer.write({**self.progress.as_dict(), "time": time.time(), **values})
 
     def state(self) -> dict[str, list[float]]:
-        """The sums of this rank since the last record. Waits for the device."""
-        return {"\n".join(keys): sums.tolist() for keys, sums in self._sums.items()}
+        """The means of this rank since the last record, and their weight. Waits for the device."""
+        return {"\n".join(k): [*mean.tolist(), float(w)] for k, (mean, w) in self._means.items()}
 
     def add_state(self, state: Mapping[str, list[float]]) -> None:
-        """Go on from sums that `state` gave, besides those there are."""
-        for joined, values in state.items():
-            sums = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
-            keys = tuple(joined.split("\n"))
-            self._sums[keys] = self._sums[keys] + sums if keys in self._sums else sums
+        """Go on from means that `state` gave, besides those there are."""
+        for joined, (*values, weight) in state.items():
+            means = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
+            self._add(tuple(joined.split("\n")), means, weight)
 
 
-def means(sums: Iterable[tuple[str, float, float]]) -> dict[str, float]:
-    """Each name's mean from its weighted sums and their weights, added up in the order given."""
-    totals: dict[str, tuple[float, float]] = {}
-    for name, value, weight in sums:
-        total, weights = totals.get(name, (0.0, 0.0))
-        totals[name] = (total + value, weights + weight)
-    return {name: total / weight for name, (total, weight) in totals.items() if weight > 0}
+def means(parts: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Each name's mean from the means of parts and their weights, added up in the order given; of
+    equal ones just that, however large."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, value, weight in parts:
+        found.setdefault(name, []).append((value, weight))
+    return {name: _mean(pairs) for name, pairs in found.items() if any(w > 0 for _, w in pairs)}
+
+
+def _mean(pairs: list[tuple[float, float]]) -> float:
+    if len({value for value, _ in pairs}) == 1:
+        return pairs[0][0]
+    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)

@@ -7,7 +7,8 @@ from torch import nn
 from launcher.callbacks.histograms import Histograms
 from launcher.data.plan import Plan
 from launcher.runtime.topology import Topology
-from launcher.telemetry.media import BUCKETS, Media, OnHost
+from launcher.tasks.pictures import BUCKETS
+from launcher.telemetry.media import Media, OnHost
 from tests.callbacks.helpers import view
 
 

@@ -18,7 +18,8 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from launcher.callbacks.tensorboard import EventFile
 from launcher.config import load_config
-from launcher.telemetry.media import Media, OnHost, spread
+from launcher.tasks.pictures import spread
+from launcher.telemetry.media import Media, OnHost
 from launcher.telemetry.sinks import AppendFile, Record
 
 CFG = load_config(None, ["OPTIM.LR", "0.5"], require_task=False).cfg

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.checkpoint.state import TrainingState, random_state, set_random_state
+from launcher.checkpoint.state import TrainingState
+from launcher.edges.generators import random_state, set_random_state
 from launcher.engine.run import model_layout
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
@@ -87,31 +88,31 @@ def rank(of: int, world_size: int) -> Runtime:
 
 
 def saved_by_two_ranks() -> dict[str, Any]:
-    """What rank 0 of two saves: sums 3 of weight 1 on rank 0, and 10 of weight 2 on rank 1."""
+    """What rank 0 of two saves: means of 2 (weight 1) on rank 0, and 5 (weight 2) on rank 1."""
     saved = captured(Trainer(Regression()).state)
     torch.manual_seed(0)
-    mine = {"random": random_state(), "recorder": {"loss": [10.0, 2.0]}, "threads": 5}
-    saved["ranks"][0]["recorder"] = {"loss": [3.0, 1.0]}
+    mine = {"random": random_state(), "means": {"loss": [5.0, 2.0]}, "threads": 5}
+    saved["ranks"][0]["means"] = {"loss": [2.0, 1.0]}
     saved["ranks"].append({**saved["ranks"][0], **mine})
     return saved
 
 
 @pytest.mark.parametrize(
-    ("of", "world_size", "sums"),
+    ("of", "world_size", "means"),
     [
-        (0, 2, [3.0, 1.0]),
-        (1, 2, [10.0, 2.0]),
-        (0, 1, [13.0, 3.0]),
-        (0, 3, [13.0, 3.0]),
+        (0, 2, [2.0, 1.0]),
+        (1, 2, [5.0, 2.0]),
+        (0, 1, [4.0, 3.0]),
+        (0, 3, [4.0, 3.0]),
         (2, 3, None),
     ],
 )
-def test_sums_of_the_interrupted_period_survive_any_number_of_ranks(
-    of: int, world_size: int, sums: list[float] | None
+def test_means_of_the_interrupted_period_survive_any_number_of_ranks(
+    of: int, world_size: int, means: list[float] | None
 ) -> None:
     state = fresh(Regression())
     state.restore(saved_by_two_ranks(), rank(of, world_size))
-    assert state.recorder.state() == ({"loss": sums} if sums else {})
+    assert state.recorder.state() == ({"loss": means} if means else {})
 
 
 def test_a_rank_has_its_own_random_state_and_a_new_rank_keeps_its_seed() -> None:

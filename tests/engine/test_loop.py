@@ -66,6 +66,25 @@ def test_what_an_epochs_end_makes_due_is_done_at_the_next_step_where_its_own_is_
     assert all(metrics == {"val/loss": 1.0} for _, _, metrics in loop.saves)
 
 
+@pytest.mark.parametrize("works", [0, 1])
+def test_what_was_trained_before_an_evaluation_that_fails_is_saved(works: int) -> None:
+    """The first of an attempt: one that has worked before is not expected to fail."""
+    loop = Scripted("CHECKPOINT.EVERY", "", "CHECKPOINT.KEEP_BEST", 0)
+    saved: list[dict[str, Any]] = []
+    loop.saver.save = lambda captured, *_: saved.append(captured)  # type: ignore[union-attr]
+
+    def fails(model: Any) -> dict[str, float]:
+        if len(loop.evaluations) == works:
+            raise ValueError("a mistake in eval_step")
+        return loop.evaluate_once(model)
+
+    loop.evaluation = fails  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="a mistake in eval_step"):
+        loop.train()
+    told = [(s["progress"]["step"], s["due"], s["evaluated"]) for s in saved]
+    assert told == ([] if works else [(3, ["checkpoint", "evaluate"], -1)])
+
+
 def test_a_step_stands_once_and_keeps_its_metrics_where_the_last_batches_are_skipped() -> None:
     words = ("LOG.EVERY", "7step", "EVAL.EVERY", "7step", "CHECKPOINT.EVERY", "7step")
     loop = Scripted(*words, skips=(7, 8))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from launcher.checkpoint.store import Retention
-from launcher.engine.resume import check_changes, choose_checkpoint, find
+from launcher.config.changes import check_changes
+from launcher.engine.resume import choose_checkpoint, find
 from launcher.errors import RunError, UsageError
 from tests.checkpoint.helpers import Store, state_of
 from tests.engine.helpers import ALONE, config, same

@@ -12,7 +12,7 @@ from torch import nn
 from launcher.callbacks.histograms import Histograms
 from launcher.engine import step
 from launcher.engine.agreement import Agreement
-from launcher.telemetry.media import spread
+from launcher.tasks.pictures import spread
 from tests.engine.helpers import ALONE, Regression, Trainer
 
 META = replace(ALONE, device=torch.device("meta"))

@@ -152,7 +152,7 @@ def test_a_killed_rank_and_max_restarts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("length", "the data sets' length is {'train': 80, 'val': 80}"),
+        ("length", "the data sets' length is {'train': 80}"),
         slow("model", "the model's layout is"),
     ],
 )

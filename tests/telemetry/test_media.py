@@ -6,7 +6,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launcher.telemetry.media import BUCKETS, OnHost, spread
+from launcher.tasks.pictures import BUCKETS, spread
+from launcher.telemetry.media import OnHost
 
 numbers = st.lists(
     st.floats(-1e6, 1e6, width=32) | st.sampled_from([float("nan"), float("inf"), -float("inf")]),

@@ -1,0 +1,198 @@
+"""What of a model goes out and comes back: its state under plain names, what is a rank's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from launcher.errors import RunError, UsageError
+from launcher.log import get_logger
+
+logger = get_logger(__name__)
+
+WRAPPER = "_orig_mod."  # torch.compile's, before the names of what it wraps
+# Batch-norm's buffers: rank 0's count, as in DDP. Any other is its rank's own.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight in the model as it is written."""
+    return name.replace(WRAPPER, "")
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """The state_dict under plain names. Tensors are the live ones."""
+    return _renamed(model.state_dict(), plain_name)
+
+
+def load_model_state(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Load what `model_state` gave, whether or not this model or that one is compiled."""
+    live = model.state_dict()
+    names = {plain_name(name): name for name in [*live, *_prefixes(live)]}
+    model.load_state_dict(_renamed(state, lambda name: names.get(name, name)), strict=strict)
+
+
+def _prefixes(state: Any) -> dict[str, Any]:
+    """The versions of the modules' states, which torch keeps beside a state_dict, by `prefix.`."""
+    return {f"{prefix}.": version for prefix, version in getattr(state, "_metadata", {}).items()}
+
+
+def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    if all(name == rename(name) for name in state):
+        return state  # type: ignore[return-value]
+    renamed: Any = OrderedDict((rename(name), value) for name, value in state.items())
+    versions = _prefixes(state).items()
+    renamed._metadata = OrderedDict((rename(p).removesuffix("."), v) for p, v in versions)
+    return renamed
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise UsageError for a model whose state could be saved, but not loaded again."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [n for n, t in named if isinstance(t, (UninitializedParameter, UninitializedBuffer))]
+    if lazy:
+        raise UsageError(
+            f"the model has lazy weights without a shape: {some(lazy)}. Call it once in "
+            "build_model, on a batch of the right shape, before it is returned."
+        )
+    spread = [n for n, b in model.state_dict().items() if _is_spread(b)]
+    if spread:
+        raise UsageError(
+            f"several elements of {some(spread)} share their memory (expand), so nothing can be "
+            "loaded into them. Register them with .clone()."
+        )
+    try:
+        # Into itself: nothing changes, but what a resume would stumble over shows.
+        load_model_state(model, model_state(model))
+    except Exception as error:
+        raise UsageError(
+            "the model does not take back its own state_dict, so it could be saved but never "
+            f"resumed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _is_spread(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return False
+    return any(
+        step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
+    )
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """The moving average of a model's weights, in eval mode. Raises UsageError where the model
+    cannot be copied."""
+    try:
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    except Exception as error:
+        raise UsageError(
+            f"MODEL.EMA_DECAY needs a copy of the model, which cannot be made ({error}). Use "
+            "MODEL.EMA_DECAY 0, or torch.nn.utils.parametrizations.weight_norm for the old one."
+        ) from error
+    return ema.eval()
+
+
+def warn_of_one_sample(model: nn.Module) -> None:
+    """Say so, before the first step, where batch-norm will get a micro-batch of one sample."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if any(m.training or not model.training for m in norms):
+        logger.warning(
+            "an epoch's last global batch leaves a rank 1 sample, of which batch-norm has no "
+            "variance: it fails there, unless a sample has several positions. TRAIN.DROP_LAST True "
+            "leaves that batch out; or take another TRAIN.BATCH_SIZE or TRAIN.MICRO_BATCH_SIZE."
+        )
+
+
+def own_buffers(model: nn.Module, alike: Iterable[str] = ()) -> dict[str, torch.Tensor]:
+    """By name the buffers in which each rank may have values of its own: all but the statistics of
+    norms, and those whose name matches a pattern of `alike`."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] not in STATISTICS
+        and not any(fnmatch(name, pattern) for pattern in alike)
+    }
+
+
+def model_layout(model: nn.Module) -> str:
+    """A digest of the names, shapes and types of a model's parameters and buffers."""
+    tensors = model.state_dict()
+    kinds = (
+        (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__
+        for t in tensors.values()
+    )
+    text = "\n".join(f"{name} {kind}" for name, kind in zip(tensors, kinds, strict=True))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def switched(model: nn.Module, trained: list[bool]) -> RunError:
+    """What is told where requires_grad is not what it was at the start."""
+    named = zip(model.named_parameters(), trained, strict=False)
+    names = [name for (name, p), before in named if p.requires_grad != before]
+    return RunError(
+        f"requires_grad of {some(names)} was switched while training. The optimiser and DDP go by "
+        "what it was at the start, so such weights would not be trained, or would drift apart "
+        "between ranks. Set it in build_model; MODEL.THAW is to do it on the way."
+    )
+
+
+def differing(ranks: list[dict[str, int]], weights: Collection[str], step: int) -> list[str]:
+    """The names of which ranks have other `bits` than the first one. Raises RunError where some are
+    weights, which must be the same."""
+    first = ranks[0] if ranks else {}
+    names = [name for name in first if any(rank.get(name) != first[name] for rank in ranks)]
+    if drifted := [name for name in names if name in weights]:
+        raise RunError(
+            f"the ranks' weights differ at step {step}: {some(drifted)}. A task that changes "
+            "weights itself must do so alike on every rank, and may not switch requires_grad while "
+            "training."
+        )
+    return names
+
+
+def unused(model: nn.Module) -> RunError:
+    """What is told where a step gives some weights no gradient, and DDP waits for them."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    return RunError(
+        f"a training step does not use {some(names) or 'some weights'}, so the ranks wait for "
+        "gradients that never come. Set DIST.FIND_UNUSED_PARAMETERS True, freeze them with "
+        "requires_grad_(False), or leave them out of the model."
+    )
+
+
+def fill(tensors: Iterable[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Give tensors the numbers of as many others, in place; none where there are no values."""
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=False):
+            tensor.copy_(value)
+
+
+def bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """For each tensor the sum of its bits, read as whole numbers: the same for equal tensors of any
+    memory layout. Waits for the device, once."""
+    sums = [_bits(tensor) for tensor in tensors.values()]
+    return dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(whole).sum(dtype=torch.int64)
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,108 @@
+"""Optimisers of any make: all that have `step()` without a closure, groups and a state."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from launcher.edges.model import some
+from launcher.edges.state import plain
+from launcher.errors import UsageError
+from launcher.log import get_logger
+
+logger = get_logger(__name__)
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, who: str) -> None:
+    """Raise UsageError for what cannot be stepped once a batch, saved, or told apart from the
+    model's weights; numpy's numbers in the groups become Python's."""
+    lacks = [
+        name
+        for name in ("step", "param_groups", "state_dict", "load_state_dict")
+        if not hasattr(optimizer, name)
+    ]
+    if lacks:
+        kind = type(optimizer).__name__
+        raise UsageError(
+            f"{who} must return a torch.optim.Optimizer, or what has its methods, not {kind}: it "
+            f"lacks {', '.join(lacks)}"
+        )
+    closure = inspect.signature(optimizer.step).parameters.values()
+    if hasattr(optimizer, "first_step") or any(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in closure
+    ):
+        raise UsageError(
+            f"{type(optimizer).__name__} evaluates the model several times a step (a closure, or "
+            "two passes), which a step over ranks and micro-batches does not do. Take an optimiser "
+            "whose step() needs no argument."
+        )
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group.update({key: plain(v) for key, v in group.items() if key != "params"})
+        foreign = [p for p in group["params"] if id(p) not in names]
+        if foreign:
+            raise UsageError(
+                f"the optimiser trains {len(foreign)} weights that are not the model's (the first "
+                f"has shape {tuple(foreign[0].shape)}): they would be neither saved nor sent to "
+                "other ranks. Make what holds them a part of what build_model returns."
+            )
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken]
+    if left:
+        logger.warning("in no group of the optimiser, so never trained: %s", some(left))
+
+
+def set_rate(group: dict[str, Any], factor: float) -> None:
+    """Set a group's rate from the one it was made with; a layer's own `lr_scale` (timm) counts. A
+    group without a rate is left as it is."""
+    if (rate := group.get("lr")) is None:
+        return
+    base = group.setdefault("initial_lr", float(rate))
+    wanted = float(base) * factor * group.get("lr_scale", 1.0)
+    if isinstance(rate, torch.Tensor):
+        rate.fill_(wanted)  # in place, for a compiled or captured step
+    else:
+        group["lr"] = wanted
+
+
+def rates(optimizer: Any) -> dict[str, float]:
+    """`train/lr`, that of the first parameter group, and where the groups were made with different
+    rates `train/lr/<name>` for each: its "name", or its number. Nothing where there is no rate."""
+    groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
+    if not groups:
+        return {}
+    found = {"train/lr": float(groups[0]["lr"])}
+    made = {float(g.get("initial_lr", g["lr"])) * g.get("lr_scale", 1.0) for g in groups}
+    if len(made) > 1:
+        for number, group in enumerate(groups):
+            found[f"train/lr/{group.get('name', number)}"] = float(group["lr"])
+    return found
+
+
+@contextlib.contextmanager
+def evaluated(optimizer: Any) -> Iterator[None]:
+    """The weights that an optimiser with modes of its own (schedule-free: Defazio et al., "The Road
+    Less Scheduled", 2024) wants evaluated; after that those of before, bit for bit."""
+    if not has_modes(optimizer):
+        yield
+        return
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in weights]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for p, value in zip(weights, before, strict=True):
+                p.copy_(value)
+
+
+def has_modes(optimizer: Any) -> bool:
+    return callable(getattr(optimizer, "eval", None)) and hasattr(optimizer, "train")

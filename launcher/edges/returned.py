@@ -1,0 +1,156 @@
+"""What a task's methods return, taken as it comes: numbers of Python, numpy or torch, in any
+mapping. What cannot be taken is refused with the method's name and what is needed."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from launcher.errors import RunError
+
+# What the launcher records itself, as train/<name>; so are all that begin with lr/.
+TAKEN = ("lr", "grad_norm", "skipped_steps")
+
+
+def check_name(name: str, who: str) -> None:
+    """Raise RunError for a name of the launcher's own."""
+    if name in TAKEN or name.startswith("lr/"):
+        raise RunError(
+            f"{who} gave {name!r}, a name that is taken: the launcher records train/"
+            f"{', train/'.join(TAKEN)} and train/lr/... itself. Give it another name."
+        )
+
+
+def number(value: Any) -> float | None:
+    """A scalar of Python or numpy, as a float (whole numbers are exact up to 2^53); else None."""
+    if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def real(name: str, value: Any) -> torch.Tensor | float:
+    """A real scalar as a float, or a tensor without its graph. Raises ValueError for another."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
+        return value.detach()
+    if (plain := number(value)) is None:
+        raise ValueError(f"{name!r} is no scalar: its shape is {_kind(value)}")
+    return plain
+
+
+def on_device(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A scalar as a tensor on the device, without waiting for it."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    # A fill on the device; a copy to it would wait.
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def scalars(values: Any, device: torch.device, who: str) -> dict[str, torch.Tensor]:
+    """What a train_step returned, as tensors without dimensions on the device; it never waits for
+    the device. Raises RunError unless it is a mapping of real scalars with a "loss" that has a
+    gradient."""
+    if not isinstance(values, Mapping) or "loss" not in values:
+        raise RunError(f"{who} must return a dict with a 'loss', not {type(values).__name__}")
+    found = {}
+    for key, value in values.items():
+        check_name(key, who)
+        if not isinstance(value, torch.Tensor) and (plain := number(value)) is not None:
+            value = on_device(plain, device)
+        if not isinstance(value, torch.Tensor) or value.dim() != 0 or value.is_complex():
+            raise RunError(f"{who} must return real scalars; {key!r} is {_kind(value)}")
+        found[key] = on_device(value, device)
+    if not found["loss"].requires_grad:
+        raise RunError(f"{who} returned a 'loss' that depends on no weight: it has no gradient")
+    return found
+
+
+def per_sample(output: Any, samples: int, who: str) -> dict[str, torch.Tensor]:
+    """What an eval_step returned for so many samples: tensors of shape (samples, ...), still on
+    their device. Raises RunError for anything else."""
+    if not isinstance(output, Mapping) or not output:
+        raise RunError(f"{who} must return a dict of tensors, not {type(output).__name__}")
+    found = {key: _as_tensor(value) for key, value in output.items()}
+    if any(
+        not isinstance(v, torch.Tensor) or v.dim() == 0 or len(v) != samples for v in found.values()
+    ):
+        kinds = {key: _kind(value) for key, value in found.items()}
+        raise RunError(
+            f"{who} must return tensors of one value a sample, shape ({samples}, ...); "
+            f"it returned {kinds}. A loss needs reduction='none'."
+        )
+    return found
+
+
+def joined(outputs: Sequence[Mapping[str, torch.Tensor]], who: str) -> dict[str, torch.Tensor]:
+    """The values of all batches, in order, as one tensor a name. Raises RunError where batches
+    differ in their names or, but for the first dimension, in their shapes."""
+    first, whole = outputs[0], {}
+    for i, output in enumerate(outputs):
+        if output.keys() != first.keys():
+            raise RunError(
+                f"{who} returned {', '.join(first)} for the first batch, but "
+                f"{', '.join(output) or 'nothing'} for batch {i + 1}: the same names are needed"
+            )
+    for key in first:
+        parts = [output[key] for output in outputs]
+        for i, part in enumerate(parts):
+            if part.shape[1:] != parts[0].shape[1:]:
+                raise RunError(
+                    f"{who} returned {key!r} of shape {_kind(parts[0])} for the first batch, but "
+                    f"{_kind(part)} for batch {i + 1}: they cannot be put together. Pad it to one "
+                    "size in eval_step."
+                )
+        whole[key] = torch.cat(parts)
+    return whole
+
+
+def averages(outputs: dict[str, torch.Tensor], who: str) -> dict[str, float]:
+    """The means, in float64, of the values that are one number a sample; `outputs` is left without
+    its "weight", shape (N,). Raises RunError for a weight of another shape."""
+    weight = outputs.pop("weight", None)
+    if weight is not None and weight.dim() != 1:
+        raise RunError(
+            f"{who} must return a 'weight' of shape (B,), one a sample; its shape is "
+            f"{('B', *weight.shape[1:])}"
+        )
+    return {
+        key: _mean(value.double(), weight)
+        for key, value in outputs.items()
+        if value.dim() == 1 and (value.is_floating_point() or value.dtype == torch.bool)
+    }
+
+
+def _mean(value: torch.Tensor, weight: torch.Tensor | None) -> float:
+    if len(value) and bool((value == value[0]).all()):
+        return value[0].item()  # exact, however large
+    if weight is None:
+        return value.mean().item()
+    return ((value * weight.double()).sum() / weight.double().sum()).item()
+
+
+def summarized(values: Any, who: str) -> dict[str, float]:
+    """What a summarize returned, as floats. Raises RunError unless it is a mapping of scalars."""
+    if not isinstance(values, Mapping):
+        raise RunError(f"{who} must return a dict of numbers, not {type(values).__name__}")
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.item()
+        if (plain := number(value)) is None:
+            raise RunError(f"{who} must return numbers; {key!r} is {_kind(value)}")
+        found[key] = plain
+    return found
+
+
+def _as_tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.as_tensor(value)
+    return value
+
+
+def _kind(value: Any) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

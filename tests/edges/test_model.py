@@ -1,0 +1,85 @@
+"""Models as they come: names, what is a rank's own, bits; and files of somebody else's."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.edges.model import bits, load_model_state, model_state, own_buffers
+from launcher.errors import UsageError
+from launcher.models.weights import load_weights, match, read_weights
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+
+def compiled_inside() -> nn.Module:
+    made = net()
+    made[0] = torch.compile(made[0], backend="eager")  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda: torch.compile(net(), backend="eager"), compiled_inside, net]
+)
+def test_names_are_those_of_the_model_as_it_is_written(wrap: object) -> None:
+    """Both ways, with the versions of the modules' states, which batch-norm asks for."""
+    plain, wrapped = net(), wrap()  # type: ignore[operator]
+    state = model_state(wrapped)
+    assert list(state) == list(plain.state_dict())
+    assert state._metadata.keys() == plain.state_dict()._metadata.keys()  # type: ignore[attr-defined]
+    load_model_state(plain, state)
+    other = wrap()  # type: ignore[operator]
+    load_model_state(other, plain.state_dict())
+    for name, value in model_state(other).items():
+        assert torch.equal(value, state[name])
+
+
+def test_all_but_the_statistics_of_norms_is_a_ranks_own() -> None:
+    model = net()
+    model.register_buffer("queue", torch.zeros(3))
+    model.register_buffer("centre", torch.zeros(3), persistent=False)
+    assert set(own_buffers(model)) == {"queue", "centre"}
+    assert set(own_buffers(model, ["cent*"])) == {"queue"}
+
+
+def test_bits_tell_tensors_apart_and_not_their_layouts() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    turned = x.to(memory_format=torch.channels_last)
+    odd = x.clone()
+    odd[1, 2, 3, 3] = torch.nextafter(odd[1, 2, 3, 3], torch.tensor(9.0))
+    found = bits({"x": x, "turned": turned, "odd": odd, "half": x.half(), "none": x[:0]})
+    assert found["x"] == found["turned"] != found["odd"] and found["none"] == 0
+    kinds = {str(t): torch.ones(3).to(t) for t in (torch.bool, torch.int16, torch.complex64)}
+    assert all(bits(kinds).values()) and bits({}) == {}
+
+
+def test_a_tied_weight_that_a_file_holds_once_is_not_missing() -> None:
+    """As files of safetensors do."""
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    tied[1].weight = tied[0].weight  # type: ignore[assignment]
+    weights = {"0.weight": torch.ones(5, 3)}
+    fitting, report = match(weights, tied)
+    assert report == "" and fitting.keys() == weights.keys()
+    untied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    assert "1 missing: 1.weight" in match(weights, untied)[1]
+
+
+def test_a_file_of_other_objects_says_what_it_holds_and_how_to_convert_it(tmp_path: Path) -> None:
+    path, model = tmp_path / "theirs.pth", net()
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(lr=0.1)}, path)
+    with pytest.raises(UsageError, match=r"argparse\.Namespace") as caught:
+        read_weights(path)
+    told = str(caught.value)
+    assert told.count("\n") == 1 and len(told) < 600
+    line = told.splitlines()[1].strip()
+    assert line.startswith('python -c "') and line.endswith('"')
+    subprocess.run([sys.executable, "-c", line[len('python -c "') : -1]], check=True)
+    load_weights(tmp_path / "theirs.pth.weights", net())

@@ -1,0 +1,96 @@
+"""Optimisers of any make, and who sets their rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.edges.optimizer import check_optimizer, evaluated, rates, set_rate
+from launcher.engine.schedule import Schedule, constant, linear
+from launcher.errors import RunError, UsageError
+
+
+class TwoPasses(torch.optim.SGD):
+    """As sharpness-aware minimisation."""
+
+    def first_step(self) -> None: ...
+    def second_step(self) -> None: ...
+
+
+class Needs(torch.optim.SGD):
+    def step(self, closure: Any) -> None: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize("make", [TwoPasses, Needs, lambda p, lr: torch.optim.LBFGS(p)])
+def test_one_that_evaluates_the_model_several_times_is_refused(make: Any) -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(UsageError, match="several times a step"):
+        check_optimizer(make(model.parameters(), lr=0.1), model, "T.build_optimizer")
+
+
+def test_weights_that_are_trained_by_nobody_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
+    check_optimizer(torch.optim.SGD(model[0].parameters(), 0.1), model, "T.build_optimizer")
+    assert "never trained: 1.weight, 1.bias" in caplog.text and "2.weight" not in caplog.text
+
+
+def test_a_layers_own_scale_counts_in_every_rate() -> None:
+    groups = [{"lr": 0.1, "lr_scale": 0.5}, {"lr": 0.1}, {"momentum": 0.9}, {"lr": None}]
+    for group in groups:
+        set_rate(group, 0.2)
+    assert [group.get("lr") for group in groups] == [pytest.approx(0.01), 0.1 * 0.2, None, None]
+    optimizer = type("Made", (), {"param_groups": groups})()
+    assert rates(optimizer) == {
+        "train/lr": groups[0]["lr"],
+        "train/lr/0": groups[0]["lr"],
+        "train/lr/1": groups[1]["lr"],
+    }
+    assert rates(type("None", (), {"param_groups": groups[2:]})()) == {}
+
+
+def test_a_rate_that_is_a_tensor_is_set_in_place() -> None:
+    rate = torch.tensor(0.1)
+    group: dict[str, Any] = {"lr": rate}
+    set_rate(group, 0.5)
+    set_rate(group, 0.25)
+    assert group["lr"] is rate and rate.item() == pytest.approx(0.025)
+
+
+def test_rates_that_a_task_sets_itself_stay_where_nothing_is_scheduled() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    steady = Schedule(constant(), 10, steady=True)
+    for step in range(3):
+        steady.apply(optimizer, step)
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
+def test_two_that_set_the_rate_are_told() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)
+    schedule = Schedule(linear(0.0), 10)
+    schedule.apply(optimizer, 0)
+    schedule.apply(optimizer, 1)
+    optimizer.param_groups[0]["lr"] = 0.3
+    with pytest.raises(RunError, match=r"changed between steps, to 0\.3.*OPTIM\.SCHEDULE constant"):
+        schedule.apply(optimizer, 2)
+
+
+def test_weights_are_back_bit_for_bit_after_an_evaluation() -> None:
+    model = nn.Linear(3, 3)
+    before = model.weight.detach().clone()
+
+    class Averages(torch.optim.SGD):
+        def eval(self) -> None:
+            model.weight.data.mul_(1 / 3)
+
+        def train(self) -> None:
+            model.weight.data.mul_(3)  # not the same bits
+
+    with evaluated(Averages(model.parameters(), 0.1)):
+        assert torch.equal(model.weight, before * (1 / 3))
+    assert torch.equal(model.weight, before)

@@ -1,0 +1,75 @@
+"""Models of odd parts on two ranks: exact over a crash, each rank's own buffers included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.edges import zoo
+from tests.edges.test_zoo import assert_same_run, same, words
+from tests.system import edge_tasks, jobs
+
+MANY = [part for part in zoo.MODELS if part not in zoo.REFUSED and part != "sparse"]
+
+
+@pytest.mark.parametrize(
+    ("parts", "optimiser"),
+    [(MANY, "adam"), jobs.slow(["sparse", "frozen", "extra"], "plain sgd", id="sparse gradients")],
+)
+def test_two_ranks_go_on_exactly(parts: list[str], optimiser: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    case = words(parts, optimiser, "data class")
+    jobs.train(*case, "OUTPUT_DIR", whole, ranks=2).ok()
+    failed = jobs.train(*case, "OUTPUT_DIR", broken, ranks=2, env={zoo.FAIL_AT: "5"})
+    assert failed.code != 0 and "a planned failure" in failed.output
+    jobs.train(*case, "OUTPUT_DIR", broken, "--resume", ranks=2).ok()
+    assert_same_run(broken, whole)
+    ours, theirs = jobs.state(broken)["ranks"], jobs.state(whole)["ranks"]
+    assert same([rank["buffers"] for rank in ours], [rank["buffers"] for rank in theirs])
+    if "queue" in parts:  # what other ranks wrote is theirs, and was not lost
+        name = f"parts.{parts.index('queue')}.queue"
+        mine, other = (rank["buffers"][name] for rank in theirs)
+        assert set(theirs[0]["buffers"]) == {name} and not torch.equal(mine, other)
+
+
+def odd(name: str, *words: object) -> list[object]:
+    task = ("TASK.NAME", f"{edge_tasks.__file__}:{name}", "EVAL.EVERY", "")
+    return [*task, "TRAIN.BATCH_SIZE", "8", "TRAIN.DURATION", "2ep", *words]
+
+
+def test_weights_that_differ_between_ranks_are_told_at_the_next_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    failed = jobs.train(*odd("Apart", "CHECKPOINT.EVERY", "3step"), "OUTPUT_DIR", run, ranks=2)
+    assert failed.code != 0
+    told = jobs.failure(run)["exception"]
+    assert "the ranks' weights differ at step 3: body.weight. " in told
+    assert not list((run / "checkpoints").glob("step_*"))
+
+
+def test_a_collective_of_the_tasks_own_is_refused_where_ranks_will_be_idle(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    failed = jobs.train(*odd("Gathers"), "OUTPUT_DIR", run, ranks=2)
+    assert failed.code != 0 and jobs.failure(run)["step"] == 0
+    assert "Gathers.train_step begins a collective" in jobs.failure(run)["exception"]
+    assert "TRAIN.DROP_LAST True" in failed.output
+
+
+def test_a_rank_without_samples_moves_no_weight_that_nobody_uses(tmp_path: Path) -> None:
+    """Decay acts on a gradient of zeros, but not where there is none."""
+    words = ("OPTIM.WEIGHT_DECAY", "0.1", "DIST.FIND_UNUSED_PARAMETERS", "True")
+    for name, how in (("two", {"ranks": 2}), ("one", {})):
+        jobs.train(*odd("Plain", *words), "OUTPUT_DIR", tmp_path / name, **how).ok()
+    two, one = (jobs.state(tmp_path / name)["model"] for name in ("two", "one"))
+    start = edge_tasks.Plain(None).build_model().state_dict()  # type: ignore[arg-type]
+    assert torch.equal(two["spare.weight"], start["spare.weight"])
+    torch.testing.assert_close(two, one)
+    assert not torch.equal(two["body.weight"], start["body.weight"])
+
+
+@pytest.mark.parametrize("local_rank", ["--local-rank=0", "--local_rank=0"])
+def test_torch_distributed_launch_starts_a_run(local_rank: str) -> None:
+    """It puts an argument before or after the words of the command."""
+    for put in ((local_rank, "train", "--check"), ("train", local_rank, "--check")):
+        assert "BATCH_SIZE" in jobs.launch(*put, *odd("Plain")).ok().out
