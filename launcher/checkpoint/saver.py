@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.store import CheckpointStore
+from launcher.edges.batch import map_tensors
 from launcher.edges.state import check, kinds, plain
 from launcher.errors import RunError
 from launcher.log import get_logger
-from launcher.runtime.nest import map_tensors
 
 logger = get_logger(__name__)
 

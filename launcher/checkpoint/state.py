@@ -15,12 +15,12 @@ from torch.optim.swa_utils import AveragedModel
 from launcher.callbacks import Callbacks
 from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
+from launcher.edges.batch import map_tensors
 from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.model import bits, differing, load_model_state, model_state, own_buffers
 from launcher.edges.optimizer import evaluated, has_modes
 from launcher.errors import UsageError
 from launcher.log import get_logger
-from launcher.runtime.nest import map_tensors
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions

@@ -285,7 +285,7 @@ class Tuner:
         """
         import psutil
 
-        from launcher.data.loader import nbytes
+        from launcher.edges.batch import nbytes
 
         this = psutil.Process()
         others, sizes = set(this.children()), list[int]()

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from launcher.data.order import keys, mix
 from launcher.data.plan import Request
+from launcher.edges.sending import told
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
 
@@ -210,5 +211,4 @@ class StreamFetcher(Dataset):
 
 
 def _failed(dataset: Any, what: str, error: Exception) -> RunError:
-    name = type(dataset).__name__
-    return RunError(f"{what} of data set {name} failed: {type(error).__name__}: {error}")
+    return told(f"{what} of data set {type(dataset).__name__} failed", error)

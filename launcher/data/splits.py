@@ -16,10 +16,11 @@ import torch
 from launcher.config import CfgNode, parse_duration, seconds
 from launcher.config.checks import in_epochs
 from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
-from launcher.data.loader import load, nbytes, on_device
+from launcher.data.loader import load, on_device
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
 from launcher.data.sizing import LoaderSize, size_loader
+from launcher.edges.batch import nbytes
 from launcher.errors import UsageError
 from launcher.log import get_logger
 from launcher.runtime.cpu import threads_set_by_user

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from launcher.edges.batch import map_tensors
 from launcher.errors import RunError, UsageError
-from launcher.runtime.nest import map_tensors
 
 
 def plain(value: Any) -> Any:

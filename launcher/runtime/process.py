@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import CfgNode, seconds
+from launcher.edges.batch import map_tensors
 from launcher.errors import RunError, UsageError
 from launcher.runtime.cpu import CpuBudget, cpu_budget
-from launcher.runtime.nest import map_tensors
 from launcher.runtime.topology import Topology
 
 # The guard ends what hangs, and tells which rank it was; the backend's own timeout, which kills

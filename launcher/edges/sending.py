@@ -1,0 +1,136 @@
+"""What passes between a loader worker and its rank, and what goes wrong on the way, with remedies.
+
+A batch is pickled by the one who made it, not by a queue's own thread, which would print an error,
+lose the batch, and let the rank wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing.util
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+from launcher.edges.batch import pinned
+from launcher.errors import RunError, UsageError
+
+TIMED_OUT = "DataLoader timed out"  # how torch begins to tell of it
+# What to do about an error, by what stands in its message. The first that fits counts.
+REMEDIES = {
+    # A worker that has no file left to hand another out drops the connection.
+    "Too many open files|ancdata|opened: EOFError": "Each tensor of a batch is an open file until "
+    "it is used: stack them in collate, raise the limit (ulimit -n), or lower "
+    "DATALOADER.PREFETCH_FACTOR; DATALOADER.NUM_WORKERS 0 needs none.",
+    "shared memory|/torch_|sent.*No space left|SIGBUS": "/dev/shm is full: make it larger, or "
+    "lower DATALOADER.NUM_WORKERS or DATALOADER.PREFETCH_FACTOR; 0 workers need none.",
+    "sent.*requires_grad": "A tensor has a gradient: .detach() it, or make it in torch.no_grad().",
+    "died.*(SIGKILL|memory)|temporarily unavailable|allocate memory": "The kernel does so when it "
+    "is short of memory or processes: lower DATALOADER.NUM_WORKERS or DATALOADER.PREFETCH_FACTOR.",
+    "longer than": "Is a file or a server that it reads from stuck?",
+    "be (sent|opened)": "Only what can be pickled passes between processes: what a module defines "
+    "by its name, no open file, lock or generator. Give plain values and tensors, open files on "
+    "first use, or set DATALOADER.NUM_WORKERS 0.",
+}
+
+
+class Parcel:
+    """A thing on its way between processes, pickled by whoever makes it."""
+
+    def __init__(self, what: str, thing: Any) -> None:
+        self.what, buffer = what, io.BytesIO()
+        try:
+            # Tensors go through shared memory, as in any queue of torch.
+            ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(thing)
+        except Exception as error:
+            raise told(f"{what} could not be sent between processes", error) from error
+        self.content = buffer.getvalue()
+
+    def open(self, then: Callable[[Any], Any] = lambda thing: thing) -> Any:
+        try:
+            return then(pickle.loads(self.content))
+        except Exception as error:
+            raise told(f"{self.what} could not be opened", error) from error
+
+    def pin_memory(self) -> Any:
+        """For torch's pinning thread."""
+        return self.open(pinned)
+
+
+class Sender:
+    """A fetcher in a loader worker: a map from a request to its batch as a Parcel."""
+
+    def __init__(self, fetcher: Any) -> None:
+        self.fetcher, self.name = fetcher, f"data set {type(fetcher.dataset).__name__}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # To a worker that is spawned; opened there by the first request, which tells of an error.
+        return {"fetcher": Parcel(self.name, self.fetcher), "name": self.name}
+
+    def __getitem__(self, request: Any) -> Parcel:
+        what = f"{named(request)} of {self.name}"
+        if isinstance(self.fetcher, Parcel):
+            self.fetcher = self.fetcher.open()
+        try:
+            batch = self.fetcher[request]
+        except UsageError:
+            raise
+        except Exception as error:
+            raise told(f"{what} failed", error) from error
+        return Parcel(what, batch)
+
+
+def make_room() -> None:
+    """Room for batches, whose tensors come as open files through sockets."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # "unlimited" may be more than the kernel takes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A socket's path may have 107 bytes.
+    if len(os.fsencode(multiprocessing.util.get_temp_dir())) > 107 - len("/listener-12345678"):
+        short = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+        multiprocessing.util.Finalize(None, shutil.rmtree, (short, True), exitpriority=-100)
+        multiprocessing.current_process()._config["tempdir"] = short  # type: ignore[attr-defined]
+
+
+def explained(
+    error: Exception, due: str, timeout_s: float, processes: list[Any], oom: bool
+) -> Exception:
+    """What a DataLoader's own error means; an error that is not about its workers itself."""
+    text, kind = str(error), type(error)
+    if "be opened" in text:  # what a worker has sent is fetched from it
+        for process in processes:
+            process.join(1 / len(processes))
+    codes = [-p.exitcode for p in processes if p.exitcode is not None and p.exitcode < 0]
+    if "exited unexpectedly" in text or ("be opened" in text and codes):
+        cause = f"killed by {signal.Signals(codes[0]).name}" if codes else "it exited by itself"
+        if oom:
+            cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
+        return told(f"a loader worker died while {due} were due: {cause}")
+    if text.startswith(TIMED_OUT):
+        limit = f"{timeout_s:g} s (DIST.TRAIN_TIMEOUT)"
+        return told(f"a loader worker took longer than {limit} for {due}")
+    if isinstance(error, UsageError):
+        return kind(text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
+    return error
+
+
+def named(request: Any) -> str:
+    """The samples of a request, if there is one."""
+    samples = request.samples if request else []
+    more = f", ... ({len(samples)} in all)" if len(samples) > 8 else ""
+    return f"samples {', '.join(map(str, samples[:8]))}{more}"
+
+
+def told(what: str, error: Exception | None = None) -> RunError:
+    """An error for people: what, why, and what to do about it."""
+    text = f"{what}: {type(error).__name__}: {error}" if error else what
+    remedy = next((f". {do}" for found, do in REMEDIES.items() if re.search(found, text)), "")
+    return RunError(text + remedy)
