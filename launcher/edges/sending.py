@@ -108,9 +108,10 @@ def explained(
     if "be opened" in text:  # what a worker has sent is fetched from it
         for process in processes:
             process.join(1 / len(processes))
-    codes = [-p.exitcode for p in processes if p.exitcode is not None and p.exitcode < 0]
+    codes = [p.exitcode for p in processes if p.exitcode]
     if "exited unexpectedly" in text or ("be opened" in text and codes):
-        cause = f"killed by {signal.Signals(codes[0]).name}" if codes else "it exited by itself"
+        signals = [signal.Signals(-code).name for code in codes if code < 0]
+        cause = f"killed by {signals[0]}" if signals else "it exited by itself"
         if oom:
             cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
         return told(f"a loader worker died while {due} were due: {cause}")

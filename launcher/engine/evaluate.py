@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from launcher.config import CfgNode
 from launcher.data.splits import Data
+from launcher.edges.alone import Alone
 from launcher.edges.model import fill
 from launcher.edges.returned import averages, joined, per_sample, summarized
 from launcher.engine.step import autocast
@@ -80,7 +82,9 @@ class Evaluation:
             values = joined([output for output, _ in whole], f"{self.name}.eval_step")
             metrics |= averages(values, f"{self.name}.eval_step")
             if hasattr(task, "summarize"):
-                metrics |= summarized(task.summarize(values), f"{self.name}.summarize")
+                who = f"{self.name}.summarize"
+                with Alone(who) if runtime.distributed else nullcontext():
+                    metrics |= summarized(task.summarize(values), who)
             metrics |= means(on_host(self.recorder.take()))  # what summarize noted
         # A collective: all ranks learn the result, so that all agree on a new best.
         return runtime.broadcast(metrics)

@@ -12,12 +12,12 @@ from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.optimizer import evaluated, rates
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.step import TrainStep
+from launcher.engine.timing import Timing
 from launcher.errors import RunError
 from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Every
-from launcher.telemetry.timing import Timing
 
 logger = get_logger(__name__)
 

@@ -30,6 +30,7 @@ from launcher.edges.model import (
     model_state,
     warn_of_one_sample,
 )
+from launcher.edges.native import Stderr
 from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
@@ -122,7 +123,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     resumed = found is not None and found.step is not None
     open_directory(job, state, runtime, resumed)
     logs.open(directory.logs)
-    guard.open()
+    # Where there are other ranks to read it.
+    guard.open(Stderr(directory.stderr(runtime.rank)) if runtime.distributed else None)
     saver = None
     if runtime.is_main:
         store.clean(found.damaged if found else ())

@@ -29,6 +29,7 @@ import psutil
 import torch.distributed as dist
 
 from launcher.config import CfgNode, seconds
+from launcher.edges.native import Stderr, last_words
 from launcher.errors import Ended, RunError, UsageError
 from launcher.guard import stop
 from launcher.guard.board import Board, Unreachable
@@ -49,8 +50,8 @@ TICK_S, BEAT_S = 0.5, 1.0
 SILENT_S = 3.0  # a rank that posts nothing for so long gives no sign of life
 GRACE_S = 10.0  # before the ranks have met, joining raises earlier, with better words
 TIMER_S = 1.5  # faulthandler's timer goes off so much later than this thread would have noticed
-# For how long ranks that end wait for each other's stacks, and for the one that tells.
-STACKS_S, TOLD_S = 4.0, 6.0
+# For how long ranks that end wait for each other's stacks, the one that tells, and last words.
+STACKS_S, TOLD_S, WORDS_S = 4.0, 6.0, 1.0
 # For how long a rank that has no board waits for the word of others, who judge, collect and write.
 OTHERS_S = SILENT_S + STACKS_S + TOLD_S
 # For how long rank 0, of which nobody knows whether it is dead, may still write the run's end.
@@ -106,6 +107,7 @@ class Guard:
         # By `open`.
         self._margin: stop.StopMargin | None = None
         self._samples = 0
+        self._stderr: Stderr | None = None
         self._timer_file: IO[Any] | None = None
 
     # In the main thread.
@@ -133,9 +135,10 @@ class Guard:
         assert self._runtime is not None
         compare(found, self._runtime)
 
-    def open(self) -> None:
-        """The directory is this attempt's from now on."""
+    def open(self, stderr: Stderr | None = None) -> None:
+        """The directory is this attempt's from now on; `stderr` keeps this rank's for others."""
         assert self._runtime is not None
+        self._stderr = stderr
         self._timer_file = self.directory.log(self.rank).open("a")
         self._samples = self.progress.samples
         self._margin = stop.StopMargin(self.progress, self._runtime.device.type, self.clock)
@@ -148,6 +151,8 @@ class Guard:
         if phase != before and {phase, before} & ALONE:
             # At once: the others must know of a rank that freezes whether it was in such a phase.
             self._signals.wake()
+            if self._stderr is not None:
+                self._stderr.trim()
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to stop after a step they agree on; the first reason counts."""
@@ -464,18 +469,24 @@ class Guard:
         return Failure(rank, member.host, member.pid, exception=exception, **details)
 
     def _killed(self, gone: list[int]) -> Failure:
-        """That of ranks that vanished without an exception."""
-        rank, beside, beat = gone[0], self._members[gone[0]].is_beside(), self._last_beat(gone[0])
-        text = f"rank {rank}" + (f" (and ranks {gone[1:]})" if len(gone) > 1 else "")
-        text += " was killed from outside" if beside else f" {self._no_sign(rank)}"
-        if beside and oom_kills() > self._oom_kills:
+        """That of ranks that vanished without an exception; first those that native code ended."""
+        files = {r: (self.directory.stderr(r), self._members[r].pid) for r in gone}
+        words = self._margin is not None and self._until(lambda: last_words(files), WORDS_S)
+        rank, end, lines = words or (gone[0], "", [])
+        beside, beat = self._members[rank].is_beside(), self._last_beat(rank)
+        others = [r for r in gone if r != rank]
+        text = f"rank {rank}" + (f" (and ranks {others})" if others else "")
+        text += end or (" was killed from outside" if beside else f" {self._no_sign(rank)}")
+        if beside and not end and oom_kills() > self._oom_kills:
             text += ", by the kernel for want of memory (oom_kill of its cgroup rose)"
         if beat is not None:
             text += f". It was last seen at step {beat.step} ({beat.phase})"
             text += f" with {beat.rss_gib:.2f} GiB of memory"
         if beside:
             text += f"; this host has {memory_budget().available / 2**30:.1f} GiB free now"
-        return self._failure(rank, text, silent=gone, **({"step": beat.step} if beat else {}))
+        # The others could not have finished a step without it.
+        step = max(self.progress.step, beat.step if beat else 0)
+        return self._failure(rank, text, step=step, silent=gone, traceback="\n".join(lines))
 
     def _hung(self, rank: int, silent: list[int]) -> Failure:
         """That of a rank for which all others wait, or seem to."""

@@ -8,7 +8,7 @@ from typing import Any
 class Recorder:
     """A task's `self.recorder`, at any pace, in train_step, eval_step and summarize.
 
-    This one records nothing: it stands in tests and in loader workers. A run gives the task one
+    This one records nothing: it stands in tests. A run gives the task one
     that records before its `__init__`. Names get `train/` or `val/` in front, and no call waits for
     the device or a file.
     """
@@ -35,3 +35,14 @@ class Recorder:
 
     def figure(self, name: str, figure: Any) -> None:
         """A matplotlib figure, drawn at once and shown as an image. From rank 0."""
+
+
+class InWorker(Recorder):
+    """In a loader worker, which fetches ahead of the training. It records nothing."""
+
+    @property
+    def step(self) -> int:
+        raise RuntimeError(
+            "recorder.step is not known in a loader worker, which fetches ahead of the training: "
+            "use what the data set is asked for, or DATALOADER.NUM_WORKERS 0"
+        )

@@ -43,13 +43,14 @@ class Recorder(recorder.Recorder):
 
     def __reduce__(self) -> tuple[type[recorder.Recorder], tuple[()]]:
         # A task may be sent to a spawned loader worker with its collate.
-        return recorder.Recorder, ()
+        return recorder.InWorker, ()
 
     # The task's.
 
     @property
     def step(self) -> int:
-        return self.progress.step + (self.split == "train")
+        here = os.getpid() == self.pid
+        return self.progress.step + (self.split == "train") if here else recorder.InWorker().step
 
     def scalar(self, name: str, value: Any, weight: float = 1.0) -> None:
         if os.getpid() != self.pid:

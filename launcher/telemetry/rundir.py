@@ -59,6 +59,10 @@ class RunDirectory:
         """The log file of a rank."""
         return self.logs / f"rank{rank}.log"
 
+    def stderr(self, rank: int) -> Path:
+        """What a rank wrote on stderr in its last attempt, native code included."""
+        return self.logs / f"rank{rank}.stderr"
+
     def holds_run(self) -> bool:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
         return any(p.exists() for p in (self.config, self.status, self.metrics, self.checkpoints))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.telemetry.timing import Timing
+from launcher.engine.timing import Timing
 
 
 def test_evaluations_and_saves_are_in_the_time_to_the_end_alone() -> None:

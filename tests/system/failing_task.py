@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ class Failing(Task):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if keys.FAILURE == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if keys.FAILURE == "abort":  # as a failed check of a C++ library
+            print("from Python", file=sys.stderr)
+            os.write(2, b"terminate called after throwing an instance of 'planned'\n")
+            os.abort()
+        if keys.FAILURE == "segv":
+            ctypes.string_at(0)
+        if keys.FAILURE == "bus":
+            os.kill(os.getpid(), signal.SIGBUS)
         if keys.FAILURE == "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
         if keys.FAILURE == "hang":

@@ -56,6 +56,18 @@ def test_a_collective_of_the_tasks_own_is_refused_where_ranks_will_be_idle(tmp_p
     assert "TRAIN.DROP_LAST True" in failed.output
 
 
+def test_a_collective_in_summarize_is_an_error_at_once(tmp_path: Path) -> None:
+    """By the rank that began it, and nothing trained is lost. The timeout is that of a save: 30
+    minutes."""
+    run = tmp_path / "run"
+    failed = jobs.train(*odd("Collects", "EVAL.EVERY", "2step"), "OUTPUT_DIR", run, ranks=2)
+    assert failed.code != 0
+    told = jobs.failure(run)
+    assert told["rank"] == 0 and "Collects.summarize began a collective" in told["exception"]
+    assert "sync_on_compute=False" in failed.err
+    assert (run / "checkpoints/step_2/state.pt").exists()
+
+
 def test_a_rank_without_samples_moves_no_weight_that_nobody_uses(tmp_path: Path) -> None:
     """Decay acts on a gradient of zeros, but not where there is none."""
     words = ("OPTIM.WEIGHT_DECAY", "0.1", "DIST.FIND_UNUSED_PARAMETERS", "True")

@@ -32,6 +32,7 @@ def failing(
     assert failure["rank"] == rank
     (told,) = jobs.history(run, "failure")
     assert told == jobs.history(run)[-1] and told["rank"] == rank
+    assert told["step"] == failure["step"] == jobs.status(run)["step"]
     lines = [line for line in ended.err.splitlines() if line.startswith("launcher: rank")]
     assert len(lines) == 1 and f"rank {rank} on " in lines[0] and "failed first" in lines[0]
     return ended, failure
@@ -66,6 +67,27 @@ def test_a_killed_rank_is_told_of_by_the_others(rank: int, tmp_path: Path) -> No
     _, failure = failing(tmp_path, "kill", rank)
     assert f"rank {rank} was killed from outside" in failure["exception"]
     assert "GiB of memory" in failure["exception"]
+
+
+@pytest.mark.parametrize(
+    ("what", "signal", "rank", "ranks"),
+    [
+        *(("abort", "SIGABRT", 1, 2), slow("abort", "SIGABRT", 0, 4)),
+        *(slow("segv", "SIGSEGV", 0, 2), slow("bus", "SIGBUS", 1, 2)),
+    ],
+)
+def test_a_rank_that_native_code_ends_is_told_of_with_its_last_words(
+    what: str, signal: str, rank: int, ranks: int, tmp_path: Path
+) -> None:
+    """Its stderr, which also stands where it always did, and where it was in Python."""
+    ended, failure = failing(tmp_path, what, rank, ranks)
+    assert f"rank {rank} was ended by {signal}, from its own" in failure["exception"]
+    assert "killed from outside" not in ended.err
+    assert "in _fail" in failure["traceback"] and "in _fail" in ended.err
+    if what == "abort":
+        lines = failure["traceback"].splitlines()
+        assert "from Python" in lines and "terminate called after throwing" in failure["traceback"]
+        assert "terminate called after throwing" in ended.err
 
 
 def test_short_device_memory_names_the_key_to_change(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""A process that native code ends (SIGSEGV, SIGABRT, SIGBUS, ...), and its last words.
+
+It can tell nobody itself. What it wrote on stderr, and the stacks that Python's faulthandler adds,
+are in a file beside its log, for the ranks that outlive it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+OF = "stderr of process {}"  # the first line
+# How faulthandler begins, and what each of its words stands for.
+FATAL = "Fatal Python error: "
+SIGNALS = {
+    "Aborted": "SIGABRT",
+    "Bus error": "SIGBUS",
+    "Floating-point exception": "SIGFPE",
+    "Illegal instruction": "SIGILL",
+    "Segmentation fault": "SIGSEGV",
+}
+MOST, LINES = 1 << 20, 15  # bytes of a file; what is told of them
+# A process of its own copies, for this one's end comes without warning; it is nobody's child, so
+# that it is not ended with the rank's children, and heeds no signal meant for them.
+COPY = 'exec 3<&0; trap "" INT TERM HUP USR1; tee -a "$0" <&3 3<&- &'
+
+
+class Stderr:
+    """This process's stderr, kept in a file from now on. Where stderr is a terminal, only the
+    stacks are: whoever copied would take the terminal from those who draw on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with contextlib.suppress(OSError):  # a full disk: nothing is kept
+            self._begin()
+            if os.isatty(2):
+                faulthandler.enable(self.path.open("a"))
+                return
+            reader, writer = os.pipe()
+            subprocess.run(["sh", "-c", COPY, path], stdin=reader, stdout=2, check=True)
+            os.close(reader)
+            os.dup2(writer, 2)
+            os.close(writer)
+            faulthandler.enable(2)
+
+    def trim(self) -> None:
+        """Begin the file anew where it has become long."""
+        with contextlib.suppress(OSError):
+            if self.path.stat().st_size > MOST:
+                self._begin()
+
+    def _begin(self) -> None:
+        self.path.write_text(f"{OF.format(os.getpid())}\n")
+
+
+def last_words(files: Mapping[int, tuple[Path, int]]) -> tuple[int, str, list[str]] | None:
+    """Of processes, by rank with their file and id, the first that native code has ended: its rank,
+    how it ended, and its last lines (what it wrote, and the stack of the thread that ran); None
+    where none was ended so."""
+    for rank, (path, pid) in files.items():
+        lines = []
+        with contextlib.suppress(OSError):
+            lines = path.read_text(errors="replace").splitlines()
+        ends = [i for i, line in enumerate(lines) if line.startswith(FATAL)]
+        if ends and lines[0] == OF.format(pid):
+            word, stacks = lines[ends[-1]].removeprefix(FATAL), lines[ends[-1] :]
+            running = [i for i, line in enumerate(stacks) if line.startswith("Current thread")]
+            stack = stacks[running[0] :] if running else stacks
+            told = f" was ended by {SIGNALS.get(word, word)}, from its own native code"
+            return rank, told, [*lines[1 : ends[-1]][-LINES:], *stack[:LINES]]
+    return None
