@@ -18,17 +18,13 @@ from launcher.data.splits import Data
 from launcher.edges.batch import map_tensors
 from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.model import bits, differing, load_model_state, model_state, own_buffers
-from launcher.edges.optimizer import evaluated, has_modes
-from launcher.errors import UsageError
-from launcher.log import get_logger
+from launcher.edges.optimizer import evaluated, has_modes, load_optimizer
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -39,6 +35,7 @@ class TrainingState:
     progress        {"step", "epoch", "samples"}
     model, optimizer, scaler, ema    their state_dicts; ema: the weights that are evaluated, or None
                     where they are the model's
+    optimizer_class    its name
     due             what was due at this step, and is left to the next attempt
     recorded, evaluated    the last step that was: once is enough
     finished        which callback has completed the run here, or ""
@@ -118,6 +115,7 @@ class TrainingState:
             "progress": self.progress.as_dict(),
             "model": model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_class": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "ema": self._averaged(),
             "due": list(self.due),
@@ -151,14 +149,19 @@ class TrainingState:
         }
 
     def restore(
-        self, saved: dict[str, Any], runtime: Runtime, changed: Collection[str] = ()
-    ) -> None:
+        self,
+        saved: dict[str, Any],
+        runtime: Runtime,
+        changed: Collection[str] = (),
+        allow: Collection[str] = (),
+    ) -> list[str]:
         """Load what `capture` gave into the live objects of this rank; `config`, `dataset_length`,
         `stream` and `files` are for those who go on from it (engine/resume.py).
 
         On another number of ranks the sums of the interrupted logging period go to rank 0, and
-        ranks without a random state of their own keep the one they were seeded with. Keys of OPTIM.
-        and TRAIN.PRECISION that are among the `changed` ones take effect.
+        ranks without a random state of their own keep the one they were seeded with. Of the keys
+        that have `changed` all take effect. Returns what was not restored, in words: the state of
+        another optimiser, where `allow` has OPTIM.NAME (else UsageError).
         """
         ranks = saved["ranks"]
         same = len(ranks) == runtime.world_size
@@ -166,7 +169,9 @@ class TrainingState:
         load_model_state(self.model, saved["model"])
         if own:
             load_model_state(self.model, own, strict=False)
-        self._restore_optimizer(saved["optimizer"], changed)
+        another = any(key.startswith(("OPTIM.", "TASK.")) for key in changed)
+        parts = saved["optimizer"], saved["optimizer_class"]
+        afresh = load_optimizer(self.optimizer, *parts, another, "OPTIM.NAME" in allow)
         if self.scaler.is_enabled() and saved["scaler"]:  # fp16, now and then
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:
@@ -188,20 +193,4 @@ class TrainingState:
         for rank in ours:
             self.recorder.add_state(rank["means"])
             self.callbacks.asked.update(rank["asked"])
-
-    def _restore_optimizer(self, saved: dict[str, Any], changed: Collection[str]) -> None:
-        if "OPTIM.NAME" in changed:
-            logger.warning("OPTIM.NAME is another: the optimiser's state begins afresh")
-            return
-        given = [{**group, "params": None} for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(saved)
-        except (ValueError, KeyError) as error:
-            raise UsageError(
-                f"the optimiser of this run is another than the checkpoint's ({error}). To begin "
-                "its state afresh: --allow OPTIM.NAME"
-            ) from error
-        if any(key.startswith("OPTIM.") for key in changed):
-            for group, new in zip(self.optimizer.param_groups, given, strict=True):
-                group.pop("initial_lr", None)  # the schedule's: of the rate before
-                group.update({**new, "params": group["params"]})
+        return afresh

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from launcher.config import CfgNode, parse_duration
+from launcher.edges.pickled import strangers
 from launcher.errors import RunError
 from launcher.log import get_logger
 
@@ -207,9 +208,12 @@ class CheckpointStore:
             self.path(step).rename(target)
 
     def verify(self, step: int) -> dict[str, Any]:
-        """The manifest of a checkpoint whose files are all as it says, else DamagedCheckpoint."""
+        """The manifest of a checkpoint whose files are all as it says, and hold nothing that is not
+        loaded, else DamagedCheckpoint."""
         manifest = self.manifest(step)
         self._compare(self.path(step), manifest["files"])
+        if names := strangers(self.path(step) / STATE):
+            raise DamagedCheckpoint(f"{STATE}: it holds {', '.join(names)}, which is not loaded")
         return manifest
 
     @staticmethod

@@ -58,6 +58,47 @@ def check_optimizer(optimizer: Any, model: nn.Module, who: str) -> None:
         logger.warning("in no group of the optimiser, so never trained: %s", some(left))
 
 
+def load_optimizer(
+    optimizer: Any, state: dict[str, Any], saved_class: str, chosen_anew: bool, may_begin: bool
+) -> list[str]:
+    """Load the state_dict of an optimiser of the class of this name; its groups as whoever made
+    this optimiser has chosen them, where that is `chosen_anew`.
+
+    Returns what was not restored, in words: the state of another optimiser, where this one
+    `may_begin` afresh. Raises UsageError where not.
+    """
+    kind, chosen = type(optimizer).__name__, _chosen(optimizer)
+    try:
+        if saved_class != kind:
+            raise ValueError(f"{kind}, not {saved_class}")
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        if not may_begin:
+            raise UsageError(
+                f"the optimiser of this run is another than the checkpoint's ({error}). To begin "
+                "its state afresh: --allow OPTIM.NAME"
+            ) from error
+        told = f"another optimiser, whose state begins afresh: {error}"
+        logger.warning("%s", told)
+        return [told]
+    if chosen_anew:
+        for group, new in zip(optimizer.param_groups, chosen, strict=True):
+            group.pop("initial_lr", None)  # the schedule's: of the rate before
+            group.update(new)
+    return []
+
+
+def _chosen(optimizer: Any) -> list[dict[str, Any]]:
+    """Each group without its weights, and without what the optimiser counts there itself (as
+    schedule-free ones do): no argument of its class is named after that."""
+    arguments = inspect.signature(type(optimizer)).parameters
+    counted = {name for name in getattr(optimizer, "defaults", ()) if name not in arguments}
+    return [
+        {key: value for key, value in group.items() if key != "params" and key not in counted}
+        for group in optimizer.param_groups
+    ]
+
+
 def set_rate(group: dict[str, Any], factor: float) -> None:
     """Set a group's rate from the one it was made with; a layer's own `lr_scale` (timm) counts. A
     group without a rate is left as it is."""

@@ -91,9 +91,10 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     fill(state.model.buffers(), runtime.broadcast_state(list(state.model.buffers())))
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
+    differs: list[str] = []  # from the checkpoint that the run goes on from
     if found is not None:
         changed = check_changes(found.state, cfg, data.length, job.allow)
-        state.restore(found.state, runtime, changed)
+        differs = [*changed.values(), *state.restore(found.state, runtime, changed, job.allow)]
         if "TRAIN.DURATION" in changed:
             state.finished = ""  # whoever asks for another duration wants it to go on
         # Where batches are of another size now, the next one begins at its own boundary.
@@ -121,7 +122,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         warn_of_one_sample(state.model)
     data.start(progress.samples, found.state["stream"] if found else None, state.threads)
     resumed = found is not None and found.step is not None
-    open_directory(job, state, runtime, resumed)
+    open_directory(job, state, runtime, resumed, differs)
     logs.open(directory.logs)
     # Where there are other ranks to read it.
     guard.open(Stderr(directory.stderr(runtime.rank)) if runtime.distributed else None)
@@ -189,10 +190,12 @@ def build_state(
         ]
     )
     parts = (model, optimizer, scaler, ema, recorder, data, callbacks)
-    return TrainingState(cfg, *parts, job.directory)
+    return TrainingState(cfg, *parts, job.directory, alike=getattr(task, "shared_buffers", ()))
 
 
-def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bool) -> None:
+def open_directory(
+    job: Job, state: TrainingState, runtime: Runtime, resumed: bool, differs: list[str]
+) -> None:
     """Make the run directory, once every rank has built everything without a mistake."""
     cfg, directory, progress, data = job.cfg, job.directory, state.progress, state.data
     # A collective: rank 0 goes on only when all ranks have come this far.
@@ -219,6 +222,7 @@ def open_directory(job: Job, state: TrainingState, runtime: Runtime, resumed: bo
             progress.step,
             world_size=runtime.world_size,
             **({"from": str(job.resume_from)} if job.resume_from and not resumed else {}),
+            **({"differs": differs} if differs else {}),
         )
     runtime.broadcast()  # a collective: the others wait for the directory
 

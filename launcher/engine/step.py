@@ -96,7 +96,7 @@ class TrainStep:
     def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
         self.state, self.model, self.optimizer = state, state.model, state.optimizer
         self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
-        self.clip = cfg.TRAIN.GRAD_CLIP
+        self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
         self.schedule = build_schedule(cfg, state.data.train_plan)
         self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
         self.weights = list(self.model.parameters())
@@ -190,10 +190,11 @@ class TrainStep:
 
     def _update(self, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        skipped, noted = False, {}
+        if self.clip > 0 or self.records:
+            noted["grad_norm"] = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.clip > 0:
-            clip(gradients, norm, self.clip)
-        skipped = False
+            clip(gradients, noted["grad_norm"], self.clip)
         if self.scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = self.scaler.get_scale()
@@ -204,7 +205,8 @@ class TrainStep:
             self.optimizer.step()
         if not skipped:
             # The same on all ranks, once a step.
-            self.recorder.add({"grad_norm": norm}, 1.0)
+            if self.records:
+                self.recorder.add(noted, 1.0)
             if self.state.ema is not None:
                 self.state.ema.update_parameters(self.model)
         return skipped

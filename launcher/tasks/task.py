@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
@@ -22,6 +23,9 @@ class Task:
     """
 
     recorder: Recorder = Recorder()
+    # Names of the model's buffers (or patterns, as "*.queue") of which all ranks go by rank 0's, as
+    # they do of batch-norm's statistics. Any other buffer is its rank's own.
+    shared_buffers: Sequence[str] = ()
 
     def __init__(self, cfg: CfgNode) -> None:
         self.cfg = cfg

@@ -153,7 +153,8 @@ class Call:
 def test_a_pickled_call_is_refused_and_not_executed(store: Store, tmp_path: Path) -> None:
     """Invariant 6: not even in a checkpoint whose hash is right; the one before is used."""
     path = store.commit({"model": Call(tmp_path / "executed")}, manifest_of(3))
-    store.verify(3)  # as far as its manifest goes it is whole
+    with pytest.raises(DamagedCheckpoint, match=r"mkdir, which is not loaded"):
+        store.verify(3)  # by its files alone it is whole
     found = store.newest()
     assert found is not None
     assert (found.step, list(found.damaged)) == (2, [3])

@@ -13,6 +13,7 @@ from torch import nn
 from launcher.checkpoint.state import TrainingState
 from launcher.edges.generators import random_state, set_random_state
 from launcher.engine.run import model_layout
+from launcher.errors import UsageError
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
 from tests.engine.helpers import ALONE, Regression, Trainer, assert_close, fresh, same
@@ -152,10 +153,67 @@ def test_another_optimiser_begins_afresh_and_another_precision_with_its_scaler()
     whole.run(2)
     words = ("OPTIM.NAME", "adamw", "TRAIN.PRECISION", "fp16")
     resumed = Trainer(Regression(), *words)
-    resumed.state.restore(captured(whole.state), ALONE, {"OPTIM.NAME", "TRAIN.PRECISION"})
+    changed = {"OPTIM.NAME", "TRAIN.PRECISION"}
+    (told,) = resumed.state.restore(captured(whole.state), ALONE, changed, changed)
+    assert "AdamW, not SGD" in told
     assert resumed.state.optimizer.state_dict()["state"] == {}
     assert_close(resumed.weights, whole.weights)
     resumed.one(2)
+
+
+class Chooses(Regression):
+    """Its own optimiser, of a class that its own code names."""
+
+    kind: Any = torch.optim.SGD
+
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return self.kind(model.parameters(), lr=0.1)
+
+
+class Counts(torch.optim.SGD):
+    """Counts in its groups, as schedule-free optimisers do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.defaults["k"] = 0
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["k"] += 1
+        super().step()
+
+
+def test_an_optimiser_of_another_class_is_refused_or_begins_afresh_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No key tells of it. With --allow still in its command line a restart keeps what it has."""
+    whole = Trainer(Chooses())
+    whole.run(2)
+    saved, allow = captured(whole.state), {"CODE", "OPTIM.NAME"}
+    monkeypatch.setattr(Chooses, "kind", torch.optim.Adam)
+    resumed = Trainer(Chooses())
+    with pytest.raises(UsageError, match=r"Adam, not SGD.*--allow OPTIM\.NAME"):
+        resumed.state.restore(saved, ALONE, {"CODE"}, {"CODE"})
+    assert resumed.state.restore(saved, ALONE, {"CODE"}, allow)
+    resumed.run(2)
+    again = Trainer(Chooses())
+    assert again.state.restore(captured(resumed.state), ALONE, set(), allow) == []
+    assert same(again.state.optimizer.state_dict(), resumed.state.optimizer.state_dict())
+
+
+def test_what_an_optimiser_counts_itself_stays_where_its_keys_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Chooses, "kind", Counts)
+    whole = Trainer(Chooses())
+    whole.run(3)
+    resumed = Trainer(Chooses())
+    resumed.state.optimizer.param_groups[0]["lr"] = 0.5
+    resumed.state.restore(captured(whole.state), ALONE, {"TASK.LR"}, {"TASK.LR"})
+    (group,) = resumed.state.optimizer.param_groups
+    assert group["k"] == 3 and group["lr"] == 0.5
 
 
 def test_a_layout_tells_of_extra_state_that_is_no_tensor() -> None:
