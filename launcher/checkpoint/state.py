@@ -17,7 +17,15 @@ from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
 from launcher.edges.batch import map_tensors
 from launcher.edges.generators import random_state, set_random_state
-from launcher.edges.model import bits, differing, load_model_state, model_state, own_buffers
+from launcher.edges.model import (
+    bits,
+    check_layout,
+    differing,
+    layout,
+    load_model_state,
+    model_state,
+    own_buffers,
+)
 from launcher.edges.optimizer import evaluated, has_modes, load_optimizer
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -68,6 +76,9 @@ class TrainingState:
     threads: int = 0  # those of the attempt before, or 0
     alike: Sequence[str] = ()  # patterns of buffers that are rank 0's everywhere
 
+    def __post_init__(self) -> None:
+        self.layout = layout(model_state(self.model))
+
     @property
     def progress(self) -> Progress:
         return self.recorder.progress
@@ -82,8 +93,9 @@ class TrainingState:
         """The state as rank 0 saves it; None on the other ranks. Collectives.
 
         Tensors are those of the live objects, not copies. Raises RunError where the ranks' weights
-        differ.
+        differ, or the model's layout is not what it was at the start.
         """
+        check_layout(model_state(self.model), self.layout)
         rank = self.of_rank()
         if runtime.distributed:
             rank["buffers"] = self._differing_buffers(runtime)

@@ -154,6 +154,6 @@ def expand(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(expand(item) for item in value)
     expanded = os.path.expanduser(os.path.expandvars(value))
-    if left := re.search(r"\$(\w+|\{\w+\})", expanded):
+    if left := re.search(r"\$([A-Za-z_]\w*|\{[A-Za-z_]\w*\})", expanded):
         raise Mistake(f"{quote(value)}: the environment has no variable {left[1].strip('{}')}")
     return expanded

@@ -55,7 +55,8 @@ def _renamed(state: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise UsageError for a model whose state could be saved, but not loaded again."""
+    """Raise UsageError for a model whose state could be saved, but not loaded again. Elements that
+    share their memory get some each."""
     named = [*model.named_parameters(), *model.named_buffers()]
     lazy = [n for n, t in named if isinstance(t, (UninitializedParameter, UninitializedBuffer))]
     if lazy:
@@ -63,12 +64,9 @@ def check_model(model: nn.Module) -> None:
             f"the model has lazy weights without a shape: {some(lazy)}. Call it once in "
             "build_model, on a batch of the right shape, before it is returned."
         )
-    spread = [n for n, b in model.state_dict().items() if _is_spread(b)]
-    if spread:
-        raise UsageError(
-            f"several elements of {some(spread)} share their memory (expand), so nothing can be "
-            "loaded into them. Register them with .clone()."
-        )
+    for _, tensor in named:
+        if _is_spread(tensor):  # by expand: nothing could be loaded into it
+            tensor.data = tensor.data.contiguous()
     try:
         # Into itself: nothing changes, but what a resume would stumble over shows.
         load_model_state(model, model_state(model))
@@ -79,11 +77,11 @@ def check_model(model: nn.Module) -> None:
         ) from error
 
 
-def _is_spread(value: Any) -> bool:
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+def _is_spread(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided:
         return False
     return any(
-        step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
@@ -122,15 +120,31 @@ def own_buffers(model: nn.Module, alike: Iterable[str] = ()) -> dict[str, torch.
     }
 
 
+def layout(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a model's state holds, by name: tensors' shapes and types, else classes."""
+    return {
+        name: (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__
+        for name, t in state.items()
+    }
+
+
 def model_layout(model: nn.Module) -> str:
     """A digest of the names, shapes and types of a model's parameters and buffers."""
-    tensors = model.state_dict()
-    kinds = (
-        (tuple(t.shape), t.dtype) if isinstance(t, torch.Tensor) else type(t).__name__
-        for t in tensors.values()
-    )
-    text = "\n".join(f"{name} {kind}" for name, kind in zip(tensors, kinds, strict=True))
+    text = "\n".join(f"{name} {kind}" for name, kind in layout(model.state_dict()).items())
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def check_layout(state: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Raise RunError where a model's state has not the layout that it had at the start: what
+    `build_model` makes could not take it."""
+    now = layout(state)
+    names = [n for n in (*before, *now) if before.get(n) != now.get(n) and "_extra_state" not in n]
+    if names:
+        raise RunError(
+            f"{some(list(dict.fromkeys(names)))}: of another shape or type than at the start, new, "
+            "or gone, so a resume could not load this. Make all that a model holds in build_model, "
+            "in its final shape."
+        )
 
 
 def switched(model: nn.Module, trained: list[bool]) -> RunError:

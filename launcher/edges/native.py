@@ -30,15 +30,18 @@ COPY = 'exec 3<&0; trap "" INT TERM HUP USR1; tee -a "$0" <&3 3<&- &'
 
 
 class Stderr:
-    """This process's stderr, kept in a file from now on. Where stderr is a terminal, only the
-    stacks are: whoever copied would take the terminal from those who draw on it."""
+    """This process's stderr. Where that is a terminal only the stacks are kept: whoever copied
+    would take the terminal from those who draw on it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path | None = None  # where it is kept
+
+    def keep(self, path: Path) -> None:
+        """Keep it in this file until `close`."""
         with contextlib.suppress(OSError):  # a full disk: nothing is kept
-            self._begin()
+            self._begin(path)
+            self.path = path
             if os.isatty(2):
-                faulthandler.enable(self.path.open("a"))
+                faulthandler.enable(path.open("a"))
                 return
             reader, writer = os.pipe()
             subprocess.run(["sh", "-c", COPY, path], stdin=reader, stdout=2, check=True)
@@ -50,11 +53,16 @@ class Stderr:
     def trim(self) -> None:
         """Begin the file anew where it has become long."""
         with contextlib.suppress(OSError):
-            if self.path.stat().st_size > MOST:
-                self._begin()
+            if self.path is not None and self.path.stat().st_size > MOST:
+                self._begin(self.path)
 
-    def _begin(self) -> None:
-        self.path.write_text(f"{OF.format(os.getpid())}\n")
+    def close(self) -> None:
+        """There are no last words."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _begin(self, path: Path) -> None:
+        path.write_text(f"{OF.format(os.getpid())}\n")
 
 
 def last_words(files: Mapping[int, tuple[Path, int]]) -> tuple[int, str, list[str]] | None:

@@ -30,7 +30,6 @@ from launcher.edges.model import (
     model_state,
     warn_of_one_sample,
 )
-from launcher.edges.native import Stderr
 from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
@@ -124,8 +123,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     resumed = found is not None and found.step is not None
     open_directory(job, state, runtime, resumed, differs)
     logs.open(directory.logs)
-    # Where there are other ranks to read it.
-    guard.open(Stderr(directory.stderr(runtime.rank)) if runtime.distributed else None)
+    guard.open(keep_stderr=runtime.distributed)  # where others can read it
     saver = None
     if runtime.is_main:
         store.clean(found.damaged if found else ())
@@ -254,6 +252,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     data = Data(cfg, task, runtime, guard.enter)
     data.open("val")
     model = task.build_model().to(runtime.device)
+    check_model(model)
     guard.agree({"the data sets' length": data.lengths})
     data.set_threads()
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))

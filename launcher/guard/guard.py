@@ -106,8 +106,7 @@ class Guard:
         self._members: Sequence[Member] = ()
         # By `open`.
         self._margin: stop.StopMargin | None = None
-        self._samples = 0
-        self._stderr: Stderr | None = None
+        self._samples, self._stderr = 0, Stderr()
         self._timer_file: IO[Any] | None = None
 
     # In the main thread.
@@ -135,10 +134,11 @@ class Guard:
         assert self._runtime is not None
         compare(found, self._runtime)
 
-    def open(self, stderr: Stderr | None = None) -> None:
-        """The directory is this attempt's from now on; `stderr` keeps this rank's for others."""
+    def open(self, keep_stderr: bool = False) -> None:
+        """The directory is this attempt's from now on, with this rank's stderr for the others."""
         assert self._runtime is not None
-        self._stderr = stderr
+        if keep_stderr:
+            self._stderr.keep(self.directory.stderr(self.rank))
         self._timer_file = self.directory.log(self.rank).open("a")
         self._samples = self.progress.samples
         self._margin = stop.StopMargin(self.progress, self._runtime.device.type, self.clock)
@@ -151,8 +151,7 @@ class Guard:
         if phase != before and {phase, before} & ALONE:
             # At once: the others must know of a rank that freezes whether it was in such a phase.
             self._signals.wake()
-            if self._stderr is not None:
-                self._stderr.trim()
+            self._stderr.trim()
 
     def request_stop(self, reason: str) -> None:
         """Ask all ranks to stop after a step they agree on; the first reason counts."""
@@ -232,6 +231,7 @@ class Guard:
         faulthandler.cancel_dump_traceback_later()
         if self._timer_file is not None:
             self._timer_file.close()
+        self._stderr.close()
 
     # In the guard's own thread.
 
@@ -288,9 +288,8 @@ class Guard:
     @property
     def limit(self) -> float:
         """Seconds that the phase at hand may take without a move."""
-        return self.limits[
-            "start" if self._starts and self.phase in ("data", "step") else self.phase
-        ]
+        starts = self._starts and self.phase in ("data", "step")
+        return self.limits["start" if starts else self.phase]
 
     @property
     def _starts(self) -> bool:  # this attempt's first step is not done yet

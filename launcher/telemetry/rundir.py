@@ -60,7 +60,7 @@ class RunDirectory:
         return self.logs / f"rank{rank}.log"
 
     def stderr(self, rank: int) -> Path:
-        """What a rank wrote on stderr in its last attempt, native code included."""
+        """What a rank has written on stderr, native code included, while it lives."""
         return self.logs / f"rank{rank}.stderr"
 
     def holds_run(self) -> bool:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from torch import nn
 
@@ -12,6 +13,7 @@ from launcher.callbacks.data_advice import DataAdvice
 from launcher.callbacks.disk_space import DiskSpace
 from launcher.callbacks.shutdown_advice import ShutdownAdvice, shutdown_timeout
 from tests.callbacks.helpers import view
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize(
@@ -72,4 +74,5 @@ def test_what_torchrun_grants(
     command = ["sh", "-c", "read line", "torchrun", *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as parent:
         monkeypatch.setattr(os, "getppid", lambda: parent.pid)
+        wait_until(lambda: psutil.Process(parent.pid).cmdline() == command)
         assert shutdown_timeout(env) == seconds

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint.store import MANIFEST, STATE, DamagedCheckpoint, Retention, load_file
-from launcher.errors import RunError
+from launcher.engine.resume import find
+from launcher.errors import RunError, UsageError
 from tests.checkpoint.helpers import Store, manifest_of, state_of
-from tests.engine.helpers import same
+from tests.engine.helpers import ALONE, same
 from tests.system.jobs import snapshot
 
 
@@ -165,6 +166,12 @@ def test_a_pickled_call_is_refused_and_not_executed(store: Store, tmp_path: Path
     with pytest.raises(DamagedCheckpoint, match=r"(?s)weights\.pt: .*mkdir"):
         load_file(outside)
     assert not (tmp_path / "executed").exists()
+
+
+def test_one_of_an_earlier_version_is_told_so(store: Store) -> None:
+    store.commit({"progress": {"step": 3}, "ranks": []}, manifest_of(3))
+    with pytest.raises(UsageError, match=r"earlier version .*MODEL\.WEIGHTS"):
+        find(store, True, None, ALONE)
 
 
 def test_damaged_checkpoints_are_moved_out_of_the_way(store: Store) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from launcher.cli import main
+from launcher.edges.model import check_model
 from launcher.edges.state import plain
 from launcher.models.weights import load_weights
 from tests.edges import zoo
@@ -79,6 +80,7 @@ def check(
     assert main(["checkpoint", "export", str(whole / "checkpoints/last"), "-o", str(out)]) == 0
     parts = json.loads(case[case.index("TASK.PARTS") + 1])
     fresh = zoo.Net(parts)
+    check_model(fresh)  # nothing can be loaded into what `expand` gave, here as in torch
     load_weights(out, fresh)
     expected = jobs.state(whole)["model"]
     found = plain(fresh.state_dict())
@@ -134,8 +136,21 @@ def test_what_could_not_be_loaded_again_is_refused_before_anything_is_made(
     assert not run.exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(200))
+# How a run may be made, beside its parts.
+WAYS = {
+    "MODEL.EMA_DECAY": ("0.0", "0.9"),
+    "TRAIN.GRAD_CLIP": ("0.0", "0.5"),
+    "TRAIN.MICRO_BATCH_SIZE": ("0", "3"),
+    "TRAIN.DROP_LAST": ("True", "False"),
+    "OPTIM.SCHEDULE": ("constant", "cosine"),
+    "OPTIM.WARMUP": ("", "2step"),
+    "SEED": ("0", "5"),
+}
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(12), *(pytest.param(n, marks=pytest.mark.slow) for n in range(12, 2000))]
+)
 def test_random_tasks_are_exact_or_refused(
     seed: int,
     tmp_path: Path,
@@ -149,6 +164,8 @@ def test_random_tasks_are_exact_or_refused(
         if fits(parts, optimiser):
             break
     case = words(parts, optimiser, draw.choice(zoo.BATCHES))
+    for key, values in WAYS.items():
+        case += [key, draw.choice(values)]
     if not {*parts, optimiser} & zoo.REFUSED.keys():
         check(case, tmp_path, monkeypatch, capfd)
         return

@@ -207,7 +207,6 @@ MODELS = (
 BATCHES = ("list", "tuple", "dict", "ordered", "user dict", "named tuple", "data class")
 # What cannot be taken, and a word of the reason.
 REFUSED = {
-    "spread": "share their memory",
     "lazy": "lazy weights",
     "enum": "zoo.Colour",
     "named": "Pair",

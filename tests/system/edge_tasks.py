@@ -58,3 +58,30 @@ class Collects(Apart):
         found = [torch.zeros(1) for _ in range(dist.get_world_size())]
         dist.all_gather(found, outputs["loss"].sum().reshape(1))
         return {"sum": sum(found)}
+
+
+class Buffered(Plain):
+    """Ranks write other values into two buffers, of which the task shares one."""
+
+    shared_buffers = ("*.ours",)
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        for name in ("mine", "ours"):
+            model["body"].register_buffer(name, torch.zeros(()))
+        return model
+
+    def train_step(self, model: Any, batch: Any) -> dict[str, Any]:
+        for buffer in (model["body"].mine, model["body"].ours):
+            buffer += 1 + int(os.environ.get("RANK", 0))
+        return super().train_step(model, batch)
+
+
+class Grows(Apart):
+    """Its model becomes another while it trains."""
+
+    def train_step(self, model: Any, batch: Any) -> dict[str, Any]:
+        model["body"].register_buffer("seen", torch.zeros(self.recorder.step))
+        if self.recorder.step == 2:
+            model["late"] = nn.Linear(4, 1)
+        return super().train_step(model, batch)

@@ -48,6 +48,15 @@ def test_weights_that_differ_between_ranks_are_told_at_the_next_checkpoint(tmp_p
     assert not list((run / "checkpoints").glob("step_*"))
 
 
+def test_a_model_that_grows_is_refused_at_its_first_save(tmp_path: Path) -> None:
+    """What `build_model` makes could not take its state: a checkpoint would be worth nothing."""
+    failed = jobs.train(*odd("Grows"), "OUTPUT_DIR", tmp_path / "run")
+    assert failed.code == 1
+    told = jobs.failure(tmp_path / "run")["exception"]
+    assert "body.seen, late.weight, late.bias: of another shape or type than at the start" in told
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+
+
 def test_a_collective_of_the_tasks_own_is_refused_where_ranks_will_be_idle(tmp_path: Path) -> None:
     run = tmp_path / "run"
     failed = jobs.train(*odd("Gathers"), "OUTPUT_DIR", run, ranks=2)
@@ -78,6 +87,15 @@ def test_a_rank_without_samples_moves_no_weight_that_nobody_uses(tmp_path: Path)
     assert torch.equal(two["spare.weight"], start["spare.weight"])
     torch.testing.assert_close(two, one)
     assert not torch.equal(two["body.weight"], start["body.weight"])
+
+
+def test_a_buffer_is_its_ranks_own_unless_the_task_shares_it(tmp_path: Path) -> None:
+    words = ("DIST.FIND_UNUSED_PARAMETERS", "True", "TRAIN.DROP_LAST", "True")
+    jobs.train(*odd("Buffered", *words), "OUTPUT_DIR", tmp_path / "run", ranks=2).ok()
+    state = jobs.state(tmp_path / "run")
+    assert [float(rank["buffers"]["body.mine"]) for rank in state["ranks"]] == [2.0, 4.0]
+    assert {name for rank in state["ranks"] for name in rank["buffers"]} == {"body.mine"}
+    assert float(state["model"]["body.ours"]) == 2.0  # rank 0's, before each forward pass
 
 
 @pytest.mark.parametrize("local_rank", ["--local-rank=0", "--local_rank=0"])

@@ -202,7 +202,7 @@ def test_the_evaluation_is_that_of_one_process_to_the_last_bit(run_of: Runs, cas
 
 @cases
 def test_only_rank_0_writes(run_of: Runs, case: Case) -> None:
-    """Contract, section 4: the other ranks write their own log file and nothing else."""
+    """Contract, section 4: the other ranks write their own log files and nothing else."""
     run = run_of(case)
     for rank in range(case.processes):
         inside = {
@@ -217,7 +217,8 @@ def test_only_rank_0_writes(run_of: Runs, case: Case) -> None:
             assert any(path.startswith("tensorboard/") for path in inside)
             assert not {f"logs/rank{other}.log" for other in range(1, 9)} & inside
         else:
-            assert inside - {".", "logs"} == {f"logs/rank{rank}.log"}
+            logs = {f"logs/rank{rank}.log", f"logs/rank{rank}.stderr"}
+            assert inside - {".", "logs"} == logs
 
 
 @cases
