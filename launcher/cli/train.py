@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 import tempfile
@@ -110,6 +111,9 @@ def _train(argv: list[str], signals: Signals) -> int:
         except UsageError as error:
             # What a restart finds in its way may be gone at the next: a rank that still ends, say.
             raise (RunError(str(error)) if restarted else error) from None
+
+    if not faulthandler.is_enabled():
+        faulthandler.enable(2)  # where native code ends this process, its stacks are told
 
     # From here on torch is needed, which takes seconds to import.
     from launcher.callbacks import resolve

@@ -10,7 +10,7 @@ from pathlib import Path
 # What loading with `weights_only` takes, as far as names tell.
 KNOWN = re.compile(
     r"torch\.(\w+|(_utils|_tensor|storage|serialization|nn\.parameter)\.\w+)"
-    r"|collections\.(OrderedDict|Counter|defaultdict)|_codecs\.encode"
+    r"|collections\.(OrderedDict|Counter)|_codecs\.encode"
     r"|(builtins|__builtin__)\.(set|bytearray|complex)"
 )
 

@@ -1,6 +1,7 @@
 """Names in a file tell, without loading it, what torch's loading refuses."""
 
 import collections
+import datetime
 import enum
 import functools
 from pathlib import Path
@@ -33,6 +34,13 @@ VALUES: dict[str, Any] = {
     "module": nn.Linear(2, 2),
     "path": Path("/tmp"),
     "class": Colour,
+    "default dict": collections.defaultdict(dict, a={}),
+    "deque": collections.deque([1]),
+    "frozen set": frozenset([1]),
+    "slice": slice(1, 2),
+    "range": range(3),
+    "time": datetime.datetime.now(),
+    "byte array": bytearray(b"x"),
     "plain": {"a": [1, 2.5, "b", None, True, (3, 4j)], 5: {1, 2}},
     "counter": collections.Counter("aab"),
     "ordered": collections.OrderedDict(a=1),
