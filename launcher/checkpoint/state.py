@@ -17,16 +17,9 @@ from launcher.config import CfgNode, parse_duration
 from launcher.data.splits import Data
 from launcher.edges.batch import map_tensors
 from launcher.edges.generators import random_state, set_random_state
-from launcher.edges.model import (
-    bits,
-    check_layout,
-    differing,
-    layout,
-    load_model_state,
-    model_state,
-    own_buffers,
-)
-from launcher.edges.optimizer import evaluated, has_modes, load_optimizer
+from launcher.edges.model import ModelState, evaluated_model, load_model_state, model_state
+from launcher.edges.optimizer import check_groups, evaluated, has_modes, load_optimizer, made
+from launcher.edges.state import plain
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
@@ -43,7 +36,8 @@ class TrainingState:
     progress        {"step", "epoch", "samples"}
     model, optimizer, scaler, ema    their state_dicts; ema: the weights that are evaluated, or None
                     where they are the model's
-    optimizer_class    its name
+    optimizer_made  how that was made: its class and what was chosen for its groups
+    beside          what the model's state_dict leaves out: modules in eval mode, other buffers
     due             what was due at this step, and is left to the next attempt
     recorded, evaluated    the last step that was: once is enough
     finished        which callback has completed the run here, or ""
@@ -77,7 +71,8 @@ class TrainingState:
     alike: Sequence[str] = ()  # patterns of buffers that are rank 0's everywhere
 
     def __post_init__(self) -> None:
-        self.layout = layout(model_state(self.model))
+        self.whole = ModelState(self.model, self.alike)
+        self.made = plain(made(self.optimizer))
 
     @property
     def progress(self) -> Progress:
@@ -95,20 +90,10 @@ class TrainingState:
         Tensors are those of the live objects, not copies. Raises RunError where the ranks' weights
         differ, or the model's layout is not what it was at the start.
         """
-        check_layout(model_state(self.model), self.layout)
-        rank = self.of_rank()
-        if runtime.distributed:
-            rank["buffers"] = self._differing_buffers(runtime)
-        ranks = runtime.gather(rank)
+        check_groups(self.optimizer, self.made)
+        buffers = self.whole.of_rank(runtime, self.progress.step)
+        ranks = runtime.gather({**self.of_rank(), "buffers": buffers})
         return None if ranks is None else {**self.shared(), "ranks": ranks}
-
-    def _differing_buffers(self, runtime: Runtime) -> dict[str, torch.Tensor]:
-        """This rank's own buffers, those that are not alike on all ranks. Collectives."""
-        weights = dict(self.model.named_parameters())
-        buffers = own_buffers(self.model, self.alike)
-        ranks = runtime.gather(bits({**weights, **buffers})) or []
-        apart = differing(ranks, weights, self.progress.step)
-        return {name: buffers[name].cpu() for name in runtime.broadcast(apart)}
 
     def of_rank(self) -> dict[str, Any]:
         """What is this rank's own."""
@@ -127,7 +112,8 @@ class TrainingState:
             "progress": self.progress.as_dict(),
             "model": model_state(self.model),
             "optimizer": self.optimizer.state_dict(),
-            "optimizer_class": type(self.optimizer).__name__,
+            "optimizer_made": self.made,
+            "beside": self.whole.beside(),
             "scaler": self.scaler.state_dict(),
             "ema": self._averaged(),
             "due": list(self.due),
@@ -143,6 +129,7 @@ class TrainingState:
     def _averaged(self) -> dict[str, Any] | None:
         """The weights that are evaluated, where they are not those that are trained."""
         if self.ema is not None:
+            evaluated_model(self.model, self.ema)
             return model_state(self.ema)
         if not has_modes(self.optimizer):
             return None
@@ -177,13 +164,10 @@ class TrainingState:
         """
         ranks = saved["ranks"]
         same = len(ranks) == runtime.world_size
-        own = ranks[runtime.rank].get("buffers", {}) if same else {}
-        load_model_state(self.model, saved["model"])
-        if own:
-            load_model_state(self.model, own, strict=False)
-        another = any(key.startswith(("OPTIM.", "TASK.")) for key in changed)
-        parts = saved["optimizer"], saved["optimizer_class"]
-        afresh = load_optimizer(self.optimizer, *parts, another, "OPTIM.NAME" in allow)
+        own = ranks[runtime.rank]["buffers"] if same else {}
+        self.whole.load(saved["model"], saved["beside"], own)
+        parts = saved["optimizer"], saved["optimizer_made"]
+        afresh = load_optimizer(self.optimizer, *parts, "OPTIM.NAME" in allow)
         if self.scaler.is_enabled() and saved["scaler"]:  # fp16, now and then
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema is not None and saved["ema"] is not None:

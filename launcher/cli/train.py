@@ -30,9 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "many. Any config key can be overridden; `launcher config keys` lists them.",
         allow_abbrev=False,
     )
-    p.add_argument(
-        "--config-file", metavar="FILE", type=os.path.expanduser, help="the run's YAML config"
-    )
+    p.add_argument("--config-file", metavar="FILE", type=_expanded, help="the run's YAML config")
     p.add_argument(
         "--resume",
         action="store_true",
@@ -52,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--checkpoint",
         metavar="last|best|PATH",
-        type=os.path.expanduser,
+        type=_expanded,
         default="last",
         help="the checkpoint that --eval-only evaluates (default: last)",
     )
@@ -148,6 +146,10 @@ def _train(argv: list[str], signals: Signals) -> int:
             done = run(job, runtime, guard, logs)
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
+
+
+def _expanded(path: str) -> str:
+    return os.path.expanduser(os.path.expandvars(path))
 
 
 def is_restart(topology: Topology, directory: RunDirectory) -> bool:

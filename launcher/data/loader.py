@@ -39,13 +39,14 @@ def load(
     Raises RunError that names the samples for a worker that failed, was killed, or took longer
     than `timeout_s` for one batch. Closing it ends the workers.
     """
+    sender = Sender(fetcher)
     if not workers:
-        for request in requests:
-            yield pinned(fetcher[request]) if pin_memory else fetcher[request]
+        for batch in map(sender.fetched, requests):
+            yield pinned(batch) if pin_memory else batch
         return
     requests, unanswered = itertools.tee(requests)
     loader: DataLoader[Any] = DataLoader(
-        Sender(fetcher),  # type: ignore[arg-type]
+        sender,  # type: ignore[arg-type]
         sampler=requests,
         batch_size=None,  # a request is a whole batch already
         num_workers=workers,

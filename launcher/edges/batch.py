@@ -40,7 +40,7 @@ def map_tensors(
         if isinstance(value, torch.Tensor) or callable(getattr(type(value), method, None)):
             return change(value)
         if isinstance(value, tuple):
-            return getattr(value, "_make", type(value))([walk(item) for item in value])
+            return _tuple(value, [walk(item) for item in value])
         if isinstance(value, (dict, list)):
             made: Any = copy.copy(value)  # a defaultdict stays one
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
@@ -53,6 +53,17 @@ def map_tensors(
         return copy.deepcopy(value, items) if items else other(value)
 
     return walk(value)
+
+
+def _tuple(value: Any, items: list[Any]) -> Any:
+    try:
+        # Not by the class, which may take other arguments.
+        changed = tuple.__new__(type(value), items)
+    except TypeError:  # one of C's, as torch.max returns
+        return type(value)(items)
+    if getattr(value, "__dict__", None):
+        vars(changed).update(vars(value))
+    return changed
 
 
 def _items(value: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -37,7 +38,77 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
     """Load what `model_state` gave, whether or not this model or that one is compiled."""
     live = model.state_dict()
     names = {plain_name(name): name for name in [*live, *_prefixes(live)]}
-    model.load_state_dict(_renamed(state, lambda name: names.get(name, name)), strict=strict)
+    how = {} if strict else {"strict": False}  # a module's own may take none
+    model.load_state_dict(_renamed(state, lambda name: names.get(name, name)), **how)
+
+
+class ModelState:
+    """A model's state_dict, and what that leaves out and training may change: which modules are in
+    eval mode, buffers that are not persistent (those that are not as they were at the start), and
+    buffers in which each rank has values of its own (all but the statistics of norms, and those
+    whose name matches a pattern of `alike`)."""
+
+    def __init__(self, model: nn.Module, alike: Iterable[str] = ()) -> None:
+        self.model, self.alike = model, alike
+        self.layout = layout(model_state(model))
+        self.start = bits(self._unsaved())
+
+    def _unsaved(self) -> dict[str, torch.Tensor]:
+        saved = model_state(self.model)
+        return {name: b for name, b in self._buffers().items() if name not in saved}
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {plain_name(name): buffer for name, buffer in self.model.named_buffers()}
+
+    def beside(self) -> dict[str, Any]:
+        """What is left out, and the same on all ranks."""
+        buffers = self._unsaved()
+        now = bits(buffers)
+        return {
+            "resting": [name for name, m in self.model.named_modules() if not m.training],
+            "buffers": {name: buffers[name] for name in now if now[name] != self.start.get(name)},
+        }
+
+    def of_rank(self, runtime: Any, step: int) -> dict[str, torch.Tensor]:
+        """This rank's own buffers, where they differ. Collectives. Raises RunError where the ranks'
+        weights do, or the model has not the layout that it had at the start."""
+        check_layout(model_state(self.model), self.layout)
+        if not runtime.distributed:
+            return {}
+        weights = dict(self.model.named_parameters())
+        own = own_buffers(self.model, self.alike)
+        ranks = runtime.gather(bits({**weights, **own})) or []
+        apart = runtime.broadcast(differing(ranks, weights, step))
+        return {plain_name(name): own[name].cpu() for name in apart}
+
+    def load(
+        self, state: Mapping[str, Any], beside: Mapping[str, Any], own: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Load the state_dict, and what `beside` and `of_rank` gave."""
+        load_model_state(self.model, state)
+        for name, module in self.model.named_modules():
+            module.training = name not in beside["resting"]
+        fill_named(self.model, {**beside["buffers"], **own})
+
+
+def fill_named(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give buffers of these names their numbers, in place; those that the model has."""
+    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+    names = [name for name in values if name in buffers]
+    fill([buffers[name] for name in names], [values[name] for name in names])
+
+
+def evaluated_model(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
+    """The average, if there is one, with what no average is made of: the model's extra state, and
+    its buffers that are not persistent."""
+    if ema is None:
+        return model
+    saved = model_state(model)
+    fill_named(ema.module, {n: b for n, b in model.named_buffers() if plain_name(n) not in saved})
+    for theirs, ours in zip(ema.module.modules(), model.modules(), strict=True):
+        if type(ours).get_extra_state is not nn.Module.get_extra_state:
+            theirs.set_extra_state(copy.deepcopy(ours.get_extra_state()))
+    return ema.module
 
 
 def _prefixes(state: Any) -> dict[str, Any]:

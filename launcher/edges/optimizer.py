@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from launcher.edges.model import some
 from launcher.edges.state import plain
-from launcher.errors import UsageError
+from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
 
 logger = get_logger(__name__)
@@ -32,11 +33,14 @@ def check_optimizer(optimizer: Any, model: nn.Module, who: str) -> None:
             f"{who} must return a torch.optim.Optimizer, or what has its methods, not {kind}: it "
             f"lacks {', '.join(lacks)}"
         )
-    closure = inspect.signature(optimizer.step).parameters.values()
-    if hasattr(optimizer, "first_step") or any(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        for p in closure
-    ):
+    # That of its class: a scheduler of torch's puts a wrapper of its own on the object.
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+    needed = [
+        p
+        for p in arguments
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if hasattr(optimizer, "first_step") or needed:
         raise UsageError(
             f"{type(optimizer).__name__} evaluates the model several times a step (a closure, or "
             "two passes), which a step over ranks and micro-batches does not do. Take an optimiser "
@@ -58,19 +62,36 @@ def check_optimizer(optimizer: Any, model: nn.Module, who: str) -> None:
         logger.warning("in no group of the optimiser, so never trained: %s", some(left))
 
 
+def made(optimizer: Any) -> dict[str, Any]:
+    """What whoever made an optimiser has chosen, before its first step: its class, its groups
+    without their weights, and how many weights are in each."""
+    chosen = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, "groups": copy.deepcopy(chosen), "sizes": sizes}
+
+
+def check_groups(optimizer: Any, at_first: dict[str, Any]) -> None:
+    """Raise RunError where the groups hold other weights than when they were `made`."""
+    if (sizes := made(optimizer)["sizes"]) != at_first["sizes"]:
+        raise RunError(
+            f"the optimiser's groups have changed while training: {at_first['sizes']} weights, now "
+            f"{sizes}. A resume could not load this: make all groups in build_optimizer."
+        )
+
+
 def load_optimizer(
-    optimizer: Any, state: dict[str, Any], saved_class: str, chosen_anew: bool, may_begin: bool
+    optimizer: Any, state: dict[str, Any], then: dict[str, Any], may_begin: bool
 ) -> list[str]:
-    """Load the state_dict of an optimiser of the class of this name; its groups as whoever made
-    this optimiser has chosen them, where that is `chosen_anew`.
+    """Load the state_dict of an optimiser that was made as `then` says. What is chosen otherwise
+    for this one takes effect; what training has changed in the groups stays.
 
     Returns what was not restored, in words: the state of another optimiser, where this one
     `may_begin` afresh. Raises UsageError where not.
     """
-    kind, chosen = type(optimizer).__name__, _chosen(optimizer)
+    now = made(optimizer)
     try:
-        if saved_class != kind:
-            raise ValueError(f"{kind}, not {saved_class}")
+        if then["class"] != now["class"]:
+            raise ValueError(f"{now['class']}, not {then['class']}")
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         if not may_begin:
@@ -81,22 +102,18 @@ def load_optimizer(
         told = f"another optimiser, whose state begins afresh: {error}"
         logger.warning("%s", told)
         return [told]
-    if chosen_anew:
-        for group, new in zip(optimizer.param_groups, chosen, strict=True):
+    for group, new, old in zip(optimizer.param_groups, now["groups"], then["groups"], strict=True):
+        chosen = {k: v for k, v in new.items() if not (k in old and _same(v, old[k]))}
+        if "lr" in chosen:
             group.pop("initial_lr", None)  # the schedule's: of the rate before
-            group.update(new)
+        group.update(chosen)
     return []
 
 
-def _chosen(optimizer: Any) -> list[dict[str, Any]]:
-    """Each group without its weights, and without what the optimiser counts there itself (as
-    schedule-free ones do): no argument of its class is named after that."""
-    arguments = inspect.signature(type(optimizer)).parameters
-    counted = {name for name in getattr(optimizer, "defaults", ()) if name not in arguments}
-    return [
-        {key: value for key, value in group.items() if key != "params" and key not in counted}
-        for group in optimizer.param_groups
-    ]
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a.cpu(), b.cpu())
+    return type(a) is type(b) and bool(a == b)
 
 
 def set_rate(group: dict[str, Any], factor: float) -> None:
@@ -121,8 +138,10 @@ def rates(optimizer: Any) -> dict[str, float]:
     found = {"train/lr": float(groups[0]["lr"])}
     made = {float(g.get("initial_lr", g["lr"])) * g.get("lr_scale", 1.0) for g in groups}
     if len(made) > 1:
-        for number, group in enumerate(groups):
-            found[f"train/lr/{group.get('name', number)}"] = float(group["lr"])
+        names = [str(group.get("name", number)) for number, group in enumerate(groups)]
+        for number, (name, group) in enumerate(zip(names, groups, strict=True)):
+            name = name if names.count(name) == 1 else f"{name}/{number}"
+            found[f"train/lr/{name}"] = float(group["lr"])
     return found
 
 

@@ -3,21 +3,24 @@ mapping. What cannot be taken is refused with the method's name and what is need
 
 from __future__ import annotations
 
+import contextlib
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from launcher.errors import RunError
+from launcher.errors import RunError, UsageError
 
 # What the launcher records itself, as train/<name>; so are all that begin with lr/.
 TAKEN = ("lr", "grad_norm", "skipped_steps")
 
 
 def check_name(name: str, who: str) -> None:
-    """Raise RunError for a name of the launcher's own."""
+    """Raise RunError for a name of the launcher's own, or one that is no line of text."""
+    if not isinstance(name, str) or not name or "\n" in name:
+        raise RunError(f"{who} gave the name {name!r}: a name is a line of text")
     if name in TAKEN or name.startswith("lr/"):
         raise RunError(
             f"{who} gave {name!r}, a name that is taken: the launcher records train/"
@@ -25,11 +28,25 @@ def check_name(name: str, who: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def calling(who: str) -> Iterator[None]:
+    """An error of the user's own code is told with what was called."""
+    try:
+        yield
+    except UsageError:
+        raise  # which says so itself
+    except Exception as error:
+        vars(error).setdefault("__notes__", []).append(f"in {who}")  # PEP 678
+        raise
+
+
 def number(value: Any) -> float | None:
     """A scalar of Python or numpy, as a float (whole numbers are exact up to 2^53); else None."""
     if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0:
         value = value.item()
-    return float(value) if isinstance(value, numbers.Real) else None
+    with contextlib.suppress(OverflowError):  # a whole number beyond all floats
+        return float(value) if isinstance(value, numbers.Real) else None
+    return None
 
 
 def real(name: str, value: Any) -> torch.Tensor | float:
@@ -153,4 +170,6 @@ def _as_tensor(value: Any) -> Any:
 
 
 def _kind(value: Any) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    if isinstance(value, torch.Tensor):
+        return f"a number of {value.dtype}" if value.is_complex() else tuple(value.shape)
+    return type(value).__name__

@@ -76,16 +76,17 @@ class Sender:
         return {"fetcher": Parcel(self.name, self.fetcher), "name": self.name}
 
     def __getitem__(self, request: Any) -> Parcel:
-        what = f"{named(request)} of {self.name}"
         if isinstance(self.fetcher, Parcel):
             self.fetcher = self.fetcher.open()
+        return Parcel(f"{named(request)} of {self.name}", self.fetched(request))
+
+    def fetched(self, request: Any) -> Any:
         try:
-            batch = self.fetcher[request]
+            return self.fetcher[request]
         except UsageError:
             raise
         except Exception as error:
-            raise told(f"{what} failed", error) from error
-        return Parcel(what, batch)
+            raise told(f"{named(request)} of {self.name} failed", error) from error
 
 
 def make_room() -> None:
@@ -108,10 +109,10 @@ def explained(
     if "be opened" in text:  # what a worker has sent is fetched from it
         for process in processes:
             process.join(1 / len(processes))
-    codes = [p.exitcode for p in processes if p.exitcode]
+    codes = [p.exitcode for p in processes if p.exitcode is not None]
     if "exited unexpectedly" in text or ("be opened" in text and codes):
         signals = [signal.Signals(-code).name for code in codes if code < 0]
-        cause = f"killed by {signals[0]}" if signals else "it exited by itself"
+        cause = f"killed by {signals[0]}" if signals else f"it exited by itself, {codes}"
         if oom:
             cause = "the kernel killed it for memory (oom_kill of its cgroup rose)"
         return told(f"a loader worker died while {due} were due: {cause}")
@@ -132,6 +133,10 @@ def named(request: Any) -> str:
 
 def told(what: str, error: Exception | None = None) -> RunError:
     """An error for people: what, why, and what to do about it."""
-    text = f"{what}: {type(error).__name__}: {error}" if error else what
+    text = what
+    if error is not None:
+        text += f": {type(error).__name__}"
+        with contextlib.suppress(Exception):  # of its own __str__
+            text += f": {error}"
     remedy = next((f". {do}" for found, do in REMEDIES.items() if re.search(found, text)), "")
     return RunError(text + remedy)

@@ -12,7 +12,7 @@ from launcher.config import CfgNode
 from launcher.data.splits import Data
 from launcher.edges.alone import Alone
 from launcher.edges.model import fill
-from launcher.edges.returned import averages, joined, per_sample, summarized
+from launcher.edges.returned import averages, calling, joined, per_sample, summarized
 from launcher.engine.step import autocast
 from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime, seed_everything
@@ -63,7 +63,7 @@ class Evaluation:
             # By the batch, so that what it draws is the same on any rank and at any time.
             seed_everything(self.seed, k)
             who = f"{self.name}.eval_step (samples {start} to {stop - 1})"
-            with self.autocast:
+            with self.autocast, calling(who):
                 output = per_sample(task.eval_step(model, batch), stop - start, who)
             outputs.append((output, self.recorder.take()))
         # The one point where evaluation waits for the device.

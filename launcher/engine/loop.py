@@ -9,6 +9,7 @@ from typing import Any
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
 from launcher.edges.generators import random_state, set_random_state
+from launcher.edges.model import evaluated_model
 from launcher.edges.optimizer import evaluated, rates
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.step import TrainStep
@@ -166,8 +167,8 @@ class Loop:
         captured = self._capture() if self.untried else None
         try:
             with evaluated(state.optimizer):
-                metrics = self.evaluation(state.model if state.ema is None else state.ema.module)
-        except Exception:
+                metrics = self.evaluation(evaluated_model(state.model, state.ema))
+        except BaseException:  # a task that exits as well
             if captured is not None:
                 self._keep(captured)
             raise

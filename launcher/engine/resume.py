@@ -31,7 +31,7 @@ def find(
                 f"--resume-from {resume_from} holds no training state. To start from weights "
                 "alone use MODEL.WEIGHTS."
             )
-    if found is not None and "optimizer_class" not in found.state:
+    if found is not None and "optimizer_made" not in found.state:
         raise UsageError(
             "the checkpoint was written by an earlier version of the launcher, whose runs this one "
             "does not go on with. To start from its weights alone use MODEL.WEIGHTS."

@@ -171,6 +171,8 @@ def build_state(
     cfg, ema = job.cfg, None
     model = task.build_model().to(runtime.device)
     check_model(model)
+    if not model.training:  # as a pretrained one comes; a module in it keeps its mode
+        model.train()
     if cfg.MODEL.SYNC_BN and runtime.distributed:
         if runtime.device.type != "cuda":
             raise UsageError("MODEL.SYNC_BN works on CUDA only: set it False, or DIST.DEVICE cuda.")

@@ -102,8 +102,6 @@ class TrainStep:
         self.weights = list(self.model.parameters())
         self.trained = [p.requires_grad for p in self.weights]
         self.parameters = [p for p in self.weights if p.requires_grad]
-        if not self.model.training:  # as a pretrained one comes; a module in it keeps its mode
-            self.model.train()
         counted = [runtime.collectives] if state.data.train_plan.leaves_ranks_idle else []
         if has_modes(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]

@@ -50,11 +50,11 @@ class Failure:
 def describe(error: BaseException, cfg: CfgNode, world_size: int) -> str:
     """An error in words; of one for want of device memory, also the key to change."""
     text = f"{type(error).__name__}: {error}".strip(": ")
+    text += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     if not isinstance(error, torch.OutOfMemoryError):
         return text
-    train = cfg.TRAIN
-    share = -(-train.BATCH_SIZE // world_size)
-    micro = min(share, train.MICRO_BATCH_SIZE or share)
+    share = -(-cfg.TRAIN.BATCH_SIZE // world_size)
+    micro = min(share, cfg.TRAIN.MICRO_BATCH_SIZE or share)
     return (
         f"{text}\n{micro} samples were put through the model at once. TRAIN.MICRO_BATCH_SIZE "
         f"{max(1, micro // 2)} needs about half the memory, and trains the same; evaluations take "

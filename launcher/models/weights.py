@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from launcher.checkpoint.store import DamagedCheckpoint, load_file
-from launcher.edges.model import load_model_state, model_state, plain_name, some
+from launcher.edges.model import fill_named, load_model_state, model_state, plain_name, some
 from launcher.errors import UsageError
 from launcher.log import get_logger
 
@@ -21,19 +21,16 @@ NESTED = ("model", "state_dict", "model_state", "model_state_dict")
 Weights = dict[str, Any]  # tensors, and what modules keep with them (get_extra_state)
 
 
-def read_weights(path: Path, ema: bool | None = False) -> tuple[Weights, int | None]:
-    """The weights in a checkpoint directory, a `.safetensors` file, or a file that torch wrote; and
-    the step they are of, for a checkpoint of this launcher.
-
-    With `ema`, its averaged weights; None: these where there are. Raises UsageError.
-    """
+def read(path: Path) -> dict[str, Any]:
+    """What a checkpoint directory, a `.safetensors` file, or a file that torch wrote holds. Raises
+    UsageError."""
     if not path.exists():
         raise UsageError(f"there is no file or checkpoint {path}")
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file as load_safetensors
 
-            return load_safetensors(path), None
+            return load_safetensors(path)
         except ImportError as error:
             raise UsageError(f"{path} needs safetensors: pip install 'launcher[export]'") from error
         except Exception as error:  # safetensors' own error type is not public
@@ -44,6 +41,20 @@ def read_weights(path: Path, ema: bool | None = False) -> tuple[Weights, int | N
         raise UsageError(str(error)) from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no state_dict but a {type(content).__name__}")
+    return content
+
+
+def read_weights(path: Path, ema: bool | None = False) -> tuple[Weights, int | None]:
+    """The weights in such a file, and the step they are of, for a checkpoint of this launcher.
+
+    With `ema`, its averaged weights; None: these where there are. Raises UsageError.
+    """
+    return _weights_of(read(path), path, ema)
+
+
+def _weights_of(
+    content: dict[str, Any], path: Path, ema: bool | None
+) -> tuple[Weights, int | None]:
     progress = content.get("progress")
     step = progress.get("step") if isinstance(progress, dict) else None
     ema = isinstance(content.get("ema"), dict) if ema is None else ema
@@ -114,7 +125,8 @@ def load_weights(
 ) -> int | None:
     """Load weights into the model, `ema` as for read_weights; the step they are of, if the file
     tells. Raises UsageError where they do not fit and `strict` says that they must."""
-    weights, step = read_weights(path, ema)
+    content = read(path)
+    weights, step = _weights_of(content, path, ema)
     fitting, report = match(weights, model)
     if report and (strict or not fitting):
         raise UsageError(
@@ -124,5 +136,7 @@ def load_weights(
     if report:
         logger.warning("the weights of %s fit in part:\n%s", path, report)
     load_model_state(model, fitting, strict=False)
+    if isinstance(beside := content.get("beside"), dict):  # of a checkpoint of this launcher
+        fill_named(model, beside["buffers"])
     logger.info("loaded %d tensors from %s", len(fitting), path)
     return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import socket
 import subprocess
@@ -37,6 +38,7 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python, the launcher and the packages that a run depends on."""
     from launcher import __version__

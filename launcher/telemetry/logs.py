@@ -39,7 +39,7 @@ class Logs:
         `form`, `file_mb` and `files_kept` are LOG.FORMAT, LOG.FILE_MB and LOG.FILES_KEPT."""
         self.name = f"rank{topology.rank}.log"
         self.least = logging.NOTSET if topology.is_main else logging.ERROR  # on the console
-        self.undo = contextlib.ExitStack()
+        self.undo, self.troubled = contextlib.ExitStack(), False
         self.levels = dict.fromkeys(["launcher", *own_modules], level)
         self.console = ConsoleHandler()
         # Rank 0 speaks for all; what goes wrong elsewhere is heard with its rank.
@@ -75,7 +75,15 @@ class Logs:
         """A line in the file, to the handlers of others, and on the console if none shows it."""
         shown = shown_on(record)  # before a handler copies the record, for a queue, say
         self.file.handle(record)
-        others(logger, record)
+        try:
+            others(logger, record)
+        except Exception as error:
+            # The launcher's own lines end no thread of its own, nor the telling of a failure.
+            if not f"{record.name}.".startswith("launcher."):
+                raise
+            if not self.troubled:
+                self.troubled = True
+                print(f"launcher: a handler of Python's logging failed: {error!r}", file=sys.stderr)
         thread, everywhere = threading.get_ident(), dict.fromkeys(consoles())
         hidden = getattr(record, "file_only", False) or any(x != thread for x in shown.values())
         if not hidden and record.levelno >= self.console.level:

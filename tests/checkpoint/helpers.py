@@ -12,6 +12,7 @@ from launcher.telemetry.sinks import strict
 def state_of(step: int) -> dict[str, Any]:
     return {
         "model": {"w": torch.full((64, 64), float(step))},
+        "optimizer_made": {},
         "progress": {"step": step, "epoch": 0, "samples": 8 * step},
         "ranks": [{"random": [1, "text", None, 2.5, torch.arange(step)]}],
     }

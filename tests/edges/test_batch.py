@@ -63,6 +63,13 @@ class Row(Sequence[Any]):
         return f"Row{self.items}"
 
 
+class Sample(tuple):
+    """Made of other arguments than its items."""
+
+    def __new__(cls, image: Any, label: Any) -> "Sample":
+        return super().__new__(cls, (image, label))
+
+
 class Attrs:
     """As attrs' decorator leaves a class with slots."""
 
@@ -92,6 +99,7 @@ NESTS: list[Callable[[Any], Any]] = [
     lambda x: UserList([x, {"a": x}]),
     lambda x: ReadOnly({"a": x, "b": Row(x, "text")}),
     lambda x: Attrs(x),
+    lambda x: Sample(x, 3),
 ]
 
 
@@ -177,3 +185,14 @@ def test_what_pins_itself_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
     given = Moves(torch.ones(1))
     found = pinned({"a": given, "b": (torch.ones(1),)})
     assert found["a"] is given and given.pins == 1 and found["b"][0].tolist() == [2.0]
+
+
+def test_a_tuple_of_cs_is_walked() -> None:
+    found = map_tensors(torch.max(torch.ones(2, 3), 0), lambda tensor: tensor.shape)
+    assert type(found) is torch.return_types.max and found.indices == (3,)
+
+
+def test_what_a_tuple_holds_beside_its_items_stays() -> None:
+    given = Sample(torch.ones(2), 3)
+    given.name = "first"  # type: ignore[attr-defined]
+    assert map_tensors(given, lambda tensor: tensor * 2).name == "first"

@@ -24,11 +24,33 @@ class Needs(torch.optim.SGD):
     def step(self, closure: Any) -> None: ...  # type: ignore[override]
 
 
-@pytest.mark.parametrize("make", [TwoPasses, Needs, lambda p, lr: torch.optim.LBFGS(p)])
+class NeedsByName(torch.optim.SGD):
+    def step(self, *, loss: Any) -> None: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize(
+    "make", [TwoPasses, Needs, NeedsByName, lambda p, lr: torch.optim.LBFGS(p)]
+)
 def test_one_that_evaluates_the_model_several_times_is_refused(make: Any) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(UsageError, match="several times a step"):
         check_optimizer(make(model.parameters(), lr=0.1), model, "T.build_optimizer")
+
+
+def test_a_scheduler_of_torchs_may_hold_the_optimiser() -> None:
+    """It puts a wrapper in the place of its `step`."""
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    check_optimizer(optimizer, model, "T.build_optimizer")
+
+
+def test_groups_of_one_name_have_a_rate_each() -> None:
+    groups = [{"lr": 0.1, "name": "a"}, {"lr": 0.2, "name": "a"}, {"lr": 0.3, "name": "b"}]
+    found = rates(type("Made", (), {"param_groups": groups})())
+    assert found == {
+        **{"train/lr": 0.1, "train/lr/a/0": 0.1, "train/lr/a/1": 0.2, "train/lr/b": 0.3}
+    }
 
 
 def test_weights_that_are_trained_by_nobody_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -44,6 +44,7 @@ def test_whole_numbers_are_exact_whatever_they_come_as(value: Any) -> None:
     [
         *((True, 1.0), (np.bool_(True), 1.0), (np.float16(0.5), 0.5)),
         *(("1", None), (1j, None), (None, None), (np.ones(1), None), (torch.ones(()), None)),
+        (10**400, None),
     ],
 )
 def test_what_a_plain_number_is(value: Any, plain: float | None) -> None:
@@ -57,7 +58,13 @@ def test_what_a_plain_number_is(value: Any, plain: float | None) -> None:
         ({"loss": LOSS, "lr/head": 1.0}, "'lr/head', a name that is taken"),
         ({"loss": LOSS, "grad_norm": LOSS}, "'grad_norm', a name that is taken"),
         ({"loss": LOSS, "phase": 1j}, "real scalars; 'phase' is complex"),
-        ({"loss": LOSS, "phase": LOSS * 1j}, r"real scalars; 'phase' is \(\)"),
+        (
+            {"loss": LOSS, "phase": LOSS * 1j},
+            "real scalars; 'phase' is a number of torch.complex64",
+        ),
+        ({"loss": LOSS, 1: 1.0}, "gave the name 1: a name is a line of text"),
+        ({"loss": LOSS, "": 1.0}, "gave the name ''"),
+        ({"loss": LOSS, "a\nb": 1.0}, r"gave the name 'a\\nb'"),
         ({"loss": LOSS, "name": "x"}, "'name' is str"),
         ({"loss": LOSS, "logits": torch.ones(2, 3)}, r"'logits' is \(2, 3\)"),
         ({"loss": 1.0}, "depends on no weight"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from torch.utils.data import Dataset
 from launcher.data.fetch import Fetcher
 from launcher.data.loader import load
 from launcher.data.plan import Request
-from launcher.edges.sending import Parcel
+from launcher.edges.sending import Parcel, explained
+from launcher.edges.sending import told as sending_told
 
 ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
@@ -249,6 +251,42 @@ def test_what_the_main_process_cannot_open_is_told_with_the_remedy() -> None:
                 opened.enter_context(open(os.devnull))
         with refused:
             next(stream)
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "told"),
+    [
+        (3, "it exited by itself, [3]"),
+        (0, "it exited by itself, [0]"),
+        (-9, "killed by SIGKILL. The kernel"),
+        (None, "open file"),
+    ],
+)
+def test_a_worker_that_is_gone_before_its_batch_is_fetched_is_told_of(
+    exitcode: int | None, told: str
+) -> None:
+    """Fetching tells only that nobody answers; where the worker lives, it has no file left."""
+    error = sending_told("samples 4 could not be opened", EOFError())
+    worker = SimpleNamespace(exitcode=exitcode, join=lambda seconds: None)
+    found = str(explained(error, "samples 4", 1.0, [worker], False))
+    assert told in found and ("worker died" in found) is (exitcode is not None)
+
+
+class Broken(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("error", "told"), [(StopIteration(), "StopIteration"), (Broken(), "Broken")]
+)
+def test_an_error_of_collate_names_the_samples(error: Exception, told: str, workers: int) -> None:
+    def collate(samples: list[Any]) -> Any:
+        raise error
+
+    with pytest.raises(Exception, match=f"samples 0, 1 of data set Faulty failed: {told}"):
+        next(load(*asked("gradient", collate), workers, 2, False, HOUR))
 
 
 def test_tensors_go_through_shared_memory() -> None:

@@ -38,6 +38,13 @@ class Sampled:
     y: torch.Tensor
 
 
+def _rename(old: str, new: str) -> Any:
+    def hook(module: Any, state: Any, prefix: str, *_: Any) -> None:
+        state[prefix + new] = state.pop(prefix + old)
+
+    return hook
+
+
 class Part(nn.Module):
     """One odd thing that a model may hold; it adds to the output, or keeps something."""
 
@@ -73,6 +80,17 @@ class Part(nn.Module):
             self.register_buffer("table", torch.quantize_per_tensor(whole, 0.1, 0, torch.qint8))
         elif kind == "queue":
             self.register_buffer("queue", torch.zeros(4, WIDTH))
+        elif kind == "unsaved":
+            self.register_buffer("trace", torch.zeros(WIDTH), persistent=False)
+        elif kind == "renamed":
+            self.register_buffer("queue", torch.zeros(WIDTH))
+            self._register_state_dict_hook(_rename("queue", "line"))
+            self.register_load_state_dict_pre_hook(
+                lambda module, state, prefix, *_: _rename("line", "queue")(module, state, prefix)
+            )
+        elif kind == "rests later":
+            self.norm = nn.BatchNorm1d(WIDTH)
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         elif kind == "moved":
             self.teacher = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
         elif kind == "lazy":
@@ -115,6 +133,15 @@ class Part(nn.Module):
             return (x @ self.grid).mean(1, keepdim=True)
         if self.kind == "short" and self.training:
             self.count += 1
+        if self.kind in ("unsaved", "renamed"):
+            kept = self.trace if self.kind == "unsaved" else self.queue
+            if self.training:
+                kept.lerp_(x.detach().mean(0), 0.5)
+            return x @ kept[:, None].clone()
+        if self.kind == "rests later":
+            if self.training and int(self.count.add_(1)) == 3:
+                self.norm.eval()  # once: a resumed model must still be
+            return self.norm(x).mean(1, keepdim=True)
         if self.kind == "queue" and self.training:
             self.queue.copy_(torch.cat([self.queue[1:], x.detach()[:1]]))
         if self.kind == "queue":
@@ -185,6 +212,25 @@ class Modes(torch.optim.SGD):
                     p.add_(by)
 
 
+class Counts(torch.optim.SGD):
+    """Counts its steps in its groups, and goes by that."""
+
+    def __init__(self, p: Any) -> None:
+        super().__init__(p, 0.02)
+        self.param_groups[0]["t"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.param_groups[0]["t"] += 1
+        self.param_groups[0]["weight_decay"] = 0.01 * self.param_groups[0]["t"]
+        return super().step(closure)
+
+
+def held(p: Any) -> Any:
+    optimizer = torch.optim.SGD(p, 0.02)
+    torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    return optimizer
+
+
 OPTIMISERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.02, momentum=0.9),
     "plain sgd": lambda p: torch.optim.SGD(p, 0.02),
@@ -192,6 +238,8 @@ OPTIMISERS: dict[str, Any] = {
     "adagrad": lambda p: torch.optim.Adagrad(p, 0.01),
     "numpy rate": lambda p: torch.optim.SGD(p, np.sqrt(4e-4)),
     "rate of a tensor": lambda p: torch.optim.Adam(p, torch.tensor(0.01), capturable=False),
+    "held by a scheduler": held,
+    "counts": Counts,
     "no rate": NoRate,
     "modes": lambda p: Modes(p, 0.02),
     "scaled": lambda p: torch.optim.SGD([{"params": list(p), "lr_scale": 0.5}], 0.02),
@@ -201,6 +249,7 @@ OPTIMISERS: dict[str, Any] = {
 }
 MODELS = (
     *("sparse", "complex", "double", "frozen", "tied", "norm", "resting norm", "turned", "spread"),
+    *("unsaved", "renamed", "rests later"),
     *("short", "sparse buffer", "quantised", "queue", "moved", "lazy", "extra", "numpy", "enum"),
     *("named", "object", "function", "weights of their own layout"),
 )

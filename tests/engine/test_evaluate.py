@@ -9,10 +9,11 @@ from torch import nn
 
 from launcher.data.plan import Plan
 from launcher.errors import RunError
+from launcher.guard.failure import describe
 from launcher.runtime.progress import Progress
 from launcher.telemetry.media import Media
 from launcher.telemetry.recorder import Recorder
-from tests.engine.helpers import ALONE, evaluation, recording, same, unasked
+from tests.engine.helpers import ALONE, config, evaluation, recording, same, unasked
 
 N = 10
 X = torch.arange(N, dtype=torch.float32) ** 2 / 7
@@ -138,3 +139,14 @@ def test_an_evaluation_that_is_given_up_shows_nothing() -> None:
     task = Recording(stops=True)
     assert run(task, guard=task.guard) is None
     assert task.seen == 2 and task.shown == []
+
+
+def test_an_error_in_eval_step_says_where_and_at_which_samples() -> None:
+    class Mistaken(Table):
+        def eval_step(self, model: nn.Module, batch: slice) -> Any:
+            return {"loss": {}["boom"]} if batch.start else super().eval_step(model, batch)
+
+    with pytest.raises(KeyError) as caught:
+        run(Mistaken(loss=X))
+    told = describe(caught.value, config(), 1)
+    assert told == "KeyError: 'boom' (in Mistaken.eval_step (samples 4 to 7))"

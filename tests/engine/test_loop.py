@@ -66,8 +66,11 @@ def test_what_an_epochs_end_makes_due_is_done_at_the_next_step_where_its_own_is_
     assert all(metrics == {"val/loss": 1.0} for _, _, metrics in loop.saves)
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
 @pytest.mark.parametrize("works", [0, 1])
-def test_what_was_trained_before_an_evaluation_that_fails_is_saved(works: int) -> None:
+def test_what_was_trained_before_an_evaluation_that_fails_is_saved(
+    works: int, error: type[BaseException]
+) -> None:
     """The first of an attempt: one that has worked before is not expected to fail."""
     loop = Scripted("CHECKPOINT.EVERY", "", "CHECKPOINT.KEEP_BEST", 0)
     saved: list[dict[str, Any]] = []
@@ -75,11 +78,11 @@ def test_what_was_trained_before_an_evaluation_that_fails_is_saved(works: int) -
 
     def fails(model: Any) -> dict[str, float]:
         if len(loop.evaluations) == works:
-            raise ValueError("a mistake in eval_step")
+            raise error("a mistake in eval_step")
         return loop.evaluate_once(model)
 
     loop.evaluation = fails  # type: ignore[assignment]
-    with pytest.raises(ValueError, match="a mistake in eval_step"):
+    with pytest.raises(error, match="a mistake in eval_step"):
         loop.train()
     told = [(s["progress"]["step"], s["due"], s["evaluated"]) for s in saved]
     assert told == ([] if works else [(3, ["checkpoint", "evaluate"], -1)])

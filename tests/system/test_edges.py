@@ -29,9 +29,11 @@ def test_two_ranks_go_on_exactly(parts: list[str], optimiser: str, tmp_path: Pat
     ours, theirs = jobs.state(broken)["ranks"], jobs.state(whole)["ranks"]
     assert same([rank["buffers"] for rank in ours], [rank["buffers"] for rank in theirs])
     if "queue" in parts:  # what other ranks wrote is theirs, and was not lost
-        name = f"parts.{parts.index('queue')}.queue"
-        mine, other = (rank["buffers"][name] for rank in theirs)
-        assert set(theirs[0]["buffers"]) == {name} and not torch.equal(mine, other)
+        own = {"queue": "queue", "renamed": "queue", "unsaved": "trace"}
+        names = {f"parts.{parts.index(part)}.{name}" for part, name in own.items()}
+        mine, other = (rank["buffers"] for rank in theirs)
+        assert mine.keys() == other.keys() == names
+        assert not any(torch.equal(mine[name], other[name]) for name in names)
 
 
 def odd(name: str, *words: object) -> list[object]:
@@ -96,6 +98,15 @@ def test_a_buffer_is_its_ranks_own_unless_the_task_shares_it(tmp_path: Path) -> 
     assert [float(rank["buffers"]["body.mine"]) for rank in state["ranks"]] == [2.0, 4.0]
     assert {name for rank in state["ranks"] for name in rank["buffers"]} == {"body.mine"}
     assert float(state["model"]["body.ours"]) == 2.0  # rank 0's, before each forward pass
+
+
+def test_variables_in_the_paths_of_files_are_put_in(tmp_path: Path) -> None:
+    """Quoted, as a job file has them; the shell would put in others."""
+    (tmp_path / "base.yaml").write_text("SEED: 7\n")
+    (tmp_path / "run.yaml").write_text("_BASE_: $WHERE/base.yaml\n")
+    words = ("--config-file", "$WHERE/run.yaml", "OUTPUT_DIR", "${WHERE}/run", "--check")
+    out = jobs.train(*odd("Plain"), *words, env={"WHERE": str(tmp_path)}).ok().out
+    assert "SEED: 7" in out and f"OUTPUT_DIR: {tmp_path}/run" in out
 
 
 @pytest.mark.parametrize("local_rank", ["--local-rank=0", "--local_rank=0"])

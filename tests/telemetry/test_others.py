@@ -302,3 +302,29 @@ def test_a_logger_that_somebody_asked_for_before_is_ours_too() -> None:
         assert not logger.isEnabledFor(logging.INFO)
     finally:
         logging.disable(logging.NOTSET)
+
+
+class Failing(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise ValueError("no room")
+
+
+def test_a_handler_that_fails_ends_nothing_of_the_launchers_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A thread of its own, or the telling of a failure, would end with it; said once. A line of the
+    user's own raises as it would without us."""
+    failing = Failing()
+    logging.getLogger().addHandler(failing)
+    try:
+        with Logs(Topology(), "INFO", ["task"]) as logs:
+            logs.open(tmp_path)
+            for _ in range(3):
+                get_logger("launcher.x").error("a failure")
+            with pytest.raises(ValueError, match="no room"):
+                logging.getLogger("task").error("my error")
+    finally:
+        logging.getLogger().removeHandler(failing)
+    told = capsys.readouterr().err
+    assert told.count("a handler of Python's logging failed: ValueError('no room')") == 1
+    assert (tmp_path / "rank0.log").read_text().count("a failure") == 3
