@@ -150,3 +150,18 @@ def test_an_error_in_eval_step_says_where_and_at_which_samples() -> None:
         run(Mistaken(loss=X))
     told = describe(caught.value, config(), 1)
     assert told == "KeyError: 'boom' (in Mistaken.eval_step (samples 4 to 7))"
+
+
+def test_batches_draw_different_numbers_and_the_same_ones_each_time() -> None:
+    class Draws(Table):
+        def eval_step(self, model: nn.Module, batch: slice) -> Any:
+            output = super().eval_step(model, batch)
+            self.drawn.append(torch.rand(()).item())
+            return output
+
+    task, drawn = Draws(loss=X), []
+    for _ in range(2):
+        task.drawn = []
+        run(task)
+        drawn.append(task.drawn)
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 3
