@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from launcher.config.coerce import coerce
+from launcher.config.coerce import coerce, expand
 from launcher.config.problem import Mistake
 from launcher.config.source import parse_word
 
@@ -128,3 +128,12 @@ def test_a_word_of_the_command_line_is_not_cut_at_a_comment() -> None:
     assert coerce(parse_word("[1, 2]"), None) == [1, 2]
     with pytest.raises(Mistake, match="quote a list"):
         parse_word("[1,")
+
+
+def test_a_path_has_its_home_and_its_variables_put_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("WHERE", "/data")
+    assert expand("~/runs/$WHERE") == "/home/me/runs//data"
+    assert expand(["${WHERE}/a.py:T", "plain", "$5"]) == ["/data/a.py:T", "plain", "$5"]
+    with pytest.raises(Mistake, match="no variable NOWHERE"):
+        expand("${NOWHERE}/x")

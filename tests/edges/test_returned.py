@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.edges.returned import joined, number, per_sample, scalars, summarized
+from launcher.edges.returned import averages, joined, number, per_sample, scalars, summarized
 from launcher.errors import RunError
 
 CPU = torch.device("cpu")
@@ -105,3 +105,9 @@ def test_batches_that_cannot_be_put_together_are_told_with_name_and_shapes() -> 
 def test_what_a_summarize_may_not_return(values: Any, told: str) -> None:
     with pytest.raises(RunError, match=rf"T\.summarize must return .*{told}"):
         summarized(values, "T.summarize")
+
+
+def test_the_mean_of_equal_numbers_is_that_number_however_large() -> None:
+    """A sum of five of them is not exact."""
+    values = torch.full((5,), float(LARGE), dtype=torch.float64)
+    assert averages({"value": values}, "T.eval_step") == {"value": float(LARGE)}

@@ -175,3 +175,28 @@ def test_numbers_of_python_and_numpy_are_recorded_exactly(value: Any) -> None:
     trainer = Trainer(Says(lambda out: {"loss": out.mean(), "value": value}), batch=1)
     trainer.run(1)
     assert trainer.recorded()["train/value"] == float(value)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["thawed", "frozen"])
+def test_weights_that_are_switched_while_training_are_an_error_at_that_step(trains: bool) -> None:
+    class Switches(Regression):
+        due = False
+
+        def build_model(self) -> nn.Module:
+            model = super().build_model()
+            next(model.parameters()).requires_grad_(trains)
+            return model
+
+        def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+            if self.due:
+                next(model.parameters()).requires_grad_(not trains)
+            return super().train_step(model, batch)
+
+    task = Switches()
+    trainer = Trainer(task)
+    trainer.run(2)
+    task.due = True
+    before = [p.clone() for p in trainer.state.model.parameters()]
+    with pytest.raises(RunError, match=r"requires_grad of .*weight was switched.*MODEL\.THAW"):
+        trainer.run(1)
+    assert all(map(torch.equal, before, trainer.state.model.parameters()))
