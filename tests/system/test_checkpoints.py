@@ -259,8 +259,8 @@ def test_one_change_is_enough_and_may_be_allowed(completed: Path) -> None:
     with unchanged(completed):
         assert resume(completed, *longer).code == 2
     resume(completed, *longer, "--allow", "TRAIN.DURATION").ok()
-    (told,) = jobs.history(completed, "resume")[-1]["differs"]
-    assert told.startswith("TRAIN.DURATION: ")
+    differs = jobs.history(completed, "resume")[-1]["differs"]
+    assert any(told.startswith("TRAIN.DURATION: ") for told in differs)
     assert jobs.status(completed)["step"] == 35
     jobs.assert_once(completed)
 
