@@ -11,6 +11,8 @@ from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
+from launcher.config.coerce import expand
+from launcher.config.problem import Mistake
 from launcher.errors import RunError, UsageError
 from launcher.guard.stop import STOPPED, Signals
 from launcher.log import get_logger
@@ -30,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
         "many. Any config key can be overridden; `launcher config keys` lists them.",
         allow_abbrev=False,
     )
-    p.add_argument("--config-file", metavar="FILE", type=_expanded, help="the run's YAML config")
+    p.add_argument("--config-file", metavar="FILE", type=_path, help="the run's YAML config")
     p.add_argument(
         "--resume",
         action="store_true",
@@ -39,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--resume-from",
         metavar="CKPT",
-        type=lambda text: Path(text).expanduser(),
+        type=lambda text: Path(_path(text)),
         help="start a new run directory with the full state of any checkpoint of any run",
     )
     p.add_argument(
@@ -50,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--checkpoint",
         metavar="last|best|PATH",
-        type=_expanded,
+        type=_path,
         default="last",
         help="the checkpoint that --eval-only evaluates (default: last)",
     )
@@ -148,8 +150,12 @@ def _train(argv: list[str], signals: Signals) -> int:
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
 
 
-def _expanded(path: str) -> str:
-    return os.path.expanduser(os.path.expandvars(path))
+def _path(text: str) -> str:
+    """An option that is a path, with `~` and `$VARIABLES` put in as in the config's keys."""
+    try:
+        return expand(text)
+    except Mistake as mistake:
+        raise argparse.ArgumentTypeError(str(mistake)) from mistake
 
 
 def is_restart(topology: Topology, directory: RunDirectory) -> bool:
