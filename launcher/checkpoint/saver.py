@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.store import CheckpointStore
-from launcher.edges.batch import map_tensors
+from launcher.edges.batch import is_dense, map_tensors
 from launcher.edges.state import check, kinds, plain
 from launcher.errors import RunError
 from launcher.log import get_logger
@@ -63,7 +63,7 @@ class Saver:
         old, self.copies = iter(self.copies), []
 
         def copy(value: torch.Tensor) -> torch.Tensor:
-            if value.layout is not torch.strided or value.is_quantized:
+            if not is_dense(value):
                 return value.detach().to("cpu", copy=True)
             kept = next(old, None)
             # The layout too: an optimiser's fused kernel walks its state as its weights lie.

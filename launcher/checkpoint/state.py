@@ -19,7 +19,6 @@ from launcher.edges.batch import map_tensors
 from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.model import ModelState, evaluated_model, load_model_state, model_state
 from launcher.edges.optimizer import check_groups, evaluated, has_modes, load_optimizer, made
-from launcher.edges.state import plain
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
@@ -72,7 +71,7 @@ class TrainingState:
 
     def __post_init__(self) -> None:
         self.whole = ModelState(self.model, self.alike)
-        self.made = plain(made(self.optimizer))
+        self.made = made(self.optimizer)
 
     @property
     def progress(self) -> Progress:

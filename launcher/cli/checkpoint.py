@@ -129,6 +129,7 @@ def _verify(path: Path, as_json: bool) -> int:
 def _export(path: Path, output: Path, ema: bool) -> int:
     import torch
 
+    from launcher.edges.batch import is_dense
     from launcher.edges.model import some
     from launcher.models.weights import read_weights
 
@@ -141,7 +142,7 @@ def _export(path: Path, output: Path, ema: bool) -> int:
             except ImportError as error:
                 raise UsageError("pip install 'launcher[export]' for .safetensors") from error
             # Weights that share memory stand once each in this format, which holds dense ones only.
-            tensors = {k: v.clone().contiguous() for k, v in weights.items() if _is_dense(v)}
+            tensors = {k: v.clone().contiguous() for k, v in weights.items() if is_dense(v)}
             if left := [name for name in weights if name not in tensors]:
                 raise UsageError(f"-o {output}: .pt can hold {some(left)}, .safetensors cannot.")
             save_file(tensors, temporary, {"step": str(step), "format": "pt"})
@@ -156,13 +157,6 @@ def _export(path: Path, output: Path, ema: bool) -> int:
         temporary.unlink(missing_ok=True)
     print(f"{len(weights)} tensors of step {step} in {output}", file=sys.stderr)
     return 0
-
-
-def _is_dense(value: Any) -> bool:
-    import torch
-
-    is_tensor = isinstance(value, torch.Tensor)
-    return is_tensor and value.layout is torch.strided and not value.is_quantized
 
 
 def _size(count: float) -> str:

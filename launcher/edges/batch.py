@@ -79,6 +79,13 @@ def _items(value: Any) -> list[Any]:
     return [getattr(value, name) for name in names if hasattr(value, name)]
 
 
+def is_dense(value: Any) -> bool:
+    """Whether this is a tensor that is no more than its numbers: neither sparse nor quantised."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout is torch.strided and not value.is_quantized
+
+
 def nbytes(batch: Any) -> int:
     """Bytes of all tensors in a batch, of any class that can be pickled."""
     found: dict[int, torch.Tensor] = {}

@@ -54,11 +54,7 @@ class ModelState:
         self.start = bits(self._unsaved())
 
     def _unsaved(self) -> dict[str, torch.Tensor]:
-        saved = model_state(self.model)
-        return {name: b for name, b in self._buffers().items() if name not in saved}
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        return {plain_name(name): buffer for name, buffer in self.model.named_buffers()}
+        return {name: b for name, b in plain_buffers(self.model).items() if name not in self.layout}
 
     def beside(self) -> dict[str, Any]:
         """What is left out, and the same on all ranks."""
@@ -91,9 +87,14 @@ class ModelState:
         fill_named(self.model, {**beside["buffers"], **own})
 
 
+def plain_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All buffers by plain name, those that are not persistent as well."""
+    return {plain_name(name): buffer for name, buffer in model.named_buffers()}
+
+
 def fill_named(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Give buffers of these names their numbers, in place; those that the model has."""
-    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers()}
+    buffers = plain_buffers(model)
     names = [name for name in values if name in buffers]
     fill([buffers[name] for name in names], [values[name] for name in names])
 
@@ -104,7 +105,7 @@ def evaluated_model(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
     if ema is None:
         return model
     saved = model_state(model)
-    fill_named(ema.module, {n: b for n, b in model.named_buffers() if plain_name(n) not in saved})
+    fill_named(ema.module, {n: b for n, b in plain_buffers(model).items() if n not in saved})
     for theirs, ours in zip(ema.module.modules(), model.modules(), strict=True):
         if type(ours).get_extra_state is not nn.Module.get_extra_state:
             theirs.set_extra_state(copy.deepcopy(ours.get_extra_state()))

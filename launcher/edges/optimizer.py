@@ -66,13 +66,17 @@ def made(optimizer: Any) -> dict[str, Any]:
     """What whoever made an optimiser has chosen, before its first step: its class, its groups
     without their weights, and how many weights are in each."""
     chosen = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    return {"class": type(optimizer).__name__, "groups": copy.deepcopy(chosen), "sizes": sizes}
+    groups = {"groups": copy.deepcopy(chosen), "sizes": _sizes(optimizer)}
+    return {"class": type(optimizer).__name__, **groups}
+
+
+def _sizes(optimizer: Any) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
 def check_groups(optimizer: Any, at_first: dict[str, Any]) -> None:
     """Raise RunError where the groups hold other weights than when they were `made`."""
-    if (sizes := made(optimizer)["sizes"]) != at_first["sizes"]:
+    if (sizes := _sizes(optimizer)) != at_first["sizes"]:
         raise RunError(
             f"the optimiser's groups have changed while training: {at_first['sizes']} weights, now "
             f"{sizes}. A resume could not load this: make all groups in build_optimizer."

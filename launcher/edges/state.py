@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launcher.edges.batch import map_tensors
+from launcher.edges.batch import is_dense, map_tensors
 from launcher.errors import RunError, UsageError
 
 
@@ -71,8 +71,7 @@ def check(state: Any, error: type[UsageError] = RunError) -> None:
 
 def _empty(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor of the same kind, as small as can be."""
-    dense = tensor.layout is torch.strided and not tensor.is_quantized
-    return tensor.detach().new_empty(0) if dense else tensor.detach()
+    return tensor.detach().new_empty(0) if is_dense(tensor) else tensor.detach()
 
 
 def _culprit(value: Any, path: str = "") -> tuple[str, Any] | None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import CfgNode, seconds
-from launcher.edges.batch import map_tensors
+from launcher.edges.batch import is_dense, map_tensors
 from launcher.errors import RunError, UsageError
 from launcher.runtime.cpu import CpuBudget, cpu_budget
 from launcher.runtime.topology import Topology
@@ -95,11 +95,11 @@ class Runtime:
         if not self.distributed:
             return value
         # The nest without its tensors' numbers, but for those that are more than their numbers.
-        nest = map_tensors(value, lambda t: t.to("meta") if _is_dense(t) else t.cpu())
+        nest = map_tensors(value, lambda t: t.to("meta") if is_dense(t) else t.cpu())
         nest = self.broadcast(nest)
 
         def send(tensor: torch.Tensor) -> torch.Tensor:
-            if _is_dense(tensor):
+            if is_dense(tensor):
                 # NCCL sends only what lies on a GPU. As bytes, in the order in which they lie:
                 # backends do not know every type, and a fused optimiser goes by the layout.
                 sent = torch.empty_like(tensor, device=self.device).copy_(tensor)
@@ -114,10 +114,6 @@ class Runtime:
             return received.cpu()
 
         return map_tensors(value, send) if self.is_main else map_tensors(nest, receive)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
