@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,14 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert all(record.get("train/whole", 2**53 - 1) == 2**53 - 1 for record in records(run))
 
 
+@pytest.fixture
 def check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[[list[str]], None]:
+    return lambda case: _check(case, tmp_path, monkeypatch, capfd)
+
+
+def _check(
     case: list[str],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,23 +105,16 @@ def fits(parts: list[str], optimiser: str) -> bool:
 
 @pytest.mark.parametrize("part", [part for part in zoo.MODELS if part not in zoo.REFUSED])
 def test_a_model_of_any_kind_is_saved_resumed_evaluated_and_exported(
-    part: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    part: str, check: Callable[[list[str]], None]
 ) -> None:
-    optimiser = "plain sgd" if part == "sparse" else "adam"
-    check(words([part], optimiser, "tuple"), tmp_path, monkeypatch, capfd)
+    check(words([part], "plain sgd" if part == "sparse" else "adam", "tuple"))
 
 
 @pytest.mark.parametrize("optimiser", [name for name in zoo.OPTIMISERS if name not in zoo.REFUSED])
 def test_an_optimiser_of_any_make_goes_on_exactly(
-    optimiser: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    optimiser: str, check: Callable[[list[str]], None]
 ) -> None:
-    check(words(["extra"], optimiser, "tuple"), tmp_path, monkeypatch, capfd)
+    check(words(["extra"], optimiser, "tuple"))
 
 
 @pytest.mark.parametrize("batch", zoo.BATCHES)
@@ -152,10 +153,7 @@ WAYS = {
     "seed", [*range(12), *(pytest.param(n, marks=pytest.mark.slow) for n in range(12, 2000))]
 )
 def test_random_tasks_are_exact_or_refused(
-    seed: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    seed: int, tmp_path: Path, check: Callable[[list[str]], None]
 ) -> None:
     draw = random.Random(seed)
     for _ in itertools.count():
@@ -167,7 +165,7 @@ def test_random_tasks_are_exact_or_refused(
     for key, values in WAYS.items():
         case += [key, draw.choice(values)]
     if not {*parts, optimiser} & zoo.REFUSED.keys():
-        check(case, tmp_path, monkeypatch, capfd)
+        check(case)
         return
     assert main(["train", *case, "OUTPUT_DIR", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()

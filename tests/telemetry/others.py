@@ -23,7 +23,7 @@ from launcher.runtime.topology import Topology
 from launcher.telemetry.logs import Logs
 
 FORMAT = "theirs %(levelname)s %(message)s"
-own, mine, library = (get_logger("launcher.x"), *map(logging.getLogger, ("task", "some.library")))
+own, mine, library = (get_logger("launcher.x"), *map(logging.getLogger, ("task", "some.package")))
 at_the_end: list[Callable[[], Any]] = []
 
 

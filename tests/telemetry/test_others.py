@@ -23,11 +23,11 @@ SAID = [
     ("launcher.x", "INFO", "a step"),
     ("task", "INFO", "my line"),
     ("task", "ERROR", "my error"),
-    ("some.library", "WARNING", "their warning"),
+    ("some.package", "WARNING", "their warning"),
     ("launcher.x", "ERROR", "a failure"),
     ("py.warnings", "WARNING", "careful"),
 ]
-THEIRS = {"task", "some.library", "py.warnings"}
+THEIRS = {"task", "some.package", "py.warnings"}
 # Before or after the launcher set its own up, and on which rank.
 EVERY_WAY = pytest.mark.parametrize(
     ("when", "rank"),
@@ -164,7 +164,7 @@ def test_loggers_that_they_disable_are_their_own(
     set_up: str, when: str, rank: int, tmp_path: Path
 ) -> None:
     """As in any program; ours, and Python's warnings, go on."""
-    muted = ("task", "some.library")
+    muted = ("task", "some.package")
     spoken = Spoken(tmp_path, set_up, when, rank)
     assert sorted(spoken.out + spoken.err) == sorted(shown(rank, THEIRS, muted=muted))
     assert spoken.file == in_file(*muted)
@@ -174,7 +174,7 @@ def test_loggers_that_they_disable_are_their_own(
 @EVERY_WAY
 def test_logging_disable_mutes_theirs_and_not_ours(when: str, rank: int, tmp_path: Path) -> None:
     spoken = Spoken(tmp_path, "disable", when, rank)
-    muted = ("task", "some.library")
+    muted = ("task", "some.package")
     assert (spoken.out, spoken.err) == ([], shown(rank, set(), muted=muted))
     assert spoken.file == in_file(*muted)
 
