@@ -257,3 +257,9 @@ def test_the_average_has_the_models_extra_state() -> None:
     whole.run(3)
     saved = captured(whole.state)
     assert saved["ema"]["module._extra_state"] == saved["model"]["_extra_state"] != {"seen": 0}
+
+
+def test_batch_norm_over_all_ranks_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(UsageError, match=r"MODEL\.SYNC_BN works on CUDA only"):
+        fresh(Regression(), "MODEL.SYNC_BN", True, runtime=rank(0, 2))
+    fresh(Regression(), "MODEL.SYNC_BN", True)  # one process has all samples

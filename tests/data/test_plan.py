@@ -114,3 +114,16 @@ def test_evaluation_deals_whole_batches_and_every_sample_once(
     for rank in range(world_size):
         assert [r.samples for r in eval_requests(plan, rank)] == alone[rank::world_size]
     assert list(chain(*alone)) == list(range(length))
+
+
+@law
+@given(plan=plans())
+def test_odd_shares_are_known_before_the_first_step(plan: Plan) -> None:
+    """Ranks without samples, and micro-batches of one: as found by going through an epoch."""
+    everywhere = [
+        micro_batch_sizes(plan, k, rank)
+        for k in range(plan.steps_per_epoch)
+        for rank in range(plan.world_size)
+    ]
+    assert plan.leaves_ranks_idle is any(sum(sizes) == 0 for sizes in everywhere)
+    assert plan.gives_one_sample is any(1 in sizes for sizes in everywhere)

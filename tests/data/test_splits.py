@@ -289,3 +289,17 @@ def test_the_loader_starts_over_with_as_many_workers_as_the_first_batch_leaves_r
     assert ("/dev/shm" in made.size.reason) is (workers < 4)
     whole = rest(started(Fake(), *ONE_EPOCH, samples=8))
     assert [[sample[0] for sample in part] for part in rest(made)] == whole
+
+
+def test_what_is_never_evaluated_need_not_exist() -> None:
+    asked: list[str] = []
+
+    class Only(Fake):
+        def build_dataset(self, split: str) -> Any:
+            asked.append(split)
+            return super().build_dataset(split)
+
+    made = data(Only(), "EVAL.EVERY", "", *ONE_EPOCH)
+    assert asked == ["train"] and made.lengths == {"train": LENGTH}
+    made.open("val")
+    assert made.val_plan.length == VAL and asked == ["train", "val"]

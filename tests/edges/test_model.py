@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.edges.model import bits, load_model_state, model_state, own_buffers
+from launcher.edges.model import (
+    bits,
+    load_model_state,
+    model_state,
+    own_buffers,
+    warn_of_one_sample,
+)
 from launcher.errors import UsageError
 from launcher.models.weights import load_weights, match, read_weights
 
@@ -83,3 +89,19 @@ def test_a_file_of_other_objects_says_what_it_holds_and_how_to_convert_it(tmp_pa
     assert line.startswith('python -c "') and line.endswith('"')
     subprocess.run([sys.executable, "-c", line[len('python -c "') : -1]], check=True)
     load_weights(tmp_path / "theirs.pth.weights", net())
+
+
+@pytest.mark.parametrize(
+    ("resting", "told"), [([], True), (["1"], False), ([""], True)], ids=["trains", "rests", "all"]
+)
+def test_one_sample_is_warned_of_where_a_norm_would_train_on_it(
+    resting: list[str], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not where the task put it into eval mode; a whole model that rests is put to training."""
+    model = net()
+    for name in resting:
+        model.get_submodule(name).eval()
+    warn_of_one_sample(model)
+    warn_of_one_sample(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
+    lines = [line for line in caplog.messages if "1 sample" in line]
+    assert len(lines) == told and all("TRAIN.DROP_LAST True" in line for line in lines)

@@ -100,6 +100,15 @@ def test_a_buffer_is_its_ranks_own_unless_the_task_shares_it(tmp_path: Path) -> 
     assert float(state["model"]["body.ours"]) == 2.0  # rank 0's, before each forward pass
 
 
+def test_an_evaluation_without_eval_step_is_refused_before_anything_is_built(
+    tmp_path: Path,
+) -> None:
+    """With `EVAL.EVERY ""`, as everywhere above, none is needed."""
+    refused = jobs.train(*odd("Plain", "EVAL.EVERY", "1ep"), "OUTPUT_DIR", tmp_path / "run")
+    assert refused.code == 2 and not (tmp_path / "run").exists()
+    assert "has no eval_step" in refused.err and 'EVAL.EVERY ""' in refused.err
+
+
 def test_variables_in_the_paths_of_files_are_put_in(tmp_path: Path) -> None:
     """Quoted, as a job file has them; the shell would put in others."""
     (tmp_path / "base.yaml").write_text("SEED: 7\n")
