@@ -6,13 +6,16 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from launcher.edges.model import (
+    averaged,
     bits,
+    check_model,
     load_model_state,
     model_state,
     own_buffers,
@@ -105,3 +108,20 @@ def test_one_sample_is_warned_of_where_a_norm_would_train_on_it(
     warn_of_one_sample(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)))
     lines = [line for line in caplog.messages if "1 sample" in line]
     assert len(lines) == told and all("TRAIN.DROP_LAST True" in line for line in lines)
+
+
+def test_an_average_of_a_model_that_cannot_be_copied_names_its_key() -> None:
+    normed = torch.nn.utils.weight_norm(nn.Linear(2, 2))  # the old one: its weight is no leaf
+    normed(torch.ones(1, 2))
+    with pytest.raises(UsageError, match=r"MODEL\.EMA_DECAY .*parametrizations\.weight_norm"):
+        averaged(normed, 0.9)
+    averaged(torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), 0.9)
+
+
+def test_a_model_that_does_not_take_its_own_state_back_is_refused() -> None:
+    class OneWay(nn.Linear):
+        def state_dict(self, *args: Any, **options: Any) -> Any:
+            return {f"net.{name}": value for name, value in super().state_dict().items()}
+
+    with pytest.raises(UsageError, match=r"(?s)own state_dict, .* never resumed: .*net\.weight"):
+        check_model(OneWay(2, 2))

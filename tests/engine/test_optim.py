@@ -65,3 +65,14 @@ def test_the_tasks_own_wins() -> None:
 def test_the_tasks_own_must_be_an_optimiser() -> None:
     with pytest.raises(UsageError, match=r"Own\.build_optimizer must return .* not list"):
         build_optimizer(config(), Own(list), nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("words", [["NAME", "adamw"], ["WEIGHT_DECAY", "0.1"]])
+def test_sparse_gradients_are_refused_where_no_kernel_takes_them(words: list[str]) -> None:
+    model = nn.Sequential(nn.Embedding(3, 2, sparse=True), nn.Linear(2, 1))
+    with pytest.raises(
+        UsageError, match=r"OPTIM\.NAME sgd without OPTIM\.WEIGHT_DECAY.*SparseAdam"
+    ):
+        build_optimizer(config(f"OPTIM.{words[0]}", words[1]), object(), model)
+    optimizer = build_optimizer(config(), object(), model)
+    assert type(optimizer) is SGD and not optimizer.param_groups[0]["fused"]

@@ -118,6 +118,14 @@ def test_variables_in_the_paths_of_files_are_put_in(tmp_path: Path) -> None:
     assert "SEED: 7" in out and f"OUTPUT_DIR: {tmp_path}/run" in out
 
 
+def test_weights_that_a_step_does_not_use_are_named_with_the_remedy(tmp_path: Path) -> None:
+    failed = jobs.train(*odd("Plain", "TRAIN.DROP_LAST", "True"), "OUTPUT_DIR", tmp_path, ranks=2)
+    assert failed.code != 0
+    told = jobs.failure(tmp_path)
+    assert told["step"] == 0 and "does not use spare.weight, spare.bias" in told["exception"]
+    assert "DIST.FIND_UNUSED_PARAMETERS True" in told["exception"]
+
+
 @pytest.mark.parametrize("local_rank", ["--local-rank=0", "--local_rank=0"])
 def test_torch_distributed_launch_starts_a_run(local_rank: str) -> None:
     """It puts an argument before or after the words of the command."""
