@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 
 import torch
 
@@ -20,7 +21,7 @@ TURNS, STEPS = 31, 1000
 def main() -> None:
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    agreement = Agreement(device, world_size=2)
+    agreement = Agreement(device, 2, deque())
     weight = torch.ones(10, requires_grad=True, device=device)
 
     def seconds(agreeing: bool) -> float:

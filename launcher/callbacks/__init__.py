@@ -69,7 +69,7 @@ class Run:
     cfg: CfgNode
     task: Any
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: dict[str, torch.optim.Optimizer]  # by phase; "" where there is one
     recorder: Recorder
     data: Data
     runtime: Runtime  # device, rank, world size

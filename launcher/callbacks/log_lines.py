@@ -31,7 +31,8 @@ class Lines(Sink):
         for record in items:
             if isinstance(record, dict):
                 # A progress bar shows these; evaluations deserve a line above it too.
-                logger.info(summary(record), extra={"training": "train/loss" in record})
+                training = any(key.startswith("train/") for key in record)
+                logger.info(summary(record), extra={"training": training})
 
 
 def summary(record: Record) -> str:

@@ -61,11 +61,15 @@ class Bar(Sink):
 
     def write(self, items: Sequence[Record | Media]) -> None:
         for record in items:
-            if isinstance(record, dict) and "train/loss" in record:
-                loss, rate = record["train/loss"], record.get("train/lr", 0.0)
-                speed = record.get("perf/samples_per_s", 0.0)
-                values = f"epoch {record['epoch']}  loss {loss:.4g}  lr {rate:.3g}"
-                values += f"  {speed:.0f} samples/s"
+            if isinstance(record, dict) and "perf/step_s" in record:
+                shown = ("train/loss", "train/lr")  # with phases, of each
+                parts = [
+                    f"{key.removeprefix('train/')} {value:.4g}"
+                    for key, value in record.items()
+                    if key.startswith(shown)
+                ]
+                speed = f"{record.get('perf/samples_per_s', 0.0):.0f} samples/s"
+                values = "  ".join([f"epoch {record['epoch']}", *parts, speed])
                 self.bar.update(self.task, completed=record["step"], values=values)
 
     def close(self, completed: bool) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from launcher.callbacks import Callbacks
@@ -18,7 +17,15 @@ from launcher.data.splits import Data
 from launcher.edges.batch import map_tensors
 from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.model import ModelState, evaluated_model, load_model_state, model_state
-from launcher.edges.optimizer import check_groups, evaluated, has_modes, load_optimizer, made
+from launcher.edges.optimizer import (
+    check_groups,
+    evaluated,
+    flat,
+    has_modes,
+    load_optimizers,
+    made,
+)
+from launcher.models.freezing import Freezing
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.telemetry.environment import versions
@@ -36,6 +43,8 @@ class TrainingState:
     model, optimizer, scaler, ema    their state_dicts; ema: the weights that are evaluated, or None
                     where they are the model's
     optimizer_made  how that was made: its class and what was chosen for its groups
+                    (with phases these, optimizer and scaler are dicts by phase)
+    phases          of each recorded name the phases that have returned it
     beside          what the model's state_dict leaves out: modules in eval mode, other buffers
     due             what was due at this step, and is left to the next attempt
     recorded, evaluated    the last step that was: once is enough
@@ -54,9 +63,10 @@ class TrainingState:
 
     cfg: CfgNode
     model: nn.Module
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
+    optimizers: dict[str, Any]  # by phase; "" where there is one
+    scalers: dict[str, torch.amp.GradScaler]
     ema: AveragedModel | None
+    freezing: Freezing
     recorder: Recorder
     data: Data
     callbacks: Callbacks
@@ -71,7 +81,7 @@ class TrainingState:
 
     def __post_init__(self) -> None:
         self.whole = ModelState(self.model, self.alike)
-        self.made = made(self.optimizer)
+        self.made = {phase: made(optimizer) for phase, optimizer in self.optimizers.items()}
 
     @property
     def progress(self) -> Progress:
@@ -89,7 +99,8 @@ class TrainingState:
         Tensors are those of the live objects, not copies. Raises RunError where the ranks' weights
         differ, or the model's layout is not what it was at the start.
         """
-        check_groups(self.optimizer, self.made)
+        for phase, optimizer in self.optimizers.items():
+            check_groups(optimizer, self.made[phase])
         buffers = self.whole.of_rank(runtime, self.progress.step)
         ranks = runtime.gather({**self.of_rank(), "buffers": buffers})
         return None if ranks is None else {**self.shared(), "ranks": ranks}
@@ -110,10 +121,11 @@ class TrainingState:
             "config": self.cfg.dump(),
             "progress": self.progress.as_dict(),
             "model": model_state(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_made": self.made,
+            "optimizer": flat({k: o.state_dict() for k, o in self.optimizers.items()}),
+            "optimizer_made": flat(self.made),
+            "phases": self.recorder.phases,
             "beside": self.whole.beside(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": flat({k: s.state_dict() for k, s in self.scalers.items()}),
             "ema": self._averaged(),
             "due": list(self.due),
             "recorded": self.recorded,
@@ -130,9 +142,9 @@ class TrainingState:
         if self.ema is not None:
             evaluated_model(self.model, self.ema)
             return model_state(self.ema)
-        if not has_modes(self.optimizer):
+        if not any(map(has_modes, self.optimizers.values())):
             return None
-        with evaluated(self.optimizer):
+        with evaluated(self.optimizers):
             state = map_tensors(model_state(self.model), torch.clone)
         return {f"module.{name}": value for name, value in state.items()}
 
@@ -166,9 +178,12 @@ class TrainingState:
         own = ranks[runtime.rank]["buffers"] if same else {}
         self.whole.load(saved["model"], saved["beside"], own)
         parts = saved["optimizer"], saved["optimizer_made"]
-        afresh = load_optimizer(self.optimizer, *parts, "OPTIM.NAME" in allow)
-        if self.scaler.is_enabled() and saved["scaler"]:  # fp16, now and then
-            self.scaler.load_state_dict(saved["scaler"])
+        afresh = load_optimizers(self.optimizers, *parts, "OPTIM.NAME" in allow)
+        for phase, scaler in self.scalers.items():
+            state = saved["scaler"].get(phase) if phase else saved["scaler"]
+            if scaler.is_enabled() and state:  # fp16, now and then
+                scaler.load_state_dict(state)
+        self.recorder.phases.update(saved["phases"])
         if self.ema is not None and saved["ema"] is not None:
             load_model_state(self.ema, saved["ema"])
         elif self.ema is not None:  # an average that is new to the run begins here

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
+from launcher.config.checks import evaluates
 from launcher.config.coerce import expand
 from launcher.config.problem import Mistake
 from launcher.errors import RunError, UsageError
@@ -18,7 +19,7 @@ from launcher.guard.stop import STOPPED, Signals
 from launcher.log import get_logger
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology, read_topology
-from launcher.tasks import has_eval_step, resolve_task
+from launcher.tasks import overrides, resolve_task
 from launcher.telemetry.rundir import RunDirectory
 
 logger = get_logger(__name__)
@@ -57,6 +58,13 @@ def parser() -> argparse.ArgumentParser:
         help="the checkpoint that --eval-only evaluates (default: last)",
     )
     p.add_argument(
+        "--split",
+        metavar="NAME[,NAME]",
+        action="append",
+        default=[],
+        help="the splits that --eval-only evaluates (default: EVAL.SPLITS)",
+    )
+    p.add_argument(
         "--overwrite",
         action="store_true",
         help="set the old run directory aside as DIR.old-<UTC time>, then start",
@@ -87,13 +95,19 @@ def train(argv: list[str]) -> int:
 
 
 def _train(argv: list[str], signals: Signals) -> int:
-    options, overrides = split_overrides(parser(), argv)
+    options, settings = split_overrides(parser(), argv)
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
     topology = read_topology(os.environ)
-    config = load_config(options.config_file, overrides, resolve_task)
+    config = load_config(options.config_file, settings, resolve_task)
     cfg, task_class = config.cfg, config.task
-    if config.task and (cfg.EVAL.EVERY or options.eval_only) and not has_eval_step(config.task):
+    splits = [name for text in options.split for name in text.split(",")]
+    if splits and not options.eval_only:
+        raise UsageError("--split is for --eval-only; EVAL.SPLITS says what a run evaluates.")
+    if options.eval_only and not (splits or cfg.EVAL.SPLITS):
+        raise UsageError("EVAL.SPLITS names nothing to evaluate: give --split NAME.")
+    asked = options.eval_only or evaluates(cfg)
+    if config.task and asked and not overrides(config.task, "eval_step"):
         raise UsageError(
             f"{cfg.TASK.NAME} has no eval_step, which an evaluation needs. Give it one, or set "
             'EVAL.EVERY "".'
@@ -132,6 +146,7 @@ def _train(argv: list[str], signals: Signals) -> int:
         allow=frozenset(key for text in options.allow for key in text.split(",")),
         callbacks=resolve(cfg.CALLBACKS, [*search, Path.cwd()]),
         checkpoint=options.checkpoint,
+        splits=splits,
     )
     log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
     with (

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from launcher.config.keys import flatten
+from launcher.config.keys import KEYS, flatten
 from launcher.errors import UsageError
 from launcher.log import get_logger
 
@@ -32,7 +32,9 @@ def check_changes(
 
     Raises UsageError unless every such key is in `allow`.
     """
-    old = flatten(CfgNode(yaml.safe_load(saved["config"]))) | {DATA: saved["dataset_length"]}
+    # A key that is newer than the checkpoint had its default.
+    old = {key.name: key.default for key in KEYS} | {DATA: saved["dataset_length"]}
+    old |= flatten(CfgNode(yaml.safe_load(saved["config"])))
     new = flatten(cfg) | {DATA: length}
     changed = {}
     for key in sorted(old.keys() | new.keys()):

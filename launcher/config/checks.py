@@ -33,6 +33,16 @@ def bounds(key: Key) -> str:
     return ", ".join(f"{words} {limit}" for words, limit in limits.items() if limit is not None)
 
 
+def evaluates(cfg: CfgNode) -> bool:
+    """Whether a run has evaluations."""
+    return bool(cfg.EVAL.EVERY and cfg.EVAL.SPLITS)
+
+
+def recorded_as(split: str) -> str:
+    """The name under which the metrics of a split stand; `train/` are the training's own."""
+    return "train_eval" if split == "train" else split
+
+
 def in_epochs(cfg: CfgNode) -> list[str]:
     """The keys whose durations or periods are given in epochs."""
 
@@ -112,6 +122,28 @@ def _warmup(cfg: CfgNode) -> str | None:
     return None
 
 
+def _thaw(cfg: CfgNode) -> str | None:
+    for entry in cfg.MODEL.THAW:
+        pattern, at, when = entry.rpartition("@")
+        try:
+            duration = parse_duration(when) if pattern and at else None
+        except ValueError as error:
+            return f"{quote(entry)}: {error}"
+        if duration is None or duration.unit == "s":
+            return f"{quote(entry)} is no moment; write for example backbone.layer4@5ep"
+    return None
+
+
+def _splits(cfg: CfgNode) -> str | None:
+    splits, taken = cfg.EVAL.SPLITS, ("train_eval", "perf", "system")
+    for name in splits:
+        if not name or not all(part.isalnum() for part in name.replace("-", "_").split("_")):
+            return f"{quote(name)} is no name: take letters, digits, - and _"
+        if name in taken or splits.count(name) > 1 or f"{name}_raw" in splits:
+            return f"{quote(name)} stands twice in what is recorded, or is the launcher's own"
+    return None
+
+
 def _backend(cfg: CfgNode) -> str | None:
     if cfg.DIST.BACKEND == "nccl" and cfg.DIST.DEVICE == "cpu":
         return "nccl works on CUDA only; use gloo, or DIST.DEVICE cuda"
@@ -125,4 +157,6 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (("OPTIM.MILESTONES",), _milestones),
     (("OPTIM.WARMUP", "TRAIN.DURATION"), _warmup),
     (("DIST.BACKEND", "DIST.DEVICE"), _backend),
+    (("MODEL.THAW",), _thaw),
+    (("EVAL.SPLITS",), _splits),
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from launcher.config.checks import CHECKS, check_value
+from launcher.config.checks import CHECKS, check_value, evaluates, recorded_as
 from launcher.config.coerce import coerce, expand, plain
 from launcher.config.keys import KEYS, Key, defaults, flatten, put
 from launcher.config.problem import ConfigError, Mistake, Problem, nearest, nearest_key, quote
@@ -159,10 +159,12 @@ class _Merge:
                 self._blame(names[0], Mistake(message))
 
     def _check_metric(self, metrics: list[str]) -> None:
-        read = {"EVAL.EVERY", "CHECKPOINT.METRIC", "CHECKPOINT.KEEP_BEST"}
-        if self.wrong & read or not self.cfg.EVAL.EVERY or self.cfg.CHECKPOINT.KEEP_BEST == 0:
+        read = {"EVAL.EVERY", "EVAL.SPLITS", "CHECKPOINT.METRIC", "CHECKPOINT.KEEP_BEST"}
+        if self.wrong & read or not evaluates(self.cfg) or self.cfg.CHECKPOINT.KEEP_BEST == 0:
             return
-        names = [f"val/{name}" for name in metrics]
+        splits = [recorded_as(split) for split in self.cfg.EVAL.SPLITS]
+        splits += [f"{split}_raw" for split in splits if self.cfg.EVAL.RAW]
+        names = [f"{split}/{name}" for split in splits for name in metrics]
         given = self.cfg.CHECKPOINT.METRIC
         if given not in names:
             message = f"{quote(given)} is not among what the task returns: {', '.join(names)}"

@@ -114,9 +114,12 @@ def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -
         first += stop - k
 
 
-def eval_requests(plan: Plan, rank: int) -> Iterator[Request]:
-    """A rank's batches of an evaluation: whole batches dealt in turn, nothing padded or dropped.
-    A batch is the same at any number of ranks, and so is each sample's result, to the last bit.
+def dealt(plan: Plan, rank: int, shares: int = 0) -> list[tuple[int, bool]]:
+    """The numbers of a rank's batches of an evaluation, and whether each begins a share: whole
+    batches, nothing padded or dropped, in so many contiguous shares (0: each batch is one), which
+    are dealt in turn. Batches and shares are the same at any number of ranks, and so is each
+    sample's result, to the last bit. No rank has more than rank 0.
     """
-    for k in range(rank, plan.steps_per_epoch, plan.world_size):
-        yield Request(0, list(range(*plan.batch(k))))
+    steps = plan.steps_per_epoch
+    cuts = (share(steps, shares or steps, i) for i in range(rank, shares or steps, plan.world_size))
+    return [(k, k == start) for start, stop in cuts for k in range(start, stop)]

@@ -1,4 +1,4 @@
-"""The data of a run: its two splits, and this rank's part of their batches."""
+"""The data of a run: its splits, and this rank's part of their batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ import psutil
 import torch
 
 from launcher.config import CfgNode, parse_duration, seconds
-from launcher.config.checks import in_epochs
+from launcher.config.checks import evaluates, in_epochs, recorded_as
 from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
 from launcher.data.loader import load, on_device
 from launcher.data.order import make_order
-from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
+from launcher.data.plan import ENDLESS, Plan, Request, train_requests
 from launcher.data.sizing import LoaderSize, size_loader
 from launcher.edges.batch import nbytes
 from launcher.errors import UsageError
@@ -63,8 +63,9 @@ class Data:
         self.collate, self._build = getattr(task, "collate", None), task.build_dataset
         self.datasets: dict[str, Any] = {}
         self.kinds, self.lengths = dict[str, str](), dict[str, int]()
-        for split in ("train", "val") if cfg.EVAL.EVERY else ("train",):
-            self.open(split)
+        self.open("train")
+        for split in cfg.EVAL.SPLITS if evaluates(cfg) else ():
+            self.eval_plan(split)
         self.length, train = self.lengths["train"], cfg.TRAIN
         sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, train.MICRO_BATCH_SIZE
         self.train_plan = Plan(self.length, *sizes)
@@ -74,7 +75,7 @@ class Data:
         self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
         # Before there are workers, whose memory would count as taken.
         self._memory = memory_budget(), psutil.Process().memory_full_info().uss
-        self._nbytes = {"train": 0, "val": 0}  # of a batch, once one is known
+        self._nbytes = dict[str, int]()  # of a batch, once one is known
         self.size = self._size("train")
         self.waited = 0.0
         self._first = self._last = 0  # global batches, counted over all epochs
@@ -83,28 +84,40 @@ class Data:
         self._stream_states: deque[dict[str, Any] | None] = deque([None], maxlen=4)
 
     def open(self, split: str) -> None:
-        """Build a split's data set, where that is not done; "val" may wait for an evaluation, for
-        what is never evaluated need not exist."""
+        """Build a split's data set, where that is not done; one that is evaluated may wait for
+        that, for what is never evaluated need not exist. "train_eval" is the training data."""
+        if split in self.datasets:
+            return
+        name = "train" if split == "train_eval" else split
+        # One that says what it yields next is read for one purpose only.
+        if name != split and self.kinds[name] != "iterable":
+            dataset = self.datasets[name]
+            if not hasattr(dataset, "set_epoch"):
+                self.datasets[split] = dataset
         if split not in self.datasets:
-            self.datasets[split] = dataset = self._build(split)
-            self.kinds[split] = kind_of(dataset, self.collate)
-            self.lengths[split] = self._length(split)
+            self.datasets[split] = self._build(name)
+        self.kinds[split] = kind_of(self.datasets[split], self.collate)
+        self.lengths[split] = self._length(split, name)
 
-    @property
-    def val_plan(self) -> Plan:
-        self.open("val")
-        size, ranks = self.cfg.EVAL.BATCH_SIZE, self.runtime.world_size
-        return Plan(self.lengths["val"], size, world_size=ranks)
+    def eval_plan(self, split: str) -> Plan:
+        """The batches of an evaluation over all ranks, at most EVAL.SAMPLES samples."""
+        self.open(split := recorded_as(split))
+        keys, length = self.cfg.EVAL, self.lengths[split]
+        most = min(length, keys.SAMPLES or length)
+        return Plan(most, keys.BATCH_SIZE, world_size=self.runtime.world_size)
 
-    def _length(self, split: str) -> int:
+    def _length(self, split: str, name: str) -> int:
         dataset = self.datasets[split]
         try:
             length = len(dataset)
         except TypeError:
-            if split != "train" or self.kinds[split] != "iterable":
+            iterable = self.kinds[split] == "iterable"
+            if iterable and split != "train" and self.cfg.EVAL.SAMPLES:
+                return self.cfg.EVAL.SAMPLES
+            if split != "train" or not iterable:
                 raise UsageError(
-                    f"build_dataset({split!r}) returned a {type(dataset).__name__} without a "
-                    "length; give it a __len__"
+                    f"build_dataset({name!r}) returned a {type(dataset).__name__} without a "
+                    "length; give it a __len__" + (", or set EVAL.SAMPLES" if iterable else "")
                 ) from None
             if epochs := in_epochs(self.cfg):
                 raise UsageError(
@@ -113,7 +126,7 @@ class Data:
                 ) from None
             return ENDLESS
         if length == 0:
-            raise UsageError(f"build_dataset({split!r}) returned an empty data set.")
+            raise UsageError(f"build_dataset({name!r}) returned an empty data set.")
         return length
 
     def start(self, samples: int, stream: dict[str, Any] | None = None, threads: int = 0) -> None:
@@ -165,15 +178,17 @@ class Data:
             self.waited += time.monotonic() - began
             yield batch
 
-    def evaluation(self) -> Iterator[Any]:
-        """This rank's batches of the val split, on the device. Its workers live as long as it, and
-        meanwhile those of the training wait with full queues."""
-        plan, rank = self.val_plan, self.runtime.rank
-        batches = len(range(rank, plan.steps_per_epoch, plan.world_size))
+    def evaluation(self, split: str, batches: Sequence[int]) -> Iterator[Any]:
+        """Batches of these numbers of a split's evaluation, on the device. Its workers live as long
+        as it, and meanwhile those of the training wait with full queues."""
+        plan, split = self.eval_plan(split), recorded_as(split)
         # A single batch has nothing to be fetched beside.
-        most = 0 if self.kinds["val"] == "tensors" else max(0, batches - 1)
-        answers = self._load("val", lambda: eval_requests(plan, rank), most)
-        yield from on_device(answers, self.runtime.device)
+        most = 0 if self.kinds[split] == "tensors" else max(0, len(batches) - 1)
+
+        def requests() -> Iterator[Request]:
+            return (Request(0, list(range(*plan.batch(k)))) for k in batches)
+
+        yield from on_device(self._load(split, requests, most), self.runtime.device)
 
     def close(self) -> None:
         """End the loader workers."""
@@ -220,7 +235,7 @@ class Data:
 
     def _size(self, split: str) -> LoaderSize:
         keys, kind = self.cfg.DATALOADER, self.kinds[split]
-        return size_loader(keys, self.runtime, kind, *self._memory, self._nbytes[split])
+        return size_loader(keys, self.runtime, kind, *self._memory, self._nbytes.get(split, 0))
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""

@@ -102,7 +102,8 @@ def fill_named(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 def evaluated_model(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
     """The average, if there is one, with what no average is made of: the model's extra state, and
     its buffers that are not persistent."""
-    if ema is None:
+    # Of no step yet, it is what this rank made; asking waits for the device.
+    if ema is None or not ema.n_averaged.item():
         return model
     saved = model_state(model)
     fill_named(ema.module, {n: b for n, b in plain_buffers(model).items() if n not in saved})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,43 @@ from launcher.log import get_logger
 logger = get_logger(__name__)
 
 
-def check_optimizer(optimizer: Any, model: nn.Module, who: str) -> None:
+def by_phase(built: Any, who: str) -> dict[str, Any]:
+    """What a build_optimizer returned, by the name of its phase: "" where there is one."""
+    if not isinstance(built, Mapping):
+        return {"": built}
+    if not built or not all(isinstance(k, str) and k.isidentifier() for k in built):
+        raise UsageError(
+            f"{who} must return an optimiser, or a dict of optimisers by the name of their phase, "
+            f"a word each; it returned a dict of {', '.join(map(repr, built)) or 'nothing'}"
+        )
+    return dict(built)
+
+
+def check_optimizers(optimizers: Mapping[str, Any], model: nn.Module, who: str) -> None:
+    """Raise UsageError for optimisers that cannot be taken, or that train the same weights."""
+    for phase, optimizer in optimizers.items():
+        _check(optimizer, model, f"{who} ({phase})" if phase else who)
+    taken = {phase: {id(p) for p in weights_of(o)} for phase, o in optimizers.items()}
+    left = []
+    for name, p in model.named_parameters():
+        by = [phase for phase, weights in taken.items() if id(p) in weights]
+        if len(by) > 1:
+            raise UsageError(
+                f"{who}: {name} is trained by {' and '.join(by)}. A weight belongs to one phase: "
+                "leave it out of the others."
+            )
+        if p.requires_grad and not by:
+            left.append(name)
+    if left:
+        logger.warning("in no group of the optimiser, so never trained: %s", some(left))
+
+
+def weights_of(optimizer: Any) -> list[torch.Tensor]:
+    """Those of all its groups."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _check(optimizer: Any, model: nn.Module, who: str) -> None:
     """Raise UsageError for what cannot be stepped once a batch, saved, or told apart from the
     model's weights; numpy's numbers in the groups become Python's."""
     lacks = [
@@ -56,10 +92,6 @@ def check_optimizer(optimizer: Any, model: nn.Module, who: str) -> None:
                 f"has shape {tuple(foreign[0].shape)}): they would be neither saved nor sent to "
                 "other ranks. Make what holds them a part of what build_model returns."
             )
-    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in taken]
-    if left:
-        logger.warning("in no group of the optimiser, so never trained: %s", some(left))
 
 
 def made(optimizer: Any) -> dict[str, Any]:
@@ -83,17 +115,39 @@ def check_groups(optimizer: Any, at_first: dict[str, Any]) -> None:
         )
 
 
-def load_optimizer(
-    optimizer: Any, state: dict[str, Any], then: dict[str, Any], may_begin: bool
+def load_optimizers(
+    optimizers: Mapping[str, Any], states: Any, then: Any, may_begin: bool
 ) -> list[str]:
-    """Load the state_dict of an optimiser that was made as `then` says. What is chosen otherwise
-    for this one takes effect; what training has changed in the groups stays.
+    """Load the state_dicts of optimisers that were made as `then` says; both as `flat` gives them.
+    What is chosen otherwise for these takes effect; what training has changed in the groups stays.
 
-    Returns what was not restored, in words: the state of another optimiser, where this one
-    `may_begin` afresh. Raises UsageError where not.
+    Returns what was not restored, in words: the state of another optimiser, where one `may_begin`
+    afresh. Raises UsageError where not.
     """
+    before = then if all(isinstance(made, dict) for made in then.values()) else {"": then}
+    states = states if before is then else {"": states}
+    told = []
+    for phase, optimizer in optimizers.items():
+        told += _load(optimizer, states.get(phase, {}), before.get(phase), may_begin)
+    if gone := [phase for phase in before if phase not in optimizers]:
+        told.append(f"the checkpoint's phase {', '.join(gone)} is no more")
+        if not may_begin:
+            raise UsageError(f"{told[-1]}. To go on without it: --allow OPTIM.NAME")
+    return told
+
+
+def flat(parts: Mapping[str, Any]) -> Any:
+    """What a checkpoint holds of parts by phase: the part itself where there is one phase."""
+    return parts[""] if "" in parts else dict(parts)
+
+
+def _load(
+    optimizer: Any, state: dict[str, Any], then: dict[str, Any] | None, may_begin: bool
+) -> list[str]:
     now = made(optimizer)
     try:
+        if then is None:
+            raise ValueError("its phase is new")
         if then["class"] != now["class"]:
             raise ValueError(f"{now['class']}, not {then['class']}")
         optimizer.load_state_dict(state)
@@ -106,6 +160,7 @@ def load_optimizer(
         told = f"another optimiser, whose state begins afresh: {error}"
         logger.warning("%s", told)
         return [told]
+    assert then is not None
     for group, new, old in zip(optimizer.param_groups, now["groups"], then["groups"], strict=True):
         chosen = {k: v for k, v in new.items() if not (k in old and _same(v, old[k]))}
         if "lr" in chosen:
@@ -133,36 +188,44 @@ def set_rate(group: dict[str, Any], factor: float) -> None:
         group["lr"] = wanted
 
 
-def rates(optimizer: Any) -> dict[str, float]:
+def rates(optimizers: Mapping[str, Any]) -> dict[str, float]:
     """`train/lr`, that of the first parameter group, and where the groups were made with different
-    rates `train/lr/<name>` for each: its "name", or its number. Nothing where there is no rate."""
+    rates `train/lr/<name>` for each: its "name", or its number. Nothing where there is no rate.
+    With phases `train/lr/<phase>` and `train/lr/<phase>/<name>`."""
+    found: dict[str, float] = {}
+    for phase, optimizer in optimizers.items():
+        found |= _rates(optimizer, f"train/lr/{phase}" if phase else "train/lr")
+    return found
+
+
+def _rates(optimizer: Any, tag: str) -> dict[str, float]:
     groups = [group for group in optimizer.param_groups if group.get("lr") is not None]
     if not groups:
         return {}
-    found = {"train/lr": float(groups[0]["lr"])}
+    found = {tag: float(groups[0]["lr"])}
     made = {float(g.get("initial_lr", g["lr"])) * g.get("lr_scale", 1.0) for g in groups}
     if len(made) > 1:
         names = [str(group.get("name", number)) for number, group in enumerate(groups)]
         for number, (name, group) in enumerate(zip(names, groups, strict=True)):
             name = name if names.count(name) == 1 else f"{name}/{number}"
-            found[f"train/lr/{name}"] = float(group["lr"])
+            found[f"{tag}/{name}"] = float(group["lr"])
     return found
 
 
 @contextlib.contextmanager
-def evaluated(optimizer: Any) -> Iterator[None]:
-    """The weights that an optimiser with modes of its own (schedule-free: Defazio et al., "The Road
-    Less Scheduled", 2024) wants evaluated; after that those of before, bit for bit."""
-    if not has_modes(optimizer):
-        yield
-        return
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
+def evaluated(optimizers: Mapping[str, Any]) -> Iterator[None]:
+    """The weights that optimisers with modes of their own (schedule-free: Defazio et al., "The Road
+    Less Scheduled", 2024) want evaluated; after that those of before, bit for bit."""
+    moved = [optimizer for optimizer in optimizers.values() if has_modes(optimizer)]
+    weights = [p for optimizer in moved for p in weights_of(optimizer)]
     before = [p.detach().clone() for p in weights]
-    optimizer.eval()
+    for optimizer in moved:
+        optimizer.eval()
     try:
         yield
     finally:
-        optimizer.train()
+        for optimizer in moved:
+            optimizer.train()
         with torch.no_grad():
             for p, value in zip(weights, before, strict=True):
                 p.copy_(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,37 +85,44 @@ def scalars(values: Any, device: torch.device, who: str) -> dict[str, torch.Tens
     return found
 
 
-def per_sample(output: Any, samples: int, who: str) -> dict[str, torch.Tensor]:
+def per_sample(output: Any, samples: int, who: str) -> dict[str, Any]:
     """What an eval_step returned for so many samples: tensors of shape (samples, ...), still on
-    their device. Raises RunError for anything else."""
+    their device, and lists of `samples` things. Raises RunError for anything else."""
     if not isinstance(output, Mapping) or not output:
         raise RunError(f"{who} must return a dict of tensors, not {type(output).__name__}")
     found = {key: _as_tensor(value) for key, value in output.items()}
     if any(
-        not isinstance(v, torch.Tensor) or v.dim() == 0 or len(v) != samples for v in found.values()
+        not (isinstance(v, list) or (isinstance(v, torch.Tensor) and v.dim())) or len(v) != samples
+        for v in found.values()
     ):
         kinds = {key: _kind(value) for key, value in found.items()}
         raise RunError(
-            f"{who} must return tensors of one value a sample, shape ({samples}, ...); "
-            f"it returned {kinds}. A loss needs reduction='none'."
+            f"{who} must return tensors of one value a sample, shape ({samples}, ...), or lists of "
+            f"{samples}; it returned {kinds}. A loss needs reduction='none'."
         )
     return found
 
 
-def joined(outputs: Sequence[Mapping[str, torch.Tensor]], who: str) -> dict[str, torch.Tensor]:
-    """The values of all batches, in order, as one tensor a name. Raises RunError where batches
-    differ in their names or, but for the first dimension, in their shapes."""
-    first, whole = outputs[0], {}
-    for i, output in enumerate(outputs):
-        if output.keys() != first.keys():
-            raise RunError(
-                f"{who} returned {', '.join(first)} for the first batch, but "
-                f"{', '.join(output) or 'nothing'} for batch {i + 1}: the same names are needed"
-            )
-    for key in first:
+def same_names(output: Iterable[str], first: Iterable[str], batch: int, who: str) -> None:
+    """Raise RunError where a batch has given other names than the first one."""
+    if set(output) != set(first):
+        raise RunError(
+            f"{who} returned {', '.join(first)} for the first batch, but "
+            f"{', '.join(output) or 'nothing'} for batch {batch + 1}: the same names are needed"
+        )
+
+
+def joined(outputs: Sequence[Mapping[str, Any]], who: str) -> dict[str, Any]:
+    """The values of all batches, in order, as one tensor or list a name. Raises RunError where
+    batches differ in their kinds or, but for the first dimension, in their shapes."""
+    whole: dict[str, Any] = {}
+    for key in outputs[0]:
         parts = [output[key] for output in outputs]
+        if all(isinstance(part, list) for part in parts):
+            whole[key] = [item for part in parts for item in part]
+            continue
         for i, part in enumerate(parts):
-            if part.shape[1:] != parts[0].shape[1:]:
+            if _row(part) != _row(parts[0]):
                 raise RunError(
                     f"{who} returned {key!r} of shape {_kind(parts[0])} for the first batch, but "
                     f"{_kind(part)} for batch {i + 1}: they cannot be put together. Pad it to one "
@@ -125,28 +132,33 @@ def joined(outputs: Sequence[Mapping[str, torch.Tensor]], who: str) -> dict[str,
     return whole
 
 
-def averages(outputs: dict[str, torch.Tensor], who: str) -> dict[str, float]:
-    """The means, in float64, of the values that are one number a sample; `outputs` is left without
-    its "weight", shape (N,). Raises RunError for a weight of another shape."""
-    weight = outputs.pop("weight", None)
-    if weight is not None and weight.dim() != 1:
+def averages(output: dict[str, Any], who: str) -> list[tuple[str, Any, Any]]:
+    """Of a batch the name, mean and weight, in float64, of each value that is one number a sample;
+    `output` is left without its "weight", shape (B,). Never waits for the device. Raises RunError
+    for a weight of another shape."""
+    weight = output.pop("weight", None)
+    if weight is not None and (isinstance(weight, list) or weight.dim() != 1):
+        kind = _kind(weight)
+        shape = ("B", *kind[1:]) if isinstance(kind, tuple) else kind
         raise RunError(
-            f"{who} must return a 'weight' of shape (B,), one a sample; its shape is "
-            f"{('B', *weight.shape[1:])}"
+            f"{who} must return a 'weight' of shape (B,), one a sample; its shape is {shape}"
         )
-    return {
-        key: _mean(value.double(), weight)
-        for key, value in outputs.items()
-        if value.dim() == 1 and (value.is_floating_point() or value.dtype == torch.bool)
-    }
+    return [
+        (key, *_mean(value.double(), weight))
+        for key, value in output.items()
+        if isinstance(value, torch.Tensor)
+        and value.dim() == 1
+        and (value.is_floating_point() or value.dtype == torch.bool)
+    ]
 
 
-def _mean(value: torch.Tensor, weight: torch.Tensor | None) -> float:
-    if len(value) and bool((value == value[0]).all()):
-        return value[0].item()  # exact, however large
-    if weight is None:
-        return value.mean().item()
-    return ((value * weight.double()).sum() / weight.double().sum()).item()
+def _mean(value: torch.Tensor, weight: torch.Tensor | None) -> tuple[Any, Any]:
+    total: Any = len(value) if weight is None else weight.double().sum()
+    mean = value.mean() if weight is None else (value * weight.double()).sum() / total
+    if weight is not None:
+        mean = torch.where(total == 0, 0.0, mean)  # counts for nothing
+    # Equal ones give just that, however large.
+    return torch.where((value == value[0]).all(), value[0], mean), total
 
 
 def summarized(values: Any, who: str) -> dict[str, float]:
@@ -167,6 +179,10 @@ def _as_tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return torch.as_tensor(value)
     return value
+
+
+def _row(values: Any) -> Any:
+    return values.shape[1:] if isinstance(values, torch.Tensor) else type(values)
 
 
 def _kind(value: Any) -> tuple[int, ...] | str:

@@ -8,7 +8,7 @@ step k, the same on all of them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -20,19 +20,19 @@ REQUESTS = ("stop", "finish", "record", "evaluate", "checkpoint")
 WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
 
 
+# An answer not read yet: a copy on its way to the host, or names.
+Answer = tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]
+
+
 class Agreement:
     """The carrier of the requests and the reader of the answers, on one rank."""
 
-    def __init__(
-        self, device: torch.device, world_size: int, on_their_way: Iterable[Sequence[str]] = ()
-    ) -> None:
-        """`on_their_way` is what the same of an attempt before gave."""
+    def __init__(self, device: torch.device, world_size: int, pending: deque[Answer]) -> None:
+        """`pending` are the answers on their way, oldest first: those of all phases, and at first
+        what `on_their_way` of an attempt before gave."""
         self.carrier = nn.Parameter(torch.zeros(len(REQUESTS) + 2, device=device))
-        self.world_size = world_size
+        self.world_size, self._pending = world_size, pending
         self._passengers = torch.zeros_like(self.carrier, requires_grad=False)
-        # Answers not read yet, oldest first: a copy on its way to the host, or names.
-        self._pending: deque[tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]]
-        self._pending = deque(on_their_way)
 
     def loss_term(
         self, requests: frozenset[str], weight: torch.Tensor | float, weighted: bool
@@ -78,7 +78,7 @@ class Agreement:
         return [sorted(_read(answer) - {"stop"}) for answer in self._pending]
 
 
-def _read(answer: tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]) -> frozenset[str]:
+def _read(answer: Answer) -> frozenset[str]:
     if isinstance(answer, tuple):
         host, done = answer
         done.synchronize()

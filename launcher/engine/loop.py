@@ -8,9 +8,10 @@ from typing import Any
 
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.state import TrainingState
+from launcher.config.checks import evaluates
 from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.model import evaluated_model
-from launcher.edges.optimizer import evaluated, rates
+from launcher.edges.optimizer import evaluated, has_modes, rates
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.step import TrainStep
 from launcher.engine.timing import Timing
@@ -44,6 +45,7 @@ class Loop:
             "checkpoint": Every(state.cfg.CHECKPOINT.EVERY),
         }
         self.timed = [name for name, period in self.periods.items() if period.timed]
+        self.evaluates = evaluates(self.cfg)
         now = time.monotonic()
         self.timing = Timing(now, self.progress.step, now)
         # Of an evaluation at this very step.
@@ -58,10 +60,12 @@ class Loop:
         Returns None where the run is complete, else (on rank 0) why it was stopped before.
         """
         cfg, progress, plan = self.cfg, self.progress, self.data.train_plan
-        if not cfg.EVAL.EVERY and cfg.CHECKPOINT.KEEP_BEST:
+        if not self.evaluates and cfg.CHECKPOINT.KEEP_BEST:
             logger.info("never evaluated: CHECKPOINT.METRIC %s is ignored", cfg.CHECKPOINT.METRIC)
         self.callbacks.call("on_start")
         finished = self.state.is_finished()
+        if self.evaluates and cfg.EVAL.AT_START and progress.samples == 0:
+            self.state.due = self.state.due or ["evaluate"]
         if self.state.due and not self._make_up(finished):
             return self._why_stopped()
         due: set[str] = set()  # also at a step that the scaler skipped
@@ -88,8 +92,8 @@ class Loop:
             if ("record" in due or finished) and self.state.recorded < progress.step:
                 self.record()
             began = time.monotonic()
-            put_off, evaluate_last = False, finished and cfg.EVAL.EVERY
-            if ("evaluate" in due or evaluate_last) and self.state.evaluated < progress.step:
+            put_off, evaluate = False, "evaluate" in due or (finished and self.evaluates)
+            if evaluate and cfg.EVAL.SPLITS and self.state.evaluated < progress.step:
                 # When asked to stop, the evaluation is left to the attempt that goes on.
                 put_off = stopping or not self.evaluate()
             if put_off or (stopping and not finished):
@@ -108,7 +112,7 @@ class Loop:
     def _make_up(self, finished: bool) -> bool:
         """Do what was due at the checkpoint's step when the attempt before this one was stopped;
         False where this one is asked to stop meanwhile."""
-        if not self.evaluate():
+        if self.state.evaluated < self.progress.step and not self.evaluate():
             return False
         due, self.state.due = self.state.due, []
         if self.best or finished or "checkpoint" in due:
@@ -145,10 +149,10 @@ class Loop:
         record = None
         if parts is not None:
             means, ranks = parts
-            now, total = time.monotonic(), self.step.schedule.total_steps
+            now, total = time.monotonic(), self.data.total_steps
             timing = self.timing.figures(now, self.data.waited, step, total)
-            record = {**self.progress.as_dict(), **means, **rates(state.optimizer), **timing}
-            if state.scaler.is_enabled():
+            record = {**self.progress.as_dict(), **means, **rates(state.optimizers), **timing}
+            if any(scaler.is_enabled() for scaler in state.scalers.values()):
                 batches = self.data.train_plan.batches_in(self.progress.samples)
                 record["train/skipped_steps"] = batches - self.progress.step
             record |= self.callbacks.figures(record, ranks)
@@ -166,8 +170,7 @@ class Loop:
         # A collective, in an attempt's first evaluation, which is the likeliest to fail.
         captured = self._capture() if self.untried else None
         try:
-            with evaluated(state.optimizer):
-                metrics = self.evaluation(evaluated_model(state.model, state.ema))
+            metrics = self._metrics()
         except BaseException:  # a task that exits as well
             if captured is not None:
                 self._keep(captured)
@@ -188,6 +191,18 @@ class Loop:
         best = self.saver is not None and self.saver.store.is_best(metrics, self.saver.pending)
         self.best = self.runtime.broadcast(best)  # a collective: rank 0 alone sees the checkpoints
         return True
+
+    def _metrics(self) -> dict[str, float] | None:
+        """Of the weights that are evaluated, and with EVAL.RAW of the raw ones beside them."""
+        state, keys, optimizers = self.state, self.cfg.EVAL, self.state.optimizers
+        with evaluated(optimizers):
+            model = evaluated_model(state.model, state.ema)
+            metrics = self.evaluation(model, keys.SPLITS, show=True)
+        raw = keys.RAW and (state.ema is not None or any(map(has_modes, optimizers.values())))
+        if metrics is None or not raw:
+            return metrics
+        raw_metrics = self.evaluation(state.model, keys.SPLITS, "_raw")
+        return None if raw_metrics is None else metrics | raw_metrics
 
     def _capture(self) -> dict[str, Any] | None:
         self.state.agreed = self.step.agreement.on_their_way()

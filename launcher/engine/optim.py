@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,19 +11,33 @@ from torch.optim import Optimizer
 
 from launcher.config import CfgNode
 from launcher.edges.gradients import has_sparse_gradients
-from launcher.edges.optimizer import check_optimizer
+from launcher.edges.optimizer import by_phase, check_optimizers
 from launcher.errors import UsageError
 
 
-def build_optimizer(cfg: CfgNode, task: Any, model: nn.Module) -> Optimizer:
-    """The task's own optimiser if it builds one, else the one that OPTIM.* names.
+def build_optimizers(cfg: CfgNode, task: Any, model: nn.Module) -> dict[str, Any]:
+    """The task's own optimisers by phase if it builds any, else "", the one that OPTIM.* names."""
+    if not hasattr(task, "build_optimizer"):
+        return {"": from_config(cfg, model)}
+    who = f"{type(task).__name__}.build_optimizer"
+    optimizers = by_phase(task.build_optimizer(model), who)
+    check_optimizers(optimizers, model, who)
+    if "" not in optimizers:
+        try:
+            inspect.signature(task.train_step).bind(model, None, "")
+        except TypeError:
+            raise UsageError(
+                f"{who} gives the phases {', '.join(optimizers)}, so "
+                f"{type(task).__name__}.train_step must take (model, batch, phase)"
+            ) from None
+    return optimizers
+
+
+def from_config(cfg: CfgNode, model: nn.Module) -> Optimizer:
+    """The optimiser that OPTIM.* names, for the weights of a module that train.
 
     Fused kernels update all parameters at once; torch 2.6 has them for both on CPU and CUDA.
     """
-    if hasattr(task, "build_optimizer"):
-        optimizer: Optimizer = task.build_optimizer(model)
-        check_optimizer(optimizer, model, f"{type(task).__name__}.build_optimizer")
-        return optimizer
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise UsageError(

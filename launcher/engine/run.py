@@ -33,12 +33,13 @@ from launcher.edges.model import (
 from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
-from launcher.engine.optim import build_optimizer
+from launcher.engine.optim import build_optimizers
 from launcher.engine.resume import choose_checkpoint, find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
 from launcher.guard.guard import Guard
 from launcher.log import get_logger
+from launcher.models.freezing import Freezing
 from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
 from launcher.tasks import make_task
@@ -65,6 +66,7 @@ class Job:
     allow: frozenset[str] = field(default_factory=frozenset)
     callbacks: Sequence[Made] = ()  # those of CALLBACKS
     checkpoint: str = "last"  # "last", "best" or a path; for --eval-only
+    splits: Sequence[str] = ()  # for --eval-only: others than EVAL.SPLITS
 
 
 def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
@@ -177,19 +179,24 @@ def build_state(
         if runtime.device.type != "cuda":
             raise UsageError("MODEL.SYNC_BN works on CUDA only: set it False, or DIST.DEVICE cuda.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = build_optimizer(cfg, task, model)
+    freezing = Freezing(cfg, model)
+    optimizers = build_optimizers(cfg, task, model)
+    freezing.begin()
+    if len(optimizers) > 1:  # what each phase gives; other names once two have
+        recorder.phases |= {name: list(optimizers) for name in ("loss", "grad_norm")}
     if cfg.MODEL.EMA_DECAY > 0:
         ema = averaged(model, cfg.MODEL.EMA_DECAY)
     # CUDA and CPU both have a scaler; it is off, and costs nothing, except in fp16.
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=cfg.TRAIN.PRECISION == "fp16")
-    view = Run(cfg, task, model, optimizer, recorder, data, runtime, job.directory.path, console)
+    fp16, kind = cfg.TRAIN.PRECISION == "fp16", runtime.device.type
+    scalers = {phase: torch.amp.GradScaler(kind, enabled=fp16) for phase in optimizers}
+    view = Run(cfg, task, model, optimizers, recorder, data, runtime, job.directory.path, console)
     callbacks = Callbacks(
         [
             *(made(view) for made in shipped(cfg, task, runtime)),
             *(made(view, **arguments) for made, arguments in job.callbacks),
         ]
     )
-    parts = (model, optimizer, scaler, ema, recorder, data, callbacks)
+    parts = (model, optimizers, scalers, ema, freezing, recorder, data, callbacks)
     return TrainingState(cfg, *parts, job.directory, alike=getattr(task, "shared_buffers", ()))
 
 
@@ -252,7 +259,9 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     cfg, directory = job.cfg, job.directory
     task = make_task(job.task_class, cfg, Recorder(runtime, guard.progress, Writer()))
     data = Data(cfg, task, runtime, guard.enter)
-    data.open("val")
+    splits = list(job.splits or cfg.EVAL.SPLITS)
+    for split in splits:
+        data.eval_plan(split)
     model = task.build_model().to(runtime.device)
     check_model(model)
     guard.agree({"the data sets' length": data.lengths})
@@ -264,7 +273,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
     # Collectives: the model of rank 0 is everybody's.
     load_model_state(model, runtime.broadcast_state(model_state(model)))
-    metrics = Evaluation(cfg, task, runtime, guard, data)(model)
+    metrics = Evaluation(cfg, task, runtime, guard, data)(model, splits)
     if metrics is None:
         logger.info("stopped (%s) before the evaluation was done", guard.stop)
         return False

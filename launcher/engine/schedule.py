@@ -73,7 +73,7 @@ class Schedule:
         self._set = [group.get("lr") for group in groups]
 
 
-def build_schedule(cfg: CfgNode, plan: Plan) -> Schedule:
+def build_schedule(cfg: CfgNode, task: Any, plan: Plan, phase: str = "") -> Schedule:
     """The schedule that OPTIM.* describes, over TRAIN.DURATION."""
     total, warmup, *milestones = (
         in_steps(text, plan.steps_per_epoch)

@@ -2,13 +2,15 @@
 
 The update is that of one large batch at any number of ranks and micro-batches. Every micro-batch's
 loss is a mean, so it counts with its own share of the global batch's weight; DDP's average over
-ranks is undone by their number.
+ranks is undone by their number. With several optimisers all that happens for one after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +22,10 @@ from launcher.config import CfgNode
 from launcher.data.splits import GlobalBatch
 from launcher.edges.gradients import clip, nothing_of, numbers_of
 from launcher.edges.model import own_buffers, switched, unused
-from launcher.edges.optimizer import has_modes
-from launcher.edges.returned import scalars
+from launcher.edges.optimizer import has_modes, weights_of
+from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
-from launcher.engine.schedule import build_schedule
+from launcher.engine.schedule import Schedule, build_schedule
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
 
@@ -55,10 +57,13 @@ class StepModule(nn.Module):
         agreement: Agreement,
         cfg: CfgNode,
         collectives: Callable[[], int] = lambda: 0,
+        phase: str = "",
     ) -> None:
         """`collectives` counts those that were begun, where a task may begin none."""
         super().__init__()
-        self.name, self.collectives = f"{type(task).__name__}.train_step", collectives
+        self.phase = (phase,) if phase else ()
+        self.name = f"{type(task).__name__}.train_step" + (f" ({phase})" if phase else "")
+        self.collectives = collectives
         self.task, self.model, self.agreement = task, model, agreement
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
@@ -74,7 +79,7 @@ class StepModule(nn.Module):
             return MicroBatch(loss * 0.0, term, {}, 0.0)
         begun = self.collectives()
         with self.autocast:
-            returned = self.task.train_step(self.model, batch)
+            returned = self.task.train_step(self.model, batch, *self.phase)
         if self.collectives() != begun:
             raise RunError(
                 f"{self.name} begins a collective of its own, but an epoch's last global batch has "
@@ -90,35 +95,45 @@ class StepModule(nn.Module):
         return MicroBatch(loss, term, values, weight)
 
 
-class TrainStep:
-    """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
+class Phase:
+    """One optimiser's part of a step, with the weights that it trains; the only one is "".
 
-    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
-        self.state, self.model, self.optimizer = state, state.model, state.optimizer
-        self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
-        self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
-        self.schedule = build_schedule(cfg, state.data.train_plan)
-        self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
-        self.weights = list(self.model.parameters())
-        self.trained = [p.requires_grad for p in self.weights]
-        self.parameters = [p for p in self.weights if p.requires_grad]
-        counted = [runtime.collectives] if state.data.train_plan.leaves_ranks_idle else []
-        if has_modes(self.optimizer):
-            self.optimizer.train()  # type: ignore[attr-defined]
-        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, *counted)
-        # Whether a weight may go without a gradient.
-        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
+    While it runs, the gradients of all other weights are switched off, and neither computed nor
+    exchanged: DDP holds its weights alone, and waits for no others.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cfg: CfgNode,
+        task: Any,
+        state: TrainingState,
+        runtime: Runtime,
+        schedule: Schedule,
+        pending: deque[Any],
+    ) -> None:
+        self.name, self.schedule = name, schedule
+        self.optimizer, self.scaler = state.optimizers[name], state.scalers[name]
+        self.model, self.weights = state.model, list(state.model.parameters())
+        own = {id(p) for p in weights_of(self.optimizer)}
+        self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
+        self.parameters = [p for p, on in zip(self.weights, self.trains, strict=True) if on]
+        self.agreement = Agreement(runtime.device, runtime.world_size, pending)
+        counted = runtime.collectives if state.data.train_plan.leaves_ranks_idle else lambda: 0
+        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, counted, name)
         if runtime.distributed:
-            own = own_buffers(self.model, state.alike)
-            # Else DDP would give them rank 0's values before each forward pass.
-            ignored: Any = [f"model.{name}" for name in own]
-            self.module._ddp_params_and_buffers_to_ignore = ignored
-            find_unused = cfg.DIST.FIND_UNUSED_PARAMETERS
-            self.module = DDP(
-                self.module, gradient_as_bucket_view=True, find_unused_parameters=find_unused
-            )
-            if not find_unused:  # which keeps the layout
-                self._settle_buckets()
+            with self.alone():
+                self._wrap(own_buffers(self.model, state.alike), cfg.DIST.FIND_UNUSED_PARAMETERS)
+
+    def _wrap(self, own: Any, find_unused: bool) -> None:
+        # Else DDP would give buffers of a rank's own rank 0's values before each forward pass.
+        ignored: Any = [f"model.{name}" for name in own]
+        self.module._ddp_params_and_buffers_to_ignore = ignored
+        self.module = DDP(
+            self.module, gradient_as_bucket_view=True, find_unused_parameters=find_unused
+        )
+        if not find_unused:  # which keeps the layout
+            self._settle_buckets()
 
     def _settle_buckets(self) -> None:
         """Take DDP through one backward pass of zeros.
@@ -131,37 +146,27 @@ class TrainStep:
         (out.loss + out.term).backward()
         self.module.zero_grad()
 
-    def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
-        """One step over a global batch, at the rates of the schedule.
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Only this phase's weights have gradients. Raises RunError where that was changed."""
+        before = [p.requires_grad for p in self.weights]
+        if self.name:
+            self._switch(self.trains)
+        yield
+        if [p.requires_grad for p in self.weights] != self.trains:
+            raise switched(self.model, self.trains)
+        if self.name:
+            self._switch(before)
 
-        Returns whether the gradient scaler skipped the update, and the requests all ranks saw.
-        """
-        self.schedule.apply(self.optimizer, self.state.progress.step)
-        self.callbacks.call("before_step", sum(batch.sizes))
-        weighted = False
-        for i, samples in enumerate(batch.sizes or [0]):
-            micro_batch = next(batch.batches) if samples else None
-            # Gradients cross the ranks once a step: with the last micro-batch.
-            with self._held_back() if i < len(batch.sizes) - 1 else contextlib.nullcontext():
-                out = self._forward(micro_batch, samples, batch.count, requests)
-                loss = self.scaler.scale(out.loss) + out.term
-                self.callbacks.call("on_backward", loss)
-                loss.backward()
-            if samples:
-                weighted = isinstance(out.weight, torch.Tensor)
-                self.recorder.add(out.values, out.weight)
-        if self.trained != [p.requires_grad for p in self.weights]:
-            raise switched(self.model, self.trained)
-        gradients = numbers_of(self.parameters)
-        if len(gradients) < len(self.parameters) and not self.may_miss:
-            raise unused(self.model)
-        self._normalise(gradients, batch.count, weighted, idle=not batch.sizes)
-        skipped = self._update(gradients)
-        seen = self.agreement.seen()
-        self.module.zero_grad()
-        return skipped, seen
+    def _switch(self, on: list[bool]) -> None:
+        for p, trains in zip(self.weights, on, strict=True):
+            p.requires_grad = trains
 
-    def _forward(self, *arguments: Any) -> MicroBatch:
+    def held_back(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay on their rank."""
+        return self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
+
+    def forward(self, *arguments: Any) -> MicroBatch:
         try:
             return self.module(*arguments)
         except RuntimeError as error:
@@ -169,42 +174,130 @@ class TrainStep:
                 raise unused(self.model) from error  # some micro-batches use it
             raise
 
-    def _held_back(self) -> contextlib.AbstractContextManager[None]:
-        return self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
+
+class TrainStep:
+    """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
+
+    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
+        self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
+        self.recorder, self.callbacks = state.recorder, state.callbacks
+        self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
+        # Whether a weight may go without a gradient.
+        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
+        plan = state.data.train_plan
+        self.schedules = {name: build_schedule(cfg, task, plan, name) for name in state.optimizers}
+        self.pending: deque[Any] = deque(state.agreed)
+        for optimizer in filter(has_modes, state.optimizers.values()):
+            optimizer.train()
+        state.freezing.thaw(state.progress)
+        self.phases: list[Phase] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the phases of the weights that train from here on. Collectives."""
+        if self.phases:  # a thaw: DDP's buckets and hooks, which are in cycles, make room
+            self.phases.clear()
+            gc.collect()
+        parts = self.cfg, self.task, self.state, self.runtime
+        for name, schedule in self.schedules.items():
+            self.phases.append(Phase(name, *parts, schedule, self.pending))
+        self.agreement = self.phases[0].agreement
+
+    def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
+        """One step over a global batch, at the rates of the schedule.
+
+        Returns whether the gradient scaler skipped the update (that of all phases), and the
+        requests all ranks saw.
+        """
+        step, freezing = self.state.progress.step, self.state.freezing
+        if freezing.left and freezing.thaw(self.state.progress):
+            self._begin()
+        self.callbacks.call("before_step", sum(batch.sizes))
+        phases, skipped, seen = self._running(step), True, frozenset[str]()
+        # Each phase takes the same micro-batches.
+        batches = list(batch.batches) if len(phases) > 1 else batch.batches
+        for phase in phases:
+            phase.schedule.apply(phase.optimizer, step)
+            self.recorder.phase = phase.name
+            weighted = self._backward(phase, batch, iter(batches), requests)
+            gradients = numbers_of(phase.parameters)
+            if len(gradients) < len(phase.parameters) and not self.may_miss:
+                raise unused(phase.model)
+            self._normalise(phase, gradients, batch.count, weighted, idle=not batch.sizes)
+            skipped &= self._update(phase, gradients)
+            if phase is phases[0]:
+                seen = phase.agreement.seen()
+            requests = frozenset()  # which travel with the first phase
+            phase.module.zero_grad()
+        self.recorder.phase = ""
+        if self.state.ema is not None and not skipped:
+            self.state.ema.update_parameters(self.state.model)
+        return skipped, seen
+
+    def _running(self, step: int) -> list[Phase]:
+        """The phases that this step has; all, or those that the task's `phases` names."""
+        if not self.phases[0].name or not hasattr(self.task, "phases"):
+            return self.phases
+        who = f"{type(self.task).__name__}.phases({step})"
+        with calling(who):
+            returned = self.task.phases(step)
+            names = [returned] if isinstance(returned, str) else list(returned)
+        if not names or set(names) - self.schedules.keys():
+            raise RunError(
+                f"{who} returned {returned!r}; it must name at least one of the phases of "
+                f"build_optimizer: {', '.join(self.schedules)}"
+            )
+        return [phase for phase in self.phases if phase.name in names]
+
+    def _backward(
+        self, phase: Phase, batch: GlobalBatch, batches: Iterator[Any], requests: frozenset[str]
+    ) -> bool:
+        """Forward and backward over this rank's micro-batches; whether the task weighs them."""
+        weighted = False
+        with phase.alone():
+            for i, samples in enumerate(batch.sizes or [0]):
+                micro_batch = next(batches) if samples else None
+                # Gradients cross the ranks once a step: with the last micro-batch.
+                last = i >= len(batch.sizes) - 1
+                with contextlib.nullcontext() if last else phase.held_back():
+                    out = phase.forward(micro_batch, samples, batch.count, requests)
+                    loss = phase.scaler.scale(out.loss) + out.term
+                    self.callbacks.call("on_backward", loss)
+                    loss.backward()
+                if samples:
+                    weighted = isinstance(out.weight, torch.Tensor)
+                    self.recorder.add(out.values, out.weight)
+        return weighted
 
     def _normalise(
-        self, gradients: list[torch.Tensor], count: int, weighted: bool, idle: bool
+        self, phase: Phase, gradients: list[torch.Tensor], count: int, weighted: bool, idle: bool
     ) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""
-        self.scaler.unscale_(self.optimizer)
+        phase.scaler.unscale_(phase.optimizer)
         if idle:
             # A task weighs all of its batches or none. A rank without samples cannot tell which: it
             # asks, which waits for the device, in the rare steps with fewer samples than ranks.
-            weighted = self.agreement.any_weighted()
+            weighted = phase.agreement.any_weighted()
         if weighted:
-            total = self.agreement.total_weight
+            total = phase.agreement.total_weight
             # A global batch of weight 0 has gradients of 0, and keeps them.
             torch._foreach_mul_(gradients, torch.where(total > 0, count / total, 0.0))
 
-    def _update(self, gradients: list[torch.Tensor]) -> bool:
+    def _update(self, phase: Phase, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
-        skipped, noted = False, {}
+        skipped, noted, scaler = False, {}, phase.scaler
         if self.clip > 0 or self.records:
             noted["grad_norm"] = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self.clip > 0:
             clip(gradients, noted["grad_norm"], self.clip)
-        if self.scaler.is_enabled():
+        if scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
-            before = self.scaler.get_scale()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            skipped = self.scaler.get_scale() < before
+            before = scaler.get_scale()
+            scaler.step(phase.optimizer)
+            scaler.update()
+            skipped = scaler.get_scale() < before
         else:
-            self.optimizer.step()
-        if not skipped:
-            # The same on all ranks, once a step.
-            if self.records:
-                self.recorder.add(noted, 1.0)
-            if self.state.ema is not None:
-                self.state.ema.update_parameters(self.model)
+            phase.optimizer.step()
+        if self.records and not skipped:
+            self.recorder.add(noted, 1.0)  # the same on all ranks, once a step
         return skipped

@@ -74,7 +74,8 @@ def show(run: Run, keys: Sequence[str], width: int) -> Group:
     """A run from its state to its environment."""
     parts: list[RenderableType] = [*_headline(run)]
     series = run.summary.series
-    for key in dict.fromkeys(keys or (run.metric, "train/loss")):
+    losses = [key for key in series if key == "train/loss" or key.startswith("train/loss/")]
+    for key in dict.fromkeys(keys or (run.metric, *losses)):
         if key in series and series[key].count > 1:
             parts += [Text(), _text(key, "bold"), *map(Text, plot(series[key], width))]
     if series:

@@ -134,7 +134,9 @@ def _missing(run: Run, table: Table) -> Iterator[Finding]:
     The period of the last attempt is in config.yaml. A resume may change it, so earlier ones are
     held to the distance that most of their own records keep.
     """
-    for prefix, name in (("train/", "LOG.EVERY"), ("val/", "EVAL.EVERY")):
+    splits = run.config.get("EVAL.SPLITS", ["val"])
+    evaluated = ["train_eval/" if split == "train" else f"{split}/" for split in splits]
+    for prefix, name in (("train/", "LOG.EVERY"), *((e, "EVAL.EVERY") for e in evaluated)):
         columns = {key: rows for key, (rows, _) in table.columns.items() if key.startswith(prefix)}
         mine = np.unique(np.concatenate([np.empty(0, int), *columns.values()]))
         for key, rows in columns.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from launcher.errors import UsageError
-from launcher.tasks.task import Task
+from launcher.tasks.task import Task, overrides
 
 # The tasks that ship. Their modules import torch where they use it, not when they are imported.
 BUILTIN = {"digits": "launcher.tasks.digits:Digits", "sine": "launcher.tasks.sine:Sine"}
@@ -31,16 +31,11 @@ def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> t
     missing = [
         method
         for method in ("build_model", "build_dataset", "train_step")
-        if getattr(task, method, None) in (None, getattr(Task, method))
+        if not overrides(task, method)
     ]
     if missing:
         raise UsageError(f"{name} is no task: it lacks {', '.join(missing)}")
     return task
-
-
-def has_eval_step(task: type) -> bool:
-    """Whether a task can be evaluated; one that is never evaluated need not."""
-    return getattr(task, "eval_step", None) not in (None, Task.eval_step)
 
 
 def resolve_class(name: str, builtin: Mapping[str, str], what: str, search: list[Path]) -> type:

@@ -78,6 +78,12 @@ class Task:
     #   flops(self) -> float         of one sample, forward and backward; for perf/flops_per_s
 
 
+def overrides(task: Any, method: str) -> bool:
+    """Whether a task, or the class of one, has a method of its own."""
+    found, base = getattr(task, method, None), getattr(Task, method, None)
+    return found is not None and getattr(found, "__func__", found) is not base
+
+
 def make_task(task_class: type, cfg: CfgNode, recorder: Recorder) -> Any:
     """A task that has its recorder before its `__init__`, which so may record too."""
     plain = task_class.__new__ is object.__new__

@@ -20,6 +20,7 @@ from launcher.tasks.pictures import drawn, picture, spread
 from launcher.telemetry.media import Media, OnHost
 from launcher.telemetry.writer import Writer
 
+OF_PHASE = "\x1f"  # between a scalar's name and its phase, until all phases' names are known
 # A scalar of an evaluation: name, value, weight.
 Note = tuple[str, Any, Any]
 
@@ -36,6 +37,8 @@ class Recorder(recorder.Recorder):
         # just that, however large. One small kernel or two an addition.
         self._means: dict[tuple[str, ...], tuple[torch.Tensor, float | torch.Tensor]] = {}
         self.split = "train"
+        # The phase under way, and of each name the phases that have given it; rank 0 counts.
+        self.phase, self.phases = "", dict[str, list[str]]()
         # Of an evaluation: scalars since `take`, and what is shown when it is complete.
         self.notes: list[Note] = []
         self.held: list[Media] = []
@@ -93,8 +96,8 @@ class Recorder(recorder.Recorder):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """While it lasts, what the task records belongs to the evaluation."""
-        self.split, self.notes, self.held = "val", [], []
+        """While it lasts, what the task records belongs to an evaluation, of the `split` set."""
+        self.notes, self.held = [], []
         try:
             yield
         finally:
@@ -115,7 +118,8 @@ class Recorder(recorder.Recorder):
     def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
         """Count scalars, means over a batch, with its weight. Never waits for the device."""
         stacked = torch.stack([value.detach().double() for value in values.values()])
-        self._add(tuple(values), stacked, weight)
+        of = f"{OF_PHASE}{self.phase}" if self.phase else ""
+        self._add(tuple(key + of for key in values) if of else tuple(values), stacked, weight)
 
     def _add(
         self, keys: tuple[str, ...], values: torch.Tensor, weight: float | torch.Tensor
@@ -137,12 +141,25 @@ class Recorder(recorder.Recorder):
         if parts is None:
             return None
         found = means(
-            (f"train/{key}", value, weight)
+            (key, value, weight)
             for state, _ in parts
             for keys, (*values, weight) in state.items()
             for key, value in zip(keys.split("\n"), values, strict=True)
         )
-        return found, [local for _, local in parts]
+        return self._named(found), [local for _, local in parts]
+
+    def _named(self, found: Mapping[str, float]) -> dict[str, float]:
+        """The means as `train/<name>`; those that several phases have given carry the phase."""
+        split = [(*key.partition(OF_PHASE)[::2], value) for key, value in found.items()]
+        for name, phase, _ in sorted(split, key=lambda part: not part[1]):  # "" is of no phase
+            if (phase or name in self.phases) and phase not in self.phases.setdefault(name, []):
+                self.phases[name].append(phase)
+        return {
+            f"train/{name}/{phase}"
+            if phase and len(self.phases[name]) > 1
+            else f"train/{name}": value
+            for name, phase, value in split
+        }
 
     def write(self, values: Mapping[str, float]) -> None:
         """Write one record at the present progress. On rank 0; elsewhere it does nothing."""

@@ -58,7 +58,7 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
     whole = Trainer(Regression(), *WORDS)
     whole.run(3)
     whole.state.progress.advance(24, 23, skipped=False)
-    whole.step.scaler.update(new_scale=128.0)
+    whole.state.scalers[""].update(new_scale=128.0)
     whole.state.recorded, whole.state.evaluated, whole.state.finished = 3, 2, "a callback"
     saved = captured(whole.state)
 
@@ -67,7 +67,7 @@ def test_a_restored_run_goes_on_as_the_one_it_was_taken_from() -> None:
     resumed.state.recorder.gather()
     resumed.state.restore(saved, ALONE)
     assert resumed.state.progress == whole.state.progress
-    assert resumed.state.scaler.get_scale() == 128.0
+    assert resumed.state.scalers[""].get_scale() == 128.0
     found = (resumed.state.recorded, resumed.state.evaluated, resumed.state.finished)
     assert found == (3, 2, "a callback")
     assert resumed.state.recorder.state() == whole.state.recorder.state()
@@ -138,11 +138,11 @@ def test_allowed_keys_of_the_optimiser_take_effect_and_its_averages_stay() -> No
     saved = captured(whole.state)
     resumed = Trainer(Regression(), *words, "OPTIM.LR", 0.002, "OPTIM.BETAS", "[0.5, 0.5]")
     resumed.state.restore(saved, ALONE, {"OPTIM.LR", "OPTIM.BETAS", "OPTIM.WEIGHT_DECAY"})
-    (group,) = resumed.state.optimizer.param_groups
+    (group,) = resumed.state.optimizers[""].param_groups
     assert group["betas"] == (0.5, 0.5) and group["weight_decay"] == 0
-    resumed.step.schedule.apply(resumed.state.optimizer, 2)
+    resumed.step.schedules[""].apply(resumed.state.optimizers[""], 2)
     assert group["lr"] == 0.002
-    theirs, ours = (t.state.optimizer.state_dict()["state"] for t in (whole, resumed))
+    theirs, ours = (t.state.optimizers[""].state_dict()["state"] for t in (whole, resumed))
     assert all(torch.equal(ours[i]["exp_avg"], theirs[i]["exp_avg"]) for i in theirs)
 
 
@@ -154,7 +154,7 @@ def test_another_optimiser_begins_afresh_and_another_precision_with_its_scaler()
     changed = {"OPTIM.NAME", "TRAIN.PRECISION"}
     (told,) = resumed.state.restore(captured(whole.state), ALONE, changed, changed)
     assert "AdamW, not SGD" in told
-    assert resumed.state.optimizer.state_dict()["state"] == {}
+    assert resumed.state.optimizers[""].state_dict()["state"] == {}
     assert_close(resumed.weights, whole.weights)
     resumed.one(2)
 
@@ -200,7 +200,7 @@ def test_an_optimiser_of_another_class_is_refused_or_begins_afresh_and_only_once
     resumed.run(2)
     again = Trainer(Chooses())
     assert again.state.restore(captured(resumed.state), ALONE, set(), allow) == []
-    assert same(again.state.optimizer.state_dict(), resumed.state.optimizer.state_dict())
+    assert same(again.state.optimizers[""].state_dict(), resumed.state.optimizers[""].state_dict())
 
 
 def test_what_training_has_changed_in_the_groups_stays_where_keys_change(
@@ -212,14 +212,14 @@ def test_what_training_has_changed_in_the_groups_stays_where_keys_change(
     monkeypatch.setattr(Chooses, "rate", 0.5)
     resumed = Trainer(Chooses())
     resumed.state.restore(captured(whole.state), ALONE, {"TASK.LR"}, {"TASK.LR"})
-    (group,) = resumed.state.optimizer.param_groups
+    (group,) = resumed.state.optimizers[""].param_groups
     assert group["k"] == 3 and group["lr"] == 0.5 and group["momentum"] == 0.5
 
 
 def test_groups_that_change_while_training_are_refused_at_the_first_save() -> None:
     trainer = Trainer(Chooses())
     trainer.run(1)
-    trainer.state.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    trainer.state.optimizers[""].add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(RunError, match=r"groups have changed.*make all groups in build_optimizer"):
         trainer.state.capture(ALONE)
 

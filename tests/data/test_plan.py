@@ -1,6 +1,6 @@
 """Which positions a rank takes: each exactly once, evenly shared, the same batches at any size."""
 
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from typing import Any
 from unittest import mock
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from launcher.data import plan as plan_module
 from launcher.data.order import Indices, Shuffle
-from launcher.data.plan import Plan, eval_requests, train_requests
+from launcher.data.plan import Plan, dealt, train_requests
 from launcher.errors import UsageError
 from tests.data.helpers import plans
 
@@ -110,10 +110,32 @@ def test_evaluation_deals_whole_batches_and_every_sample_once(
     length: int, batch_size: int, world_size: int
 ) -> None:
     plan = Plan(length, batch_size, world_size=world_size)
-    alone = [request.samples for request in eval_requests(Plan(length, batch_size), 0)]
     for rank in range(world_size):
-        assert [r.samples for r in eval_requests(plan, rank)] == alone[rank::world_size]
+        numbers = list(range(rank, plan.steps_per_epoch, world_size))
+        assert dealt(plan, rank) == [(k, True) for k in numbers]
+    alone = (range(*plan.batch(k)) for k, _ in dealt(Plan(length, batch_size), 0))
     assert list(chain(*alone)) == list(range(length))
+
+
+@law
+@given(
+    length=st.integers(1, 100),
+    batch_size=st.integers(1, 30),
+    world_size=st.integers(1, 8),
+    shares=st.integers(1, 9),
+)
+def test_shares_of_an_evaluation_stay_whole_on_one_rank(
+    length: int, batch_size: int, world_size: int, shares: int
+) -> None:
+    plan = Plan(length, batch_size, world_size=world_size)
+    alone = dealt(Plan(length, batch_size), 0, shares)
+    ranks = [dealt(plan, rank, shares) for rank in range(world_size)]
+    assert sorted(chain(*ranks)) == alone  # where they begin is the same at any number of ranks
+    assert [k for k, _ in alone] == list(range(plan.steps_per_epoch))
+    assert sum(begins for _, begins in alone) == min(shares, plan.steps_per_epoch)
+    for numbers in ranks:  # a batch that begins nothing follows the one before it
+        assert all(k == before + 1 for (before, _), (k, begins) in pairwise(numbers) if not begins)
+    assert all(len(numbers) <= len(ranks[0]) for numbers in ranks)
 
 
 @law

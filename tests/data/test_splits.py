@@ -118,7 +118,7 @@ def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
     task = Fake()
     made = started(task, "EVAL.BATCH_SIZE", 4, workers=workers)
     for turn in (1, 2):
-        batches = [batch.tolist() for batch in made.evaluation()]
+        batches = [batch.tolist() for batch in made.evaluation("val", [0, 1, 2])]
         assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
         assert task.val.calls.tolist() == [turn] * VAL
 
@@ -253,7 +253,7 @@ def test_no_sample_is_taken_here_where_there_are_workers(how: str) -> None:
         task = Collating(Pids(LENGTH), Pids(LENGTH))
         made = started(task, *ONE_EPOCH, "EVAL.BATCH_SIZE", 8, workers=1)
         train = [part for batch in made.batches() for part in batch.batches]
-        val = list(made.evaluation())
+        val = list(made.evaluation("val", range(made.eval_plan("val").steps_per_epoch)))
         made.close()
     finally:
         torch.multiprocessing.set_start_method(None, force=True)
@@ -301,5 +301,4 @@ def test_what_is_never_evaluated_need_not_exist() -> None:
 
     made = data(Only(), "EVAL.EVERY", "", *ONE_EPOCH)
     assert asked == ["train"] and made.lengths == {"train": LENGTH}
-    made.open("val")
-    assert made.val_plan.length == VAL and asked == ["train", "val"]
+    assert made.eval_plan("val").length == VAL and asked == ["train", "val"]

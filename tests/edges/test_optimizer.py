@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.edges.optimizer import check_optimizer, evaluated, rates, set_rate
+from launcher.edges.optimizer import check_optimizers, evaluated, rates, set_rate
 from launcher.engine.schedule import Schedule, constant, linear
 from launcher.errors import RunError, UsageError
 
@@ -34,7 +34,7 @@ class NeedsByName(torch.optim.SGD):
 def test_one_that_evaluates_the_model_several_times_is_refused(make: Any) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(UsageError, match="several times a step"):
-        check_optimizer(make(model.parameters(), lr=0.1), model, "T.build_optimizer")
+        check_optimizers({"": make(model.parameters(), lr=0.1)}, model, "T.build_optimizer")
 
 
 def test_a_scheduler_of_torchs_may_hold_the_optimiser() -> None:
@@ -42,12 +42,12 @@ def test_a_scheduler_of_torchs_may_hold_the_optimiser() -> None:
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 3)
-    check_optimizer(optimizer, model, "T.build_optimizer")
+    check_optimizers({"": optimizer}, model, "T.build_optimizer")
 
 
 def test_groups_of_one_name_have_a_rate_each() -> None:
     groups = [{"lr": 0.1, "name": "a"}, {"lr": 0.2, "name": "a"}, {"lr": 0.3, "name": "b"}]
-    found = rates(type("Made", (), {"param_groups": groups})())
+    found = rates({"": type("Made", (), {"param_groups": groups})()})
     assert found == {
         **{"train/lr": 0.1, "train/lr/a/0": 0.1, "train/lr/a/1": 0.2, "train/lr/b": 0.3}
     }
@@ -55,7 +55,7 @@ def test_groups_of_one_name_have_a_rate_each() -> None:
 
 def test_weights_that_are_trained_by_nobody_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1).requires_grad_(False))
-    check_optimizer(torch.optim.SGD(model[0].parameters(), 0.1), model, "T.build_optimizer")
+    check_optimizers({"": torch.optim.SGD(model[0].parameters(), 0.1)}, model, "T.build_optimizer")
     assert "never trained: 1.weight, 1.bias" in caplog.text and "2.weight" not in caplog.text
 
 
@@ -65,12 +65,12 @@ def test_a_layers_own_scale_counts_in_every_rate() -> None:
         set_rate(group, 0.2)
     assert [group.get("lr") for group in groups] == [pytest.approx(0.01), 0.1 * 0.2, None, None]
     optimizer = type("Made", (), {"param_groups": groups})()
-    assert rates(optimizer) == {
+    assert rates({"": optimizer}) == {
         "train/lr": groups[0]["lr"],
         "train/lr/0": groups[0]["lr"],
         "train/lr/1": groups[1]["lr"],
     }
-    assert rates(type("None", (), {"param_groups": groups[2:]})()) == {}
+    assert rates({"": type("None", (), {"param_groups": groups[2:]})()}) == {}
 
 
 def test_a_rate_that_is_a_tensor_is_set_in_place() -> None:
@@ -113,6 +113,6 @@ def test_weights_are_back_bit_for_bit_after_an_evaluation() -> None:
         def train(self) -> None:
             model.weight.data.mul_(3)  # not the same bits
 
-    with evaluated(Averages(model.parameters(), 0.1)):
+    with evaluated({"": Averages(model.parameters(), 0.1)}):
         assert torch.equal(model.weight, before * (1 / 3))
     assert torch.equal(model.weight, before)

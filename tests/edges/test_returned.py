@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.edges.returned import averages, joined, number, per_sample, scalars, summarized
+from launcher.edges.returned import (
+    averages,
+    joined,
+    number,
+    per_sample,
+    same_names,
+    scalars,
+    summarized,
+)
 from launcher.errors import RunError
 
 CPU = torch.device("cpu")
@@ -80,7 +88,9 @@ def test_values_of_samples_may_come_as_numpy_arrays() -> None:
     assert torch.equal(found["a"], torch.arange(3)) and found["b"].shape == (3, 2)
 
 
-@pytest.mark.parametrize("value", [np.array(["a", "b", "c"]), [1, 2, 3], torch.ones(2), 1.0])
+@pytest.mark.parametrize(
+    "value", [np.array(["a", "b", "c"]), [1, 2], (1, 2, 3), torch.ones(2), 1.0]
+)
 def test_values_that_are_none_of_the_samples_are_told(value: Any) -> None:
     with pytest.raises(RunError, match=r"T\.eval_step must .* shape \(3, \.\.\.\)"):
         per_sample({"a": value}, 3, "T.eval_step")
@@ -91,7 +101,9 @@ def test_batches_that_cannot_be_put_together_are_told_with_name_and_shapes() -> 
     with pytest.raises(RunError, match=r"'x' of shape \(2, 5\) .* \(2, 4\) for batch 2.*Pad"):
         joined([wide, narrow], "T.eval_step")
     with pytest.raises(RunError, match="returned x for the first batch, but y for batch 3"):
-        joined([wide, wide, {"y": torch.ones(2)}], "T.eval_step")
+        same_names(["y"], ["x"], 2, "T.eval_step")
+    with pytest.raises(RunError, match=r"'x' of shape list .* \(2, 4\) for batch 2"):
+        joined([{"x": [1, 2]}, narrow], "T.eval_step")
 
 
 @pytest.mark.parametrize(
@@ -110,4 +122,6 @@ def test_what_a_summarize_may_not_return(values: Any, told: str) -> None:
 def test_the_mean_of_equal_numbers_is_that_number_however_large() -> None:
     """A sum of five of them is not exact."""
     values = torch.full((5,), float(LARGE), dtype=torch.float64)
-    assert averages({"value": values}, "T.eval_step") == {"value": float(LARGE)}
+    assert averages({"value": values}, "T.eval_step") == [("value", float(LARGE), 5)]
+    weighted = {"value": values, "weight": torch.rand(5)}
+    assert averages(weighted, "T.eval_step")[0][1] == float(LARGE)

@@ -85,8 +85,11 @@ def unasked() -> Any:
 def evaluation(
     task: Any, batches: Any, plan: Plan, runtime: Runtime = ALONE, guard: Any = None
 ) -> Evaluation:
-    """An evaluation of these batches, of which all ranks together have those of the plan."""
-    data: Any = SimpleNamespace(evaluation=lambda: iter(batches), val_plan=plan)
+    """An evaluation of these batches, of which all ranks together have those of the plan; call it
+    with a model and ["val"]."""
+    data: Any = SimpleNamespace(
+        evaluation=lambda split, numbers: iter(batches), eval_plan=lambda split: plan
+    )
     return Evaluation(config(), task, runtime, guard or unasked(), data)
 
 

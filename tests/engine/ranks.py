@@ -15,12 +15,15 @@ from launcher.data.plan import Plan
 from launcher.runtime.process import Runtime, end, start
 from launcher.runtime.topology import Topology
 from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording
+from tests.engine.test_phases import At, Game, ManyCritics
 
 WORLDS = (3, 2)
 STEPS = 3
 # (batch size, micro-batch size): 1 and 2 are fewer samples than ranks, and so is an epoch's last
 # batch of 11, which has one.
 CASES = [(8, 0), (8, 2), (7, 1), (11, 3), (2, 0), (1, 0)]
+PHASED: dict[str, type[Game]] = {"each": Game, "many critics": ManyCritics}
+PHASE_CASES = [(8, 2), (11, 0), (1, 0)]
 # What ranks ask for, by (step, rank).
 ASKED = {(1, 1): frozenset({"stop"}), (2, 0): frozenset({"checkpoint"})}
 
@@ -50,7 +53,7 @@ def evaluated(runtime: Runtime) -> dict[str, float] | None:
         task.build_dataset()[slice(*plan.batch(k))]
         for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
     ]
-    return evaluation(task, batches, plan, runtime)(model)
+    return evaluation(task, batches, plan, runtime)(model, ["val"])
 
 
 def trained(runtime: Runtime, batch: int, micro: int, weighted: bool) -> dict[str, Any]:
@@ -68,6 +71,18 @@ def trained(runtime: Runtime, batch: int, micro: int, weighted: bool) -> dict[st
     }
 
 
+def phased(runtime: Runtime, kind: str, batch: int, micro: int, weighted: bool) -> dict[str, Any]:
+    """The same of a task with two phases."""
+    trainer = At(PHASED[kind](weighted), runtime=runtime, batch=batch, micro=micro)
+    seen, begun = [], []
+    for step in range(STEPS):
+        asked = ASKED.get((step, runtime.rank), frozenset())
+        seen.append(sorted(trainer.one(step, asked)[1]))
+        begun.append(runtime.collectives())
+    collectives = [after - before for before, after in itertools.pairwise(begun)]
+    return {"weights": trainer.weights, "seen": seen, "collectives": collectives}
+
+
 def main(rank: int, folder: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
     results: dict[int, dict[Any, Any]] = {}
@@ -81,6 +96,10 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
             (*case, weighted): trained(runtime, *case, weighted)
             for case in CASES
             for weighted in (False, True)
+        }
+        results[world_size] |= {
+            (kind, *case, weighted): phased(runtime, kind, *case, weighted)
+            for kind, case, weighted in itertools.product(PHASED, PHASE_CASES, (False, True))
         }
         results[world_size]["evaluated"] = evaluated(runtime)
         end()

@@ -1,5 +1,6 @@
 """What the loop does after each step: what is due, once, also where the scaler skips steps."""
 
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,6 @@ from launcher.callbacks import Callbacks
 from launcher.data.splits import GlobalBatch
 from launcher.engine.agreement import Agreement
 from launcher.engine.loop import Loop
-from launcher.engine.schedule import Schedule, constant
 from launcher.engine.step import TrainStep
 from launcher.errors import RunError
 from tests.engine.helpers import ALONE, Regression, fresh, unasked
@@ -20,8 +20,7 @@ class Step(TrainStep):
 
     def __init__(self, skips: tuple[int, ...]) -> None:
         self.skips, self.batches = skips, 0
-        self.schedule = Schedule(constant(), 9)
-        self.agreement = Agreement(ALONE.device, 1)
+        self.agreement = Agreement(ALONE.device, 1, deque())
 
     def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
         list(batch.batches)
@@ -45,7 +44,7 @@ class Scripted(Loop):
         recorder: Any = state.recorder
         recorder.write = lambda values: self.records.append(self.progress.step)
 
-    def evaluate_once(self, model: Any) -> dict[str, float]:
+    def evaluate_once(self, model: Any, splits: Any, show: bool = False) -> dict[str, float]:
         self.evaluations.append(self.progress.step)
         return {"val/loss": 1.0}
 
@@ -76,10 +75,10 @@ def test_what_was_trained_before_an_evaluation_that_fails_is_saved(
     saved: list[dict[str, Any]] = []
     loop.saver.save = lambda captured, *_: saved.append(captured)  # type: ignore[union-attr]
 
-    def fails(model: Any) -> dict[str, float]:
+    def fails(model: Any, splits: Any, show: bool = False) -> dict[str, float]:
         if len(loop.evaluations) == works:
             raise error("a mistake in eval_step")
-        return loop.evaluate_once(model)
+        return loop.evaluate_once(model, splits)
 
     loop.evaluation = fails  # type: ignore[assignment]
     with pytest.raises(error, match="a mistake in eval_step"):

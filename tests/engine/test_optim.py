@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from launcher.engine.optim import build_optimizer
+from launcher.engine.optim import build_optimizers
 from launcher.errors import UsageError
 from tests.engine.helpers import config
 
@@ -39,7 +39,7 @@ class Own:
 )
 def test_optimiser_of_a_config(words: str, kind: type, options: dict[str, Any]) -> None:
     cfg = config(*(f"OPTIM.{word}" for word in words.split()))
-    optimizer = build_optimizer(cfg, object(), nn.Linear(2, 2))
+    optimizer = build_optimizers(cfg, object(), nn.Linear(2, 2))[""]
     assert type(optimizer) is kind
     assert {key: optimizer.param_groups[0][key] for key in options} == options
 
@@ -47,24 +47,24 @@ def test_optimiser_of_a_config(words: str, kind: type, options: dict[str, Any]) 
 def test_frozen_parameters_are_left_out() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    (group,) = build_optimizer(config(), object(), model).param_groups
+    (group,) = build_optimizers(config(), object(), model)[""].param_groups
     assert [id(p) for p in group["params"]] == [id(model.weight)]
 
 
 @pytest.mark.parametrize("model", [nn.ReLU(), nn.Linear(1, 1).requires_grad_(False)])
 def test_nothing_to_train(model: nn.Module) -> None:
     with pytest.raises(UsageError, match="no parameter to train"):
-        build_optimizer(config(), object(), model)
+        build_optimizers(config(), object(), model)[""]
 
 
 def test_the_tasks_own_wins() -> None:
-    optimizer = build_optimizer(config(), Own(torch.optim.Adagrad), nn.Linear(1, 1))
+    optimizer = build_optimizers(config(), Own(torch.optim.Adagrad), nn.Linear(1, 1))[""]
     assert isinstance(optimizer, torch.optim.Adagrad)
 
 
 def test_the_tasks_own_must_be_an_optimiser() -> None:
     with pytest.raises(UsageError, match=r"Own\.build_optimizer must return .* not list"):
-        build_optimizer(config(), Own(list), nn.Linear(1, 1))
+        build_optimizers(config(), Own(list), nn.Linear(1, 1))[""]
 
 
 @pytest.mark.parametrize("words", [["NAME", "adamw"], ["WEIGHT_DECAY", "0.1"]])
@@ -73,6 +73,6 @@ def test_sparse_gradients_are_refused_where_no_kernel_takes_them(words: list[str
     with pytest.raises(
         UsageError, match=r"OPTIM\.NAME sgd without OPTIM\.WEIGHT_DECAY.*SparseAdam"
     ):
-        build_optimizer(config(f"OPTIM.{words[0]}", words[1]), object(), model)
-    optimizer = build_optimizer(config(), object(), model)
+        build_optimizers(config(f"OPTIM.{words[0]}", words[1]), object(), model)[""]
+    optimizer = build_optimizers(config(), object(), model)[""]
     assert type(optimizer) is SGD and not optimizer.param_groups[0]["fused"]

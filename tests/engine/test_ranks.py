@@ -9,8 +9,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.engine import test_phases
 from tests.engine.helpers import ALONE, Regression, assert_close, by_hand
-from tests.engine.ranks import ASKED, CASES, STEPS, WORLDS, evaluated, trained
+from tests.engine.ranks import (
+    ASKED,
+    CASES,
+    PHASE_CASES,
+    PHASED,
+    STEPS,
+    WORLDS,
+    evaluated,
+    trained,
+)
 from tests.system.jobs import ROOT
 
 
@@ -77,6 +87,28 @@ def test_a_step_has_one_collective_that_of_the_gradients(run: Run) -> None:
     """Stops, due saves and weights ride along; also in the steps in which a rank asks for one."""
     expected = [[1] * (STEPS - 1)] * len(run.found)
     assert [rank["collectives"] for rank in run.found] == expected
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+@pytest.mark.parametrize(
+    "case", list(itertools.product(PHASED, PHASE_CASES, (False, True))), ids=str
+)
+def test_phases_over_ranks_are_those_of_plain_torch(
+    ranks: list[Any], world_size: int, case: tuple[str, tuple[int, int], bool]
+) -> None:
+    """Each exchanges its own gradients, once a step; requests go along with the first of them."""
+    kind, (batch_size, micro), weighted = case
+    found = [rank[world_size][kind, batch_size, micro, weighted] for rank in ranks[:world_size]]
+    expected = test_phases.by_hand(PHASED[kind](weighted), batch_size, STEPS)
+    asked = [
+        sorted(set().union(*(v for (s, _), v in ASKED.items() if s == k))) for k in range(STEPS)
+    ]
+    for rank in found:
+        assert_close(rank["weights"], expected)
+        assert all(map(torch.equal, rank["weights"], found[0]["weights"]))
+        assert rank["seen"] == asked
+        # The generator's first step has the two in which DDP agrees on its layout of buckets.
+        assert rank["collectives"] == ([2, 2] if kind == "each" else [1, 4])
 
 
 @pytest.mark.parametrize("world_size", WORLDS)

@@ -55,7 +55,7 @@ def test_warm_up_rises_and_the_rest_falls(
 )
 def test_schedule_of_a_config(words: str, values: dict[int, float]) -> None:
     keys = [f"OPTIM.{word}" for word in words.split()]
-    made = build_schedule(config("TRAIN.DURATION=4ep", *keys), Plan(96, 8))
+    made = build_schedule(config("TRAIN.DURATION=4ep", *keys), object(), Plan(96, 8))
     assert {step: made(step) for step in values} == pytest.approx(values, abs=1e-12)
 
 

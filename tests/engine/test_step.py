@@ -94,7 +94,7 @@ def test_a_step_skipped_by_the_scaler_changes_nothing() -> None:
     assert trainer.one(0)[0] is False
 
     def changing() -> tuple[Any, ...]:
-        return trainer.weights, trainer.state.optimizer.state_dict(), ema.state_dict()
+        return trainer.weights, trainer.state.optimizers[""].state_dict(), ema.state_dict()
 
     before = copy.deepcopy(changing())
     assert trainer.one(1, frozenset({"stop"})) == (True, {"stop"})
@@ -111,7 +111,7 @@ def test_other_precisions_come_close(precision: str, weighted: bool) -> None:
     task = Regression(weighted)
     trainer = Trainer(task, "TRAIN.PRECISION", precision, micro=3)
     # torch's first scale is meant to be too large at first; this one is not.
-    trainer.step.scaler = torch.amp.GradScaler("cpu", 256.0, enabled=precision == "fp16")
+    trainer.step.phases[0].scaler = torch.amp.GradScaler("cpu", 256.0, enabled=precision == "fp16")
     assert [skipped for skipped, _ in trainer.run(2)] == [False, False]
     assert all(w.dtype == torch.float32 for w in trainer.weights)
     assert_close(trainer.weights, by_hand(task, 8, 2, **SGD), rtol=0.05, atol=0.02)
@@ -166,7 +166,7 @@ def test_a_module_that_the_task_put_into_eval_mode_stays_there(
     for _ in range(2):
         trainer.run(1)
         assert [module.training for module in model] == modes
-        evaluation(task, [task.build_dataset()[:]], Plan(23, 23))(model)
+        evaluation(task, [task.build_dataset()[:]], Plan(23, 23))(model, ["val"])
         assert [module.training for module in model] == modes
 
 

@@ -1,0 +1,98 @@
+"""Which weights train when: MODEL.FREEZE and MODEL.THAW."""
+
+from __future__ import annotations
+
+import difflib
+from fnmatch import fnmatch
+
+from torch import nn
+
+from launcher.config import CfgNode, Duration, parse_duration
+from launcher.edges.model import plain_name, some
+from launcher.errors import UsageError
+from launcher.log import get_logger
+from launcher.runtime.progress import Progress
+
+logger = get_logger(__name__)
+
+
+class Freezing:
+    """Weights by the patterns of their names; a pattern also names all that is below a module.
+
+    What is frozen has no gradient and is left out of the exchange between ranks. A norm whose
+    weights are all frozen by MODEL.FREEZE rests in eval mode: its statistics are frozen with them.
+    From a MODEL.THAW's moment on its weights train as all others; the optimiser has had them from
+    the start, so that its state is kept.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+        """Readies the model for whoever makes the optimiser: all weights that will ever train
+        are switched on. Raises UsageError for a pattern that fits nothing."""
+        weights = {plain_name(name): p for name, p in model.named_parameters()}
+        self.frozen = {id(p) for pattern in cfg.MODEL.FREEZE for p in _fitting(weights, pattern)}
+        resting = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.norms = [m for m in resting if self._rests(m)]
+        self.frozen |= {id(p) for p in weights.values() if not p.requires_grad}
+        # The moment from which on each weight trains that does not from the start.
+        self.thaws: list[tuple[Duration, str, list[nn.Parameter]]] = []
+        for entry in cfg.MODEL.THAW:
+            pattern, _, when = entry.rpartition("@")
+            duration = parse_duration(when)
+            assert duration is not None  # the config check demands one
+            found = [p for p in _fitting(weights, pattern) if id(p) in self.frozen]
+            if not found:
+                raise UsageError(
+                    f"MODEL.THAW {entry}: nothing of that is frozen. Name it in MODEL.FREEZE too."
+                )
+            self.thaws.append((duration, pattern, found))
+        thawed = {id(p) for _, _, found in self.thaws for p in found}
+        for p in weights.values():
+            if p.requires_grad != (trains := id(p) not in self.frozen or id(p) in thawed):
+                p.requires_grad_(trains)
+        self.left = list(self.thaws)
+
+    def _rests(self, norm: nn.Module) -> bool:
+        weights = list(norm.parameters(recurse=False))
+        return bool(weights) and all(id(p) in self.frozen for p in weights)
+
+    def begin(self) -> None:
+        """Freeze what does not train from the start, once the optimiser is made."""
+        for _, _, found in self.thaws:
+            for p in found:
+                p.requires_grad_(False)
+        self._rest()
+
+    def thaw(self, progress: Progress) -> bool:
+        """Switch on what trains from here on; whether that was anything."""
+        due = [thaw for thaw in self.left if progress.reached(thaw[0])]
+        for thaw in due:
+            self.left.remove(thaw)
+            for p in thaw[2]:
+                p.requires_grad_(True)
+                self.frozen.discard(id(p))
+            logger.info("thawed at step %d: %s", progress.step, thaw[1])
+        self._rest()
+        return bool(due)
+
+    def _rest(self) -> None:
+        for norm in list(self.norms):
+            if not self._rests(norm):
+                self.norms.remove(norm)
+            norm.train(norm not in self.norms)
+
+
+def _fitting(weights: dict[str, nn.Parameter], pattern: str) -> list[nn.Parameter]:
+    found = [p for name, p in weights.items() if fits(name, pattern)]
+    if not found:
+        modules = {name.rpartition(".")[0] for name in weights}
+        near = difflib.get_close_matches(pattern, [*weights, *modules], 3)
+        raise UsageError(
+            f"MODEL.FREEZE or MODEL.THAW: {pattern!r} fits no weight of the model; "
+            + (f"near it are {', '.join(near)}" if near else f"it has {some(list(weights))}")
+        )
+    return found
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern names a weight, or a module that it is in."""
+    return fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*")
