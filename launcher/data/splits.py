@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -15,7 +16,7 @@ import torch
 
 from launcher.config import CfgNode, parse_duration, seconds
 from launcher.config.checks import in_epochs
-from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
+from launcher.data.fetch import Collate, Fetcher, Stated, StreamFetcher, collate_of, kind_of
 from launcher.data.loader import load, on_device
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
@@ -62,6 +63,7 @@ class Data:
         self.cfg, self.runtime, self.enter = cfg, runtime, enter
         self.collate, self._build = getattr(task, "collate", None), task.build_dataset
         self.datasets: dict[str, Any] = {}
+        self.collates: dict[str, Collate | None] = {}
         self.kinds, self.lengths = dict[str, str](), dict[str, int]()
         for split in ("train", "val") if cfg.EVAL.EVERY else ("train",):
             self.open(split)
@@ -87,7 +89,8 @@ class Data:
         what is never evaluated need not exist."""
         if split not in self.datasets:
             self.datasets[split] = dataset = self._build(split)
-            self.kinds[split] = kind_of(dataset, self.collate)
+            self.collates[split] = collate = collate_of(dataset, self.collate)
+            self.kinds[split] = kind_of(dataset, collate)
             self.lengths[split] = self._length(split)
 
     @property
@@ -190,13 +193,15 @@ class Data:
     def fetcher(self, split: str) -> Fetcher | StreamFetcher:
         """What makes a split's batches from requests, here or in a worker."""
         dataset, keys = self.datasets[split], self.cfg.DATALOADER
-        seed = self.cfg.SEED if keys.SEED_SAMPLES else None
+        if split != "train" and dataset is self.datasets["train"]:
+            dataset = copy.copy(dataset)  # which is told epochs of its own
+        seed, collate = self.cfg.SEED if keys.SEED_SAMPLES else None, self.collates[split]
         if self.kinds[split] != "iterable":
-            return Fetcher(dataset, self.collate, seed, keys.ON_BAD_SAMPLE == "skip")
+            return Fetcher(dataset, collate, seed, keys.ON_BAD_SAMPLE == "skip")
         if split != "train":
-            return StreamFetcher(dataset, self.collate, seed)
+            return StreamFetcher(dataset, collate, seed)
         endless, every = self.length == ENDLESS, STATE_EVERY * self.train_plan.batch_size
-        return StreamFetcher(dataset, self.collate, seed, endless, every, self._stream_states[-1])
+        return StreamFetcher(dataset, collate, seed, endless, every, self._stream_states[-1])
 
     def _load(
         self, split: str, requests: Callable[[], Iterator[Request]], most: int = ENDLESS

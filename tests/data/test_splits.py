@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 from launcher.data import splits
 from launcher.data.splits import Data
@@ -262,6 +263,30 @@ def test_no_sample_is_taken_here_where_there_are_workers(how: str) -> None:
         indices, pids = torch.cat(batches).T.tolist()
         assert sorted(indices) == list(range(LENGTH))
         assert len(set(pids)) == 1 and os.getpid() not in pids
+
+
+def test_a_data_sets_own_collate_wins_over_the_tasks() -> None:
+    """Each split by itself; what is in memory is then asked sample by sample."""
+    own = TensorDataset(torch.arange(LENGTH))
+    own.collate = lambda samples: ("own", [int(x) for (x,) in samples])
+    task = Collating(own, Counted(VAL))
+    made = started(task, *ONE_EPOCH, "TRAIN.SAMPLER", "sequential", "EVAL.BATCH_SIZE", 8)
+    assert data(Fake(own)).kinds["train"] == "map-style"
+    train = [part for batch in made.batches() for part in batch.batches]
+    assert train[:2] == [("own", list(range(8))), ("own", list(range(8, 16)))]
+    assert [batch.tolist() for batch in made.evaluation()] == [[*range(8)], [8, 9, 10]]
+    stream = Resumable()
+    stream.collate = len  # type: ignore[attr-defined]
+    made = started(Collating(stream, own), *ONE_EPOCH)
+    assert [part for batch in made.batches() for part in batch.batches] == [8, 8, 7]
+    assert next(made.evaluation()) == ("own", list(range(VAL + 12)))
+
+
+def test_the_collate_of_a_data_pipe_is_another_thing() -> None:
+    pipe = IterableWrapper(range(LENGTH))
+    assert callable(pipe.collate)
+    made = started(Collating(pipe, Counted(VAL)), *ONE_EPOCH)
+    assert sorted(itertools.chain(*rest(made))) == list(range(LENGTH))
 
 
 class Mebibytes(Counted):
