@@ -71,9 +71,13 @@ class Data:
         sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, train.MICRO_BATCH_SIZE
         self.train_plan = Plan(self.length, *sizes)
         self.total_steps = in_steps(train.DURATION, self.train_plan.steps_per_epoch)
-        # A stream's order is its own.
-        sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
-        self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
+        sampler, dataset = train.SAMPLER, self.datasets["train"]
+        if self.kinds["train"] == "iterable":
+            if sampler in ("dataset", "grouped"):
+                name = type(dataset).__name__
+                raise UsageError(f"TRAIN.SAMPLER {sampler}: {name} is iterable, its order its own")
+            sampler = "sequential"
+        self.order = make_order(sampler, dataset, self.length, cfg.SEED, train.BATCH_SIZE)
         # Before there are workers, whose memory would count as taken.
         self._memory = memory_budget(), psutil.Process().memory_full_info().uss
         self._nbytes = {"train": 0, "val": 0}  # of a batch, once one is known
