@@ -23,6 +23,11 @@ from launcher.log import get_logger
 
 logger = get_logger(__name__)
 Collate = Callable[[list[Any]], Any]
+READ_AGAIN = (
+    "the training data set has neither state_dict and load_state_dict nor an iterator with skip: "
+    "it is read again from the epoch's start up to where the run was, which is exact only if it "
+    "yields the same samples each time"
+)
 
 
 def collate_of(dataset: Any, other: Collate | None) -> Collate | None:
@@ -49,10 +54,7 @@ def tell_epoch(dataset: Any, seed: int | None, epoch: int) -> None:
     if hasattr(dataset, "set_epoch"):
         if seed is not None:
             seed_generators(int(keys(seed, epoch, 1, use=2)[0]))
-        try:
-            dataset.set_epoch(epoch)
-        except Exception as error:
-            raise _failed(dataset, f"set_epoch({epoch})", error) from error
+        dataset.set_epoch(epoch)
 
 
 def seed_generators(seed: int) -> None:
@@ -168,12 +170,13 @@ class StreamFetcher(Dataset):
         endless: bool = False,
         state_every: int = 0,
         saved: dict[str, Any] | None = None,
+        begin: int = 0,
     ) -> None:
         """An `endless` one starts again where it ends, within the epoch. A batch that begins at a
         multiple of `state_every` comes as a Stated, where the data set has a state (0: none does);
-        `saved` is such a state to go on from."""
+        `saved` is such a state to go on from; `begin` where in its epoch the attempt begins."""
         self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
-        self.endless, self.saved = endless, saved or {}
+        self.endless, self.saved, self.begin = endless, saved or {}, begin
         self.state_every = state_every if hasattr(dataset, "state_dict") else 0
         self.epoch, self.passes, self.position = -1, 0, 0
         self.iterator: Iterator[Any] = iter(())
@@ -184,6 +187,9 @@ class StreamFetcher(Dataset):
             if self.epoch != request.epoch:
                 here = self.saved.get("epoch") == request.epoch
                 self._begin(**(self.saved if here else {"epoch": request.epoch}))
+                if not (here or hasattr(self.iterator, "skip")) and start == self.begin > 0:
+                    logger.warning(READ_AGAIN)  # by one reader: who begins the attempt
+                self.begin = 0
             self._skip(start - self.position)
             batch = self.collate([self._next() for _ in request.samples])
         if not self.state_every or start % self.state_every:

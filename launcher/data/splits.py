@@ -16,7 +16,7 @@ import torch
 
 from launcher.config import CfgNode, parse_duration, seconds
 from launcher.config.checks import in_epochs
-from launcher.data.fetch import Collate, Fetcher, Stated, StreamFetcher, collate_of, kind_of
+from launcher.data.fetch import Fetcher, Stated, StreamFetcher, collate_of, kind_of
 from launcher.data.loader import load, on_device
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, eval_requests, train_requests
@@ -63,7 +63,6 @@ class Data:
         self.cfg, self.runtime, self.enter = cfg, runtime, enter
         self.collate, self._build = getattr(task, "collate", None), task.build_dataset
         self.datasets: dict[str, Any] = {}
-        self.collates: dict[str, Collate | None] = {}
         self.kinds, self.lengths = dict[str, str](), dict[str, int]()
         for split in ("train", "val") if cfg.EVAL.EVERY else ("train",):
             self.open(split)
@@ -93,8 +92,7 @@ class Data:
         what is never evaluated need not exist."""
         if split not in self.datasets:
             self.datasets[split] = dataset = self._build(split)
-            self.collates[split] = collate = collate_of(dataset, self.collate)
-            self.kinds[split] = kind_of(dataset, collate)
+            self.kinds[split] = kind_of(dataset, collate_of(dataset, self.collate))
             self.lengths[split] = self._length(split)
 
     @property
@@ -136,12 +134,6 @@ class Data:
             self._last = self.total_steps
         self.set_threads(threads)
         self._stream_states.append(stream)
-        if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
-            logger.warning(
-                "the training data set has no state_dict and load_state_dict: it is read again "
-                "from the epoch's start up to where the run was, which is exact only if it yields "
-                "the same samples each time"
-            )
         span = self.runtime.rank, self._first, self._last
         answers = self._load("train", lambda: train_requests(plan, self.order, *span))
         self.size = self._size("train")
@@ -199,13 +191,16 @@ class Data:
         dataset, keys = self.datasets[split], self.cfg.DATALOADER
         if split != "train" and dataset is self.datasets["train"]:
             dataset = copy.copy(dataset)  # which is told epochs of its own
-        seed, collate = self.cfg.SEED if keys.SEED_SAMPLES else None, self.collates[split]
+        seed = self.cfg.SEED if keys.SEED_SAMPLES else None
+        collate = collate_of(dataset, self.collate)
         if self.kinds[split] != "iterable":
             return Fetcher(dataset, collate, seed, keys.ON_BAD_SAMPLE == "skip")
         if split != "train":
             return StreamFetcher(dataset, collate, seed)
         endless, every = self.length == ENDLESS, STATE_EVERY * self.train_plan.batch_size
-        return StreamFetcher(dataset, collate, seed, endless, every, self._stream_states[-1])
+        begin, saved = self._first % self.train_plan.steps_per_epoch, self._stream_states[-1]
+        begin = self.train_plan.batch(begin)[0]
+        return StreamFetcher(dataset, collate, seed, endless, every, saved, begin)
 
     def _load(
         self, split: str, requests: Callable[[], Iterator[Request]], most: int = ENDLESS

@@ -107,16 +107,6 @@ def test_what_an_epoch_draws_follows_from_seed_and_epoch() -> None:
     assert len(set(drawn.values())) == 4
 
 
-def test_a_failing_set_epoch_is_named() -> None:
-    class Fails(Aged):
-        def set_epoch(self, epoch: int) -> None:
-            raise OSError("no list of this epoch")
-
-    told = r"^set_epoch\(4\) of data set Fails failed: OSError: no list of this epoch$"
-    with pytest.raises(RunError, match=told):
-        Fetcher(Fails(), list, 7)[Request(4, [1])]
-
-
 class Bad(Dataset):
     """Samples 3, 4 and the last one cannot be read."""
 
