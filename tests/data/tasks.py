@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from launcher import CfgNode, Task
+from launcher.datasets import Mixture
 
 # A step in whose train_step the run breaks off.
 FAIL_AT = "LAUNCHER_TEST_DATA_FAIL_AT"
@@ -32,12 +33,24 @@ class Told(Dataset):
         return torch.tensor([self.first + index, self.epoch, self.noise])
 
 
+class Quiet(Told):
+    """Draws nothing, as is asked of a mixture's."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.noise = epoch, epoch / 7
+
+
+def mixed() -> Mixture:
+    """Of two of them; the second's samples start at 100."""
+    return Mixture([Quiet(0, 7), Quiet(100, 5)], [2, 1], LENGTH, seed=3)
+
+
 class Data(Task):
     """Records what the batches hold: the mean of the indices, of the epochs and of the noise."""
 
     @classmethod
     def defaults(cls) -> CfgNode:
-        return CfgNode({"SHARED": False})
+        return CfgNode({"SHARED": False, "MIXED": False})
 
     def build_model(self) -> nn.Module:
         return nn.Linear(3, 1)
@@ -45,7 +58,7 @@ class Data(Task):
     def build_dataset(self, split: str) -> Any:
         if self.cfg.TASK.SHARED and hasattr(self, "only"):
             return self.only
-        self.only = Told()
+        self.only = mixed() if self.cfg.TASK.MIXED else Told()
         return self.only
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
