@@ -79,8 +79,9 @@ KEYS: list[Key] = [
     Key("TRAIN.MICRO_BATCH_SIZE", 0,
         "Most samples one rank puts through the model at once; 0: no limit", at_least=0),
     Key("TRAIN.SAMPLER", "shuffle",
-        "Order of the samples; weighted: drawn by the data set's `weights`",
-        choices=("shuffle", "sequential", "replacement", "weighted")),
+        "Order of the samples; some go by what the data set has: weighted by its `weights`, "
+        "grouped by its `groups` or `lengths`, dataset by its `order`",
+        choices=("shuffle", "sequential", "replacement", "weighted", "grouped", "dataset")),
     Key("TRAIN.DROP_LAST", False, "Leave out an epoch's last, smaller global batch"),
     Key("TRAIN.DURATION", "10ep", "How long to train, in epochs or steps", unit=STEPS,
         not_time="a time limit is not the duration of a schedule"),

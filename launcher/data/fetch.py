@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, IterDataPipe, TensorDataset, default_collate
 
 from launcher.data.order import keys, mix
 from launcher.data.plan import Request
@@ -23,6 +23,17 @@ from launcher.log import get_logger
 
 logger = get_logger(__name__)
 Collate = Callable[[list[Any]], Any]
+READ_AGAIN = (
+    "the training data set has neither state_dict and load_state_dict nor an iterator with skip: "
+    "it is read again from the epoch's start up to where the run was, which is exact only if it "
+    "yields the same samples each time"
+)
+
+
+def collate_of(dataset: Any, other: Collate | None) -> Collate | None:
+    """The data set's own `collate`, or else the `other`. A torch data pipe's makes another pipe."""
+    own = None if isinstance(dataset, IterDataPipe) else getattr(dataset, "collate", None)
+    return own or other
 
 
 def kind_of(dataset: Any, collate: Collate | None) -> str:
@@ -36,6 +47,14 @@ def kind_of(dataset: Any, collate: Collate | None) -> str:
 def sample_seeds(seed: int, epoch: int, samples: list[int]) -> list[int]:
     """One 64-bit seed a sample."""
     return mix(np.asarray(samples, np.uint64) + keys(seed, epoch, 1, use=1)).tolist()
+
+
+def tell_epoch(dataset: Any, seed: int | None, epoch: int) -> None:
+    """Call `set_epoch(epoch)`, where the data set has it, seeded as samples are."""
+    if hasattr(dataset, "set_epoch"):
+        if seed is not None:
+            seed_generators(int(keys(seed, epoch, 1, use=2)[0]))
+        dataset.set_epoch(epoch)
 
 
 def seed_generators(seed: int) -> None:
@@ -67,6 +86,7 @@ class Fetcher(Dataset):
 
     A data set may have `__getitems__(indices) -> samples`; it is used when samples are not seeded,
     or when the data set says that it draws no random numbers with an attribute `deterministic`.
+    `set_epoch(epoch)` is called, where it exists, before the first sample of another epoch.
     """
 
     def __init__(
@@ -76,12 +96,15 @@ class Fetcher(Dataset):
         self.tensors = kind_of(dataset, collate) == "tensors"
         self.seed = None if getattr(dataset, "deterministic", False) else seed
         self.whole = getattr(dataset, "__getitems__", None) if self.seed is None else None
-        self.skipped = 0
+        self.skipped, self.epoch = 0, -1
 
     def __getitem__(self, request: Request) -> Any:
         if self.tensors:
             return list(self.dataset[torch.as_tensor(request.samples)])
         with generators_kept(self.seed):
+            if self.epoch != request.epoch:
+                tell_epoch(self.dataset, self.seed, request.epoch)
+                self.epoch = request.epoch
             return self.collate(self._samples(*request))
 
     def _samples(self, epoch: int, indices: list[int]) -> list[Any]:
@@ -147,12 +170,13 @@ class StreamFetcher(Dataset):
         endless: bool = False,
         state_every: int = 0,
         saved: dict[str, Any] | None = None,
+        begin: int = 0,
     ) -> None:
         """An `endless` one starts again where it ends, within the epoch. A batch that begins at a
         multiple of `state_every` comes as a Stated, where the data set has a state (0: none does);
-        `saved` is such a state to go on from."""
+        `saved` is such a state to go on from; `begin` where in its epoch the attempt begins."""
         self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
-        self.endless, self.saved = endless, saved or {}
+        self.endless, self.saved, self.begin = endless, saved or {}, begin
         self.state_every = state_every if hasattr(dataset, "state_dict") else 0
         self.epoch, self.passes, self.position = -1, 0, 0
         self.iterator: Iterator[Any] = iter(())
@@ -163,6 +187,9 @@ class StreamFetcher(Dataset):
             if self.epoch != request.epoch:
                 here = self.saved.get("epoch") == request.epoch
                 self._begin(**(self.saved if here else {"epoch": request.epoch}))
+                if not (here or hasattr(self.iterator, "skip")) and start == self.begin > 0:
+                    logger.warning(READ_AGAIN)  # by one reader: who begins the attempt
+                self.begin = 0
             self._skip(start - self.position)
             batch = self.collate([self._next() for _ in request.samples])
         if not self.state_every or start % self.state_every:
@@ -173,8 +200,7 @@ class StreamFetcher(Dataset):
     def _begin(self, epoch: int, passes: int = 0, position: int = 0, dataset: Any = None) -> None:
         """Start an epoch, or a pass of an endless one; `dataset` is its state, if it has one."""
         self.epoch, self.passes, self.position = epoch, passes, position
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch + passes)
+        tell_epoch(self.dataset, self.seed, epoch + passes)
         if dataset is not None:
             self.dataset.load_state_dict(dataset)
         self.iterator = iter(self.dataset)

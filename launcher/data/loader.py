@@ -5,6 +5,7 @@ One iterator serves an attempt: epochs are part of the requests, so workers live
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -103,6 +104,7 @@ def load(
 
 
 def _start_worker(worker_id: int) -> None:
+    gc.freeze()  # what the rank left behind, such as gloo's threads, cannot be taken down in a fork
     # A stop request is for the rank, which ends its workers itself once it has saved.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(name, signal.SIG_IGN)

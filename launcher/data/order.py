@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from launcher.errors import UsageError
+from launcher.errors import RunError, UsageError
 
 Indices = npt.NDArray[np.int64]
 # (epoch, positions in the global order, shape (n,)) -> sample indices, shape (n,)
@@ -46,8 +46,8 @@ class Shuffle:
     "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, use: int = 0) -> None:
+        self.length, self.seed, self.use = length, seed, use
         # The smallest a with a * a >= length, by whole numbers: sqrt is wrong near 2^53.
         a = max(1, int(np.sqrt(length)))
         while a * a < length:
@@ -56,7 +56,7 @@ class Shuffle:
         self.b = np.uint64(max(1, -(-length // a)))
 
     def __call__(self, epoch: int, positions: Indices) -> Indices:
-        round_keys = keys(self.seed, epoch, 2 * ROUNDS)
+        round_keys = keys(self.seed, epoch, 2 * ROUNDS, self.use)
         out = self._permute(positions.astype(np.uint64), round_keys)
         while (outside := np.flatnonzero(out >= self.length)).size:
             out[outside] = self._permute(out[outside], round_keys)
@@ -84,7 +84,7 @@ def replacement(length: int, seed: int, epoch: int, positions: Indices) -> Indic
 class Weighted:
     """Independent draws in proportion to a weight a sample.
 
-    Keeps the running sum of the weights: 8 bytes a sample, the one order that needs memory.
+    Keeps the running sum of the weights: 8 bytes a sample.
     """
 
     def __init__(self, weights: Any, length: int, seed: int) -> None:
@@ -112,12 +112,33 @@ def uniform(seed: int, epoch: int, positions: Indices) -> npt.NDArray[np.float64
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def make_order(sampler: str, dataset: Any, length: int, seed: int) -> Order:
-    """The order that TRAIN.SAMPLER names; `weighted` needs the data set's `weights`."""
+def own(dataset: Any, length: int, epoch: int, positions: Indices) -> Indices:
+    """What the data set's `order` returns; RunError where that is not one index a position."""
+    made = np.asarray(dataset.order(epoch, positions))
+    wrong = made[(made < 0) | (made >= length)] if made.dtype.kind in "iu" else made
+    if made.shape == positions.shape and not wrong.size:
+        return made.astype(np.int64)
+    raise RunError(
+        f"{type(dataset).__name__}.order({epoch}, positions) returned {made.dtype} of shape "
+        f"{made.shape}, {wrong.ravel()[:3].tolist()} in it; expected are integers of shape "
+        f"{positions.shape}, at least 0 and below {length}"
+    )
+
+
+def make_order(sampler: str, dataset: Any, length: int, seed: int, batch_size: int) -> Order:
+    """The order that TRAIN.SAMPLER names; some need what the data set has for them."""
     if sampler == "sequential":
         return sequential
     if sampler == "replacement":
         return functools.partial(replacement, length, seed)
     if sampler == "weighted":
         return Weighted(getattr(dataset, "weights", None), length, seed)
+    if sampler == "grouped":
+        from launcher.data.grouped import grouped  # which is made of what stands here
+
+        return grouped(dataset, length, batch_size, seed)
+    if sampler == "dataset":
+        if not callable(getattr(dataset, "order", None)):
+            raise UsageError("TRAIN.SAMPLER dataset: the data set has no order(epoch, positions)")
+        return functools.partial(own, dataset, length)
     return Shuffle(length, seed)

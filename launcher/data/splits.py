@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import time
@@ -15,7 +16,7 @@ import torch
 
 from launcher.config import CfgNode, parse_duration, seconds
 from launcher.config.checks import evaluates, in_epochs, recorded_as
-from launcher.data.fetch import Fetcher, Stated, StreamFetcher, kind_of
+from launcher.data.fetch import Fetcher, Stated, StreamFetcher, collate_of, kind_of
 from launcher.data.loader import load, on_device
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, train_requests
@@ -70,9 +71,13 @@ class Data:
         sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, train.MICRO_BATCH_SIZE
         self.train_plan = Plan(self.length, *sizes)
         self.total_steps = in_steps(train.DURATION, self.train_plan.steps_per_epoch)
-        # A stream's order is its own.
-        sampler = "sequential" if self.kinds["train"] == "iterable" else train.SAMPLER
-        self.order = make_order(sampler, self.datasets["train"], self.length, cfg.SEED)
+        sampler, dataset = train.SAMPLER, self.datasets["train"]
+        if self.kinds["train"] == "iterable":
+            if sampler in ("dataset", "grouped"):
+                name = type(dataset).__name__
+                raise UsageError(f"TRAIN.SAMPLER {sampler}: {name} is iterable, its order its own")
+            sampler = "sequential"
+        self.order = make_order(sampler, dataset, self.length, cfg.SEED, train.BATCH_SIZE)
         # Before there are workers, whose memory would count as taken.
         self._memory = memory_budget(), psutil.Process().memory_full_info().uss
         self._nbytes = dict[str, int]()  # of a batch, once one is known
@@ -89,14 +94,10 @@ class Data:
         if split in self.datasets:
             return
         name = "train" if split == "train_eval" else split
-        # One that says what it yields next is read for one purpose only.
-        if name != split and self.kinds[name] != "iterable":
-            dataset = self.datasets[name]
-            if not hasattr(dataset, "set_epoch"):
-                self.datasets[split] = dataset
-        if split not in self.datasets:
-            self.datasets[split] = self._build(name)
-        self.kinds[split] = kind_of(self.datasets[split], self.collate)
+        # A stream is read for one purpose only.
+        shared = name != split and self.kinds[name] != "iterable"
+        self.datasets[split] = dataset = self.datasets[name] if shared else self._build(name)
+        self.kinds[split] = kind_of(dataset, collate_of(dataset, self.collate))
         self.lengths[split] = self._length(split, name)
 
     def eval_plan(self, split: str) -> Plan:
@@ -142,12 +143,6 @@ class Data:
             self._last = self.total_steps
         self.set_threads(threads)
         self._stream_states.append(stream)
-        if samples % plan.samples_per_epoch and self.kinds["train"] == "iterable" and not stream:
-            logger.warning(
-                "the training data set has no state_dict and load_state_dict: it is read again "
-                "from the epoch's start up to where the run was, which is exact only if it yields "
-                "the same samples each time"
-            )
         span = self.runtime.rank, self._first, self._last
         answers = self._load("train", lambda: train_requests(plan, self.order, *span))
         self.size = self._size("train")
@@ -205,13 +200,18 @@ class Data:
     def fetcher(self, split: str) -> Fetcher | StreamFetcher:
         """What makes a split's batches from requests, here or in a worker."""
         dataset, keys = self.datasets[split], self.cfg.DATALOADER
+        if split != "train" and dataset is self.datasets["train"]:
+            dataset = copy.copy(dataset)  # which is told epochs of its own
         seed = self.cfg.SEED if keys.SEED_SAMPLES else None
+        collate = collate_of(dataset, self.collate)
         if self.kinds[split] != "iterable":
-            return Fetcher(dataset, self.collate, seed, keys.ON_BAD_SAMPLE == "skip")
+            return Fetcher(dataset, collate, seed, keys.ON_BAD_SAMPLE == "skip")
         if split != "train":
-            return StreamFetcher(dataset, self.collate, seed)
+            return StreamFetcher(dataset, collate, seed)
         endless, every = self.length == ENDLESS, STATE_EVERY * self.train_plan.batch_size
-        return StreamFetcher(dataset, self.collate, seed, endless, every, self._stream_states[-1])
+        begin, saved = self._first % self.train_plan.steps_per_epoch, self._stream_states[-1]
+        begin = self.train_plan.batch(begin)[0]
+        return StreamFetcher(dataset, collate, seed, endless, every, saved, begin)
 
     def _load(
         self, split: str, requests: Callable[[], Iterator[Request]], most: int = ENDLESS

@@ -1,7 +1,9 @@
-"""Small general data sets that ship: labelled images, and tokens. They know torch and the errors
-alone."""
+"""Small general data sets that ship: labelled images, tokens, mixtures, and bundles of a bounded
+size. They know torch, the errors, and the arithmetic of data/order.py alone."""
 
+from launcher.datasets.bundles import Bundles
 from launcher.datasets.image_list import ListFile
-from launcher.datasets.tokens import TokenFile
+from launcher.datasets.mixture import Mixture
+from launcher.datasets.tokens import TokenFile, TokenWindows
 
-__all__ = ["ListFile", "TokenFile"]
+__all__ = ["Bundles", "ListFile", "Mixture", "TokenFile", "TokenWindows"]

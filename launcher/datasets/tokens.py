@@ -1,4 +1,4 @@
-"""A data set of token sequences from one long file."""
+"""Data sets of token sequences from one long file: cut one after the other, or at random."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from launcher.data.order import replacement
 from launcher.errors import UsageError
 
 
@@ -91,10 +92,47 @@ class TokenFile(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The samples at `indices`, copied and widened into one block."""
-        tokens = self._map()
-        rows = np.empty((len(indices), self.length + 1), np.int64)
-        for row, index in zip(rows, indices, strict=True):
+        for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} of {len(self)}")
-            row[:] = tokens[index * self.length : (index + 1) * self.length + 1]
+        tokens = self._map()
+        rows = np.empty((len(indices), self.length + 1), np.int64)
+        for row, start in zip(rows, self._starts(indices), strict=True):
+            row[:] = tokens[start : start + self.length + 1]
         return [(row[:-1], row[1:]) for row in torch.from_numpy(rows)]
+
+    def _starts(self, indices: list[int]) -> list[int]:
+        """Where the samples' first tokens are."""
+        return [index * self.length for index in indices]
+
+
+class TokenWindows(TokenFile):
+    """`samples` sequences an epoch that begin anywhere in the file, as nanoGPT's get_batch draws.
+
+    Where sample i of an epoch begins is a pure function of (seed, epoch, i): uniform, each on its
+    own, at any number of loader workers and after any resume; the launcher tells the epoch by
+    `set_epoch`. Else as TokenFile.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        length: int,
+        samples: int,
+        seed: int = 0,
+        dtype: str = "uint16",
+    ) -> None:
+        if samples < 1:
+            raise UsageError(f"TokenWindows: samples must be at least 1, not {samples}")
+        super().__init__(path, length, dtype)
+        self.samples, self.seed, self.epoch = samples, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def _starts(self, indices: list[int]) -> list[int]:
+        places = self.tokens - self.length
+        return replacement(places, self.seed, self.epoch, np.asarray(indices, np.int64)).tolist()

@@ -1,7 +1,10 @@
 """From a request to a batch: fast paths change no value, a bad sample is named or replaced."""
 
+import itertools
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset, default_collate
@@ -62,6 +65,46 @@ def test_a_child_class_of_tensor_dataset_is_asked_sample_by_sample() -> None:
             return f"sample {index}"
 
     assert Fetcher(Told(torch.arange(5)), None, 7)[Request(0, [1, 2])] == ["sample 1", "sample 2"]
+
+
+class Aged(Dataset):
+    """A sample is its index and the epoch that was told; keeps all that is asked of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.drawn = epoch, (torch.rand(()).item(), random.random(), np.random.rand())
+        self.asked.append(("epoch", epoch))
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        self.asked.append(index)
+        return index, self.epoch
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_an_epoch_is_told_once_before_its_samples(seed: int | None) -> None:
+    dataset = Aged()
+    fetcher = Fetcher(dataset, list, seed)
+    requests = [(0, [3, 1]), (0, [2]), (1, [0]), (1, [5]), (0, [4])]
+    for epoch, indices in requests:
+        assert fetcher[Request(epoch, indices)] == [(index, epoch) for index in indices]
+    epochs = [("epoch", 0), 3, 1, 2, ("epoch", 1), 0, 5, ("epoch", 0), 4]
+    assert dataset.asked == epochs
+
+
+def test_what_an_epoch_draws_follows_from_seed_and_epoch() -> None:
+    """Whatever was drawn before, and it leaves the process's own states as they were."""
+    drawn = {}
+    for seed, epoch, noise in itertools.product((7, 8), (2, 3), (False, True)):
+        if noise:
+            torch.rand(9), random.random(), np.random.rand()
+        before = torch.get_rng_state()
+        fetcher = Fetcher(Aged(), list, seed)
+        fetcher[Request(epoch, [0])]
+        assert drawn.setdefault((seed, epoch), fetcher.dataset.drawn) == fetcher.dataset.drawn
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(set(drawn.values())) == 4
 
 
 class Bad(Dataset):

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.data import order
 from launcher.data.order import Indices, Order, Shuffle, Weighted, make_order, sequential
-from launcher.errors import UsageError
+from launcher.errors import RunError, UsageError
 
 law = settings(deadline=None, max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
@@ -23,7 +24,7 @@ epochs = st.integers(0, 10**6)
 
 ORDERS: dict[str, Callable[[int, int], Order]] = {
     "shuffle": Shuffle,
-    "replacement": lambda length, seed: make_order("replacement", None, length, seed),
+    "replacement": lambda length, seed: make_order("replacement", None, length, seed, 8),
     "weighted": lambda length, seed: Weighted(np.arange(length) % 5 + 0.25, length, seed),
 }
 orders = pytest.mark.parametrize("kind", ORDERS)
@@ -151,7 +152,7 @@ def test_huge_lengths_give_distinct_values_in_range(length: int) -> None:
 @pytest.mark.parametrize("length", [2, 7, 50])
 def test_replacement_is_uniform_and_independent(length: int) -> None:
     many = 40_000
-    drawn = make_order("replacement", None, length, 3)(0, np.arange(many))
+    drawn = make_order("replacement", None, length, 3, 8)(0, np.arange(many))
     assert_fits(np.bincount(drawn, minlength=length), many / length, length - 1)
     # Neighbours are drawn without regard to each other: every pair comes equally often.
     pairs = np.bincount(drawn[:-1:2] * length + drawn[1::2], minlength=length**2)
@@ -183,9 +184,9 @@ def test_a_weight_of_zero_is_never_drawn_even_on_an_edge(
 def test_the_sampler_names_the_order_and_sequential_is_the_data_sets_own() -> None:
     dataset = SimpleNamespace(weights=[1, 2, 3])
     for sampler, kind in (("shuffle", Shuffle), ("weighted", Weighted)):
-        made = make_order(sampler, dataset, 3, 5)
+        made = make_order(sampler, dataset, 3, 5, 8)
         assert type(made) is kind and made.seed == 5  # type: ignore[attr-defined]
-    assert make_order("sequential", dataset, 3, 5) is sequential
+    assert make_order("sequential", dataset, 3, 5, 8) is sequential
     assert sequential(4, np.array([3, 1, 9])).tolist() == [3, 1, 9]
 
 
@@ -198,4 +199,54 @@ def test_weighted_needs_the_data_sets_weights(weights: Any) -> None:
     dataset = SimpleNamespace() if weights is None else SimpleNamespace(weights=weights)
     told = "TRAIN.SAMPLER weighted .*`weights`: one finite number of at least 0 .* 3 samples"
     with pytest.raises(UsageError, match=told):
-        make_order("weighted", dataset, 3, 0)
+        make_order("weighted", dataset, 3, 0, 8)
+
+
+class Owned:
+    """Its order gives `made` of (epoch, positions)."""
+
+    def __init__(self, made: Callable[[int, Indices], Any]) -> None:
+        self.order = made
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, list, np.uint8])
+def test_the_data_sets_own_order_is_taken(kind: Any) -> None:
+    asked = []
+
+    def turned(epoch: int, positions: Indices) -> Any:
+        asked.append((epoch, positions.dtype, positions.shape))
+        return kind((9 - positions + epoch) % 10)
+
+    made = make_order("dataset", Owned(turned), 10, 0, 4)
+    found = made(3, np.array([2, 9, 5]))
+    assert found.dtype == np.int64 and found.tolist() == [0, 3, 7]
+    assert asked == [(3, np.int64, (3,))]
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ([0, 1, 10], r"int64 of shape \(3,\), \[10\] in it"),
+        ([0, -1, 3], r"int64 of shape \(3,\), \[-1\] in it"),
+        ([0, 1], r"int64 of shape \(2,\), \[\] in it"),
+        ([[0, 1, 2]], r"int64 of shape \(1, 3\), \[\] in it"),
+        (5, r"int64 of shape \(\), \[\] in it"),
+        (None, r"object of shape \(\), \[None\] in it"),
+        ([0.0, 1.0, 2.0], r"float64 of shape \(3,\), \[0\.0, 1\.0, 2\.0\] in it"),
+    ],
+    ids=str,
+)
+def test_an_own_order_that_is_none_is_refused(returned: Any, told: str) -> None:
+    made = make_order("dataset", Owned(lambda *_: returned), 10, 0, 4)
+    expected = r"expected are integers of shape \(3,\), at least 0 and below 10"
+    with pytest.raises(
+        RunError, match=rf"Owned\.order\(2, positions\) returned {told}; {expected}"
+    ):
+        made(2, np.arange(3))
+
+
+def test_a_data_set_without_an_order_is_refused() -> None:
+    for dataset in (SimpleNamespace(), SimpleNamespace(order=[1, 2, 3])):
+        with pytest.raises(UsageError, match=r"no order\(epoch, positions\)") as caught:
+            make_order("dataset", dataset, 3, 0, 4)
+        assert caught.value.exit_code == 2

@@ -1,16 +1,19 @@
 """The data of a run: every sample once an epoch, starts that load nothing before them, refusals."""
 
+import copy
 import itertools
 import logging
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data.datapipes.iter import IterableWrapper
 
 from launcher.data import splits
 from launcher.data.splits import Data
@@ -25,6 +28,8 @@ from tests.engine.helpers import ALONE, config, recording
 LENGTH, VAL = 23, 11
 MIB = 2**20
 ONE_EPOCH = ("TRAIN.DURATION", "1ep")
+# What a checkpoint holds of a Resumable.
+RESUMED = {"epoch": 1, "passes": 0, "position": 8, "dataset": {"at": 8}}
 MADE: list[Data] = []
 
 
@@ -132,6 +137,12 @@ def test_an_evaluation_takes_every_sample_once_in_order(workers: int) -> None:
         (Fake(train=Dataset()), (), r"build_dataset\('train'\) .* a Dataset without .*__len__"),
         (Fake(val=Stream()), (), r"build_dataset\('val'\) .* a Stream without .*__len__"),
         (Fake(), ("TRAIN.SAMPLER", "weighted"), r"TRAIN\.SAMPLER .*`weights`"),
+        (Fake(), ("TRAIN.SAMPLER", "grouped"), r"TRAIN\.SAMPLER .*`groups`"),
+        (Fake(), ("TRAIN.SAMPLER", "dataset"), r"TRAIN\.SAMPLER .*order\(epoch"),
+        *(
+            (Fake(Resumable()), ("TRAIN.SAMPLER", sampler), f"{sampler}: Resumable is iterable")
+            for sampler in ("grouped", "dataset")
+        ),
         (
             Fake(train=Stream()),
             (),
@@ -176,18 +187,68 @@ def test_a_stream_with_a_state_goes_on_exactly(workers: int, steps: int) -> None
     assert rest(resumed) == expected
 
 
+class Skipping(Stream):
+    """Its iterator can skip."""
+
+    def __iter__(self) -> Any:
+        self.rest = iter(range(self.length))
+        return self
+
+    def __next__(self) -> tuple[int, int]:
+        return self.epoch, next(self.rest)
+
+    def skip(self, count: int) -> int:
+        return len(list(itertools.islice(self.rest, count)))
+
+
 @pytest.mark.parametrize(
-    ("dataset", "samples", "warned"),
-    [(Stream(), 8, True), (Stream(), 0, False), (Resumable(), LENGTH, False)],
-    ids=["no state", "at the start", "at an epoch's end"],
+    ("dataset", "samples", "stream", "warned"),
+    [
+        (Stream(), 8, None, 1),
+        (Stream(), 0, None, 0),
+        (Resumable(), LENGTH, None, 0),
+        (Resumable(), LENGTH + 8, None, 1),
+        (Skipping(), 8, None, 0),
+        (Resumable(), LENGTH + 8, RESUMED, 0),
+    ],
+    ids=["no state", "at the start", "at an epoch's end", "no saved state", "skips", "saved"],
 )
-def test_a_stream_without_a_state_is_warned_of(
-    dataset: Any, samples: int, warned: bool, caplog: pytest.LogCaptureFixture
+def test_a_stream_that_must_be_read_again_is_warned_of_once(
+    dataset: Any, samples: int, stream: Any, warned: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """At the attempt's first batch; passing over what others read is no matter for a warning."""
     caplog.set_level(logging.WARNING, "launcher")
     words = ("TRAIN.DURATION", "9step", "EVAL.EVERY", "3step", "CHECKPOINT.EVERY", "")
-    started(Fake(train=dataset), *words, samples=samples)
-    assert ("has no state_dict" in caplog.text) is warned
+    for rank in (0, 1):
+        runtime = Runtime(Topology(rank=rank, world_size=2), torch.device("cpu"), ALONE.cpu)
+        made = started(
+            Fake(train=copy.deepcopy(dataset)),
+            *words,
+            samples=samples,
+            stream=stream,
+            runtime=runtime,
+        )
+        for batch in itertools.islice(made.batches(), 4):
+            assert len([*batch.batches]) == 1
+    assert caplog.text.count("is read again") == warned
+
+
+@pytest.mark.parametrize(("kind", "warned"), [(Stream, 1), (Skipping, 0)])
+def test_a_worker_tells_that_it_reads_again(kind: type, warned: int, tmp_path: Path) -> None:
+    """And no iterator is made in the rank's own process."""
+    handler, log = logging.FileHandler(tmp_path / "log"), logging.getLogger("launcher")
+    log.addHandler(handler)
+    try:
+        dataset = kind()
+        words = ("TRAIN.DURATION", "9step", "EVAL.EVERY", "3step", "CHECKPOINT.EVERY", "")
+        made = started(Fake(train=dataset), *words, samples=8, workers=2)
+        for batch in itertools.islice(made.batches(), 5):
+            assert len([*batch.batches]) == 1
+        made.close()
+    finally:
+        log.removeHandler(handler)
+    assert (tmp_path / "log").read_text().count("is read again") == warned
+    assert dataset.made == [] and not hasattr(dataset, "rest")
 
 
 @pytest.mark.parametrize(
@@ -262,6 +323,30 @@ def test_no_sample_is_taken_here_where_there_are_workers(how: str) -> None:
         indices, pids = torch.cat(batches).T.tolist()
         assert sorted(indices) == list(range(LENGTH))
         assert len(set(pids)) == 1 and os.getpid() not in pids
+
+
+def test_a_data_sets_own_collate_wins_over_the_tasks() -> None:
+    """Each split by itself; what is in memory is then asked sample by sample."""
+    own = TensorDataset(torch.arange(LENGTH))
+    own.collate = lambda samples: ("own", [int(x) for (x,) in samples])
+    task = Collating(own, Counted(VAL))
+    made = started(task, *ONE_EPOCH, "TRAIN.SAMPLER", "sequential", "EVAL.BATCH_SIZE", 8)
+    assert data(Fake(own)).kinds["train"] == "map-style"
+    train = [part for batch in made.batches() for part in batch.batches]
+    assert train[:2] == [("own", list(range(8))), ("own", list(range(8, 16)))]
+    assert [batch.tolist() for batch in made.evaluation()] == [[*range(8)], [8, 9, 10]]
+    stream = Resumable()
+    stream.collate = len  # type: ignore[attr-defined]
+    made = started(Collating(stream, own), *ONE_EPOCH)
+    assert [part for batch in made.batches() for part in batch.batches] == [8, 8, 7]
+    assert next(made.evaluation()) == ("own", list(range(VAL + 12)))
+
+
+def test_the_collate_of_a_data_pipe_is_another_thing() -> None:
+    pipe = IterableWrapper(range(LENGTH))
+    assert callable(pipe.collate)
+    made = started(Collating(pipe, Counted(VAL)), *ONE_EPOCH)
+    assert sorted(itertools.chain(*rest(made))) == list(range(LENGTH))
 
 
 class Mebibytes(Counted):

@@ -1,4 +1,4 @@
-"""TokenFile: samples from one long file of tokens."""
+"""TokenFile and TokenWindows: samples from one long file of tokens."""
 
 import multiprocessing
 import pickle
@@ -11,7 +11,7 @@ import torch
 
 from launcher.data.fetch import Fetcher
 from launcher.data.plan import Request
-from launcher.datasets import TokenFile
+from launcher.datasets import TokenFile, TokenWindows
 from launcher.errors import UsageError
 
 
@@ -89,3 +89,46 @@ def test_mistakes_in_token_files(
         np.save(path, content)
     with pytest.raises(UsageError, match=told):
         TokenFile(path, *arguments)
+
+
+def starts(dataset: TokenWindows, epoch: int) -> list[int]:
+    dataset.set_epoch(epoch)
+    return [int(inputs[0]) for inputs, _ in dataset.__getitems__(list(range(len(dataset))))]
+
+
+def test_windows_begin_anywhere_evenly(tmp_path: Path) -> None:
+    """Each of the 12 places where a window of 9 tokens fits into 20, as nanoGPT's randint."""
+    dataset = TokenWindows(tokens(tmp_path / "t.bin", 20), 8, samples=6000)
+    assert len(dataset) == 6000
+    found = np.bincount(starts(dataset, 0), minlength=12)
+    assert len(found) == 12 and np.abs(found - 500).max() < 5 * 500**0.5
+    inputs, targets = dataset[5]
+    assert inputs.tolist() == list(range(inputs[0], inputs[0] + 8))
+    assert torch.equal(targets, inputs + 1)
+    with pytest.raises(IndexError):
+        dataset[6000]
+    # The least that holds one window.
+    assert starts(TokenWindows(tokens(tmp_path / "t.bin", 9), 8, 3), 0) == [0, 0, 0]
+
+
+def test_a_windows_place_follows_from_seed_epoch_and_index(tmp_path: Path) -> None:
+    """However it is asked for, and in another process."""
+    path, places = tokens(tmp_path / "t.bin", 60_000), {}
+    for seed, epoch in [(0, 0), (0, 1), (1, 0)]:
+        dataset = TokenWindows(path, 10, 50, seed)
+        places[seed, epoch] = starts(dataset, epoch)
+        assert [int(dataset[i][0][0]) for i in range(50)] == places[seed, epoch]
+        other = pickle.loads(pickle.dumps(TokenWindows(path, 10, 50, seed)))
+        assert starts(other, epoch)[::-1] == places[seed, epoch][::-1]
+        fetcher = Fetcher(TokenWindows(path, 10, 50, seed), None, seed=3)
+        assert fetcher.whole is not None
+        inputs, _ = fetcher[Request(epoch, [49, 7])]
+        assert inputs[:, 0].tolist() == [places[seed, epoch][49], places[seed, epoch][7]]
+    assert len({tuple(found) for found in places.values()}) == 3
+
+
+def test_mistakes_in_windows(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="samples must be at least 1, not 0"):
+        TokenWindows(tokens(tmp_path / "t.bin", 20), 5, 0)
+    with pytest.raises(UsageError, match="has 5 tokens; one sample of length 5 needs 6"):
+        TokenWindows(tokens(tmp_path / "t.bin", 5), 5, 1)
