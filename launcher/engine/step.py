@@ -97,7 +97,7 @@ class TrainStep:
         self.state, self.model, self.optimizer = state, state.model, state.optimizer
         self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
         self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
-        self.schedule = build_schedule(cfg, state.data.train_plan)
+        self.schedule = build_schedule(cfg, state.data.train_plan, task)
         self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
         self.weights = list(self.model.parameters())
         self.trained = [p.requires_grad for p in self.weights]
