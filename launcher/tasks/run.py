@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from launcher.config import parse_duration
 from launcher.tasks.recorder import InWorker, Recorder
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class LiveRun(Run):
         """The data sets are there, and their plan: `data` is one of launcher/data/splits.py."""
         plan, self._total_steps = data.train_plan, data.total_steps
         self._steps_per_epoch = plan.steps_per_epoch
-        if data.cfg.TRAIN.DURATION.endswith("ep"):
+        duration = parse_duration(data.cfg.TRAIN.DURATION)
+        if duration is not None and duration.unit == "ep":
             self._samples = data.total_steps // plan.steps_per_epoch * plan.samples_per_epoch
 
     def _now(self, name: str) -> Any:

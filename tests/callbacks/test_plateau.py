@@ -134,3 +134,17 @@ def test_a_run_is_exact_where_it_goes_on_right_after_the_change(
     assert train(case(broken), "--resume") == 0
     assert records(broken) == records(run)
     assert same(jobs.state(broken)["optimizer"], jobs.state(run)["optimizer"])
+
+
+@pytest.mark.slow
+def test_all_ranks_lower_by_a_metric_of_the_training(tmp_path: Path) -> None:
+    """Rank 0 alone has the record. Weights that differ between ranks end a run at the next save."""
+    run = tmp_path / "run"
+    entries = ("plateau metric=train/loss patience=0 factor=0.5", "best_weights")
+    jobs.train(*words(run, "Scripted", [3, 2, 4], *entries), ranks=2).ok()
+    losses, expected, best, rate = jobs.values(run, "train/loss"), {}, float("inf"), 0.08
+    for step, loss in losses.items():
+        expected[step] = rate
+        rate, best = (rate, loss) if loss < best else (rate * 0.5, best)
+    assert jobs.values(run, "train/lr") == pytest.approx(expected) and rate < 0.08
+    assert "weights of step 4, the best" in (run / "logs/rank0.log").read_text()
