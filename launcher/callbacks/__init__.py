@@ -17,7 +17,11 @@ alike, but for `on_saved`:
     state_dict(), load_state_dict(state)    plain values and tensors, one a rank, saved with the run
 
 A hook may return a request: "stop" (now, to be resumed), "finish" (the run is complete here),
-"evaluate" or "checkpoint"; after the next step all ranks do it together.
+"evaluate" or "checkpoint"; after the next step all ranks do it together. A callback that has a
+`reason`, a line of text, when it asks is quoted with it: "finished by Class: reason".
+
+A task may have on_start, on_step, on_record, on_evaluation, on_checkpoint and on_end as well. They
+are called before the callbacks', but for on_end: what the callbacks leave is there for it.
 
 Three methods give figures to the record:
 
@@ -35,6 +39,7 @@ One gives a place where records go:
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from launcher.edges.returned import calling
 from launcher.errors import RunError, UsageError
 from launcher.runtime.progress import Every, Progress
 from launcher.tasks.resolve import resolve_class
@@ -60,6 +66,15 @@ if TYPE_CHECKING:
     from launcher.telemetry.sinks import Sink
 
 REQUESTS = ("stop", "finish", "evaluate", "checkpoint")
+NO_POINT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+# Those that a task may have too; its other methods are its own, whatever they are called.
+OF_TASK = ("on_start", "on_step", "on_record", "on_evaluation", "on_checkpoint", "on_end")
+# The callbacks by name: what somebody has to ask for.
+BUILTIN = {
+    "best_weights": "launcher.callbacks.best_weights:BestWeights",
+    "early_stopping": "launcher.callbacks.early_stopping:EarlyStopping",
+    "plateau": "launcher.callbacks.plateau:Plateau",
+}
 
 
 @dataclass(frozen=True)
@@ -90,36 +105,66 @@ class Run:
 
 
 class Callbacks:
-    """All callbacks of a run: calls them, and keeps what they ask for until the ranks agree."""
+    """All callbacks of a run, and its task's hooks: calls them, and keeps what they ask for until
+    the ranks agree."""
 
-    def __init__(self, callbacks: Sequence[Any] = ()) -> None:
-        self.all = list(callbacks)
-        self.asked: dict[str, str] = {}  # request -> who asks; sent with the next step
+    def __init__(self, callbacks: Sequence[Any] = (), task: Any = None) -> None:
+        self.all, self.task = list(callbacks), task
+        self.asked: dict[str, str] = {}  # request -> who asks, and why; sent with the next step
         self.reasons: dict[str, str] = {}  # of all that was asked for in this attempt
         self._methods: dict[str, list[Callable[..., Any]]] = {}
+        self._hooks: dict[str, list[tuple[Any, Callable[..., Any]]]] = {}
 
     def methods(self, name: str) -> list[Callable[..., Any]]:
-        """The methods of this name of those that have one."""
+        """The callbacks' methods of this name."""
         if name not in self._methods:
             self._methods[name] = [getattr(c, name) for c in self.all if hasattr(c, name)]
         return self._methods[name]
 
+    def hooks(self, name: str) -> list[tuple[Any, Callable[..., Any]]]:
+        """The hooks of this name in the order in which they are called, each with whose it is."""
+        if name not in self._hooks:
+            task = [self.task] if name in OF_TASK else []
+            order = [*self.all, *task] if name == "on_end" else [*task, *self.all]
+            found = [(owner, getattr(owner, name, None)) for owner in order]
+            self._hooks[name] = [(owner, hook) for owner, hook in found if callable(hook)]
+        return self._hooks[name]
+
     def call(self, hook: str, *arguments: Any) -> None:
-        for method in self.methods(hook):
-            if (request := method(*arguments)) is not None:
-                name = type(method.__self__).__name__  # type: ignore[attr-defined]
-                if request not in REQUESTS:
-                    raise RunError(
-                        f"{name}.{hook} returned {request!r}; a request is one of "
-                        f"{', '.join(REQUESTS)}, or None"
-                    )
-                self.asked.setdefault(request, name)
+        """Call a hook of all that have it. Raises RunError for a request that is none."""
+        for owner, method in self.hooks(hook):
+            name = type(owner).__name__
+            with calling(f"{name}.{hook}"):
+                request = method(*arguments)
+            if request is None:
+                continue
+            if not isinstance(request, str) or request not in REQUESTS:
+                raise RunError(
+                    f"{name}.{hook} returned {request!r}; a request is one of "
+                    f"{', '.join(REQUESTS)}, or None"
+                )
+            why = getattr(owner, "reason", "")
+            told = f"{name}: {why}" if isinstance(why, str) and why else name
+            self.asked.setdefault(request, told)
 
     def take(self) -> frozenset[str]:
         """What is asked for; it travels with the step to come."""
         taken, self.asked = self.asked, {}
-        self.reasons |= taken
+        self.reasons = {**taken, **self.reasons}  # whoever asked first is why
         return frozenset(taken)
+
+    def requests(self, agreed: Sequence[Sequence[str]]) -> dict[str, dict[str, str]]:
+        """What is asked for, and why what is `agreed` and not seen yet was; to be saved. A stop is
+        for this attempt alone."""
+        on_their_way = {request for names in agreed for request in names}
+        asked = {k: v for k, v in self.asked.items() if k != "stop"}
+        why = {k: v for k, v in self.reasons.items() if k in on_their_way}
+        return {"asked": asked, "reasons": why}
+
+    def add_requests(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `requests` gave."""
+        self.asked.update(saved["asked"])
+        self.reasons.update(saved.get("reasons", {}))  # an earlier version saved none
 
     def figures(self, record: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> dict:
         found: dict[str, float] = {}
@@ -159,13 +204,13 @@ Made = tuple[type, dict[str, Any]]  # a callback's class, and the arguments give
 
 
 def resolve(entries: Sequence[str], search: list[Path]) -> list[Made]:
-    """The entries of CALLBACKS: `name`, `package.module:Class` or `file.py:Class` (sought in the
-    folders of `search`), then arguments as `key=value` words, values as in YAML. Raises UsageError.
-    """
+    """The entries of CALLBACKS: a name of BUILTIN, `package.module:Class` or `file.py:Class`
+    (sought in the folders of `search`), then arguments as `key=value` words, values as in YAML.
+    Raises UsageError."""
     found = []
     for entry in entries:
         name, arguments = parse(entry)
-        made = resolve_class(name, {}, "callback", search)
+        made = resolve_class(name, BUILTIN, "callback", search)
         try:
             inspect.signature(made).bind(None, **arguments)
         except TypeError as error:
@@ -179,11 +224,16 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     try:
         name, *words = shlex.split(text)
         pairs = [word.split("=", 1) for word in words]
-        return name, {key: yaml.safe_load(value) for key, value in pairs}
+        return name, {key: _value(word) for key, word in pairs}
     except (ValueError, yaml.YAMLError) as error:
         raise UsageError(
             f"CALLBACKS: {text!r} is not a name with key=value arguments ({error})"
         ) from None
+
+
+def _value(word: str) -> Any:
+    # YAML 1.1 takes 1e-3, which has no point, for text; a key of the config takes it for a number.
+    return float(word) if NO_POINT.fullmatch(word) else yaml.safe_load(word)
 
 
 def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:

@@ -25,6 +25,7 @@ from launcher.edges.optimizer import (
     load_optimizers,
     made,
 )
+from launcher.edges.state import load_state_of, state_of
 from launcher.models.freezing import Freezing
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -48,7 +49,7 @@ class TrainingState:
     beside          what the model's state_dict leaves out: modules in eval mode, other buffers
     due             what was due at this step, and is left to the next attempt
     recorded, evaluated    the last step that was: once is enough
-    finished        which callback has completed the run here, or ""
+    finished        which callback has completed the run here, and why; or ""
     agreed          what ranks ask for and have not seen yet, by steps on their way (CUDA)
     dataset_length  of the training data
     stream          where the stream of an iterable data set was, or None
@@ -56,7 +57,8 @@ class TrainingState:
     ranks           a dict for each rank: "random" (its generators), "means" (since the last
                     record), "threads" (that it computes with: sums depend on it), "callbacks"
                     (the state_dict of each that has one), "asked" (by them, for the next step; a
-                    stop is for this attempt alone), "buffers" (its own, where they differ)
+                    stop is for this attempt alone), "reasons" (of those in agreed), "buffers"
+                    (its own, where they differ), "task" (its state_dict, or None)
 
     All but `ranks` is the same on every rank.
     """
@@ -78,6 +80,7 @@ class TrainingState:
     agreed: list[list[str]] = field(default_factory=list)
     threads: int = 0  # those of the attempt before, or 0
     alike: Sequence[str] = ()  # patterns of buffers that are rank 0's everywhere
+    task: Any = None
 
     def __post_init__(self) -> None:
         self.whole = ModelState(self.model, self.alike)
@@ -112,7 +115,8 @@ class TrainingState:
             "means": self.recorder.state(),
             "threads": torch.get_num_threads(),
             "callbacks": self.callbacks.state_dict(),
-            "asked": {k: v for k, v in self.callbacks.asked.items() if k != "stop"},
+            **self.callbacks.requests(self.agreed),
+            "task": state_of(self.task),
         }
 
     def shared(self) -> dict[str, Any]:
@@ -171,7 +175,8 @@ class TrainingState:
         On another number of ranks the sums of the interrupted logging period go to rank 0, and
         ranks without a random state of their own keep the one they were seeded with. Of the keys
         that have `changed` all take effect. Returns what was not restored, in words: the state of
-        another optimiser, where `allow` has OPTIM.NAME (else UsageError).
+        another optimiser, where `allow` has OPTIM.NAME (else UsageError), and the task's own on
+        another number of ranks, where it has TASK_STATE (likewise).
         """
         ranks = saved["ranks"]
         same = len(ranks) == runtime.world_size
@@ -192,6 +197,8 @@ class TrainingState:
         for name in ("due", "recorded", "evaluated", "finished", "agreed"):
             setattr(self, name, saved[name])
         self.callbacks.load_state_dict(ranks[min(runtime.rank, len(ranks) - 1)]["callbacks"])
+        theirs = [rank.get("task") for rank in ranks]
+        afresh += load_state_of(self.task, theirs, runtime, "TASK_STATE" in allow)
         if runtime.rank < len(ranks) and "SEED" not in changed:
             set_random_state(ranks[runtime.rank]["random"])
         if runtime.rank < len(ranks):
@@ -202,5 +209,5 @@ class TrainingState:
             ours = ranks if runtime.is_main else []
         for rank in ours:
             self.recorder.add_state(rank["means"])
-            self.callbacks.asked.update(rank["asked"])
+            self.callbacks.add_requests(rank)
         return afresh

@@ -74,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY[,KEY]",
         action="append",
         default=[],
-        help="accept these differences to the checkpoint at --resume (also DATASET_LENGTH)",
+        help="accept these differences to the checkpoint at --resume (also DATASET_LENGTH, "
+        "TASK_STATE)",
     )
     p.add_argument(
         "--check",
@@ -111,6 +112,11 @@ def _train(argv: list[str], signals: Signals) -> int:
         raise UsageError(
             f"{cfg.TASK.NAME} has no eval_step, which an evaluation needs. Give it one, or set "
             'EVAL.EVERY "".'
+        )
+    if callable(getattr(config.task, "schedule", None)) and cfg.OPTIM.SCHEDULE != "constant":
+        raise UsageError(
+            f"{cfg.TASK.NAME} has a schedule, and OPTIM.SCHEDULE is {cfg.OPTIM.SCHEDULE}: one of "
+            "them has to go. With OPTIM.SCHEDULE constant the task's counts, after OPTIM.WARMUP."
         )
     if options.check:
         print(cfg.dump(), end="")

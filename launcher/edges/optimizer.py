@@ -188,6 +188,35 @@ def set_rate(group: dict[str, Any], factor: float) -> None:
         group["lr"] = wanted
 
 
+def rescale(optimizer: Any, factor: float, lowest: float = 0.0) -> None:
+    """Multiply the rates of all groups, and those that a schedule goes from, for good; none that a
+    schedule goes from gets below `lowest` by it. A group without a rate is left as it is."""
+    for group in optimizer.param_groups:
+        if (rate := group.get("lr")) is None:
+            continue
+        base = float(group.setdefault("initial_lr", float(rate)))
+        group["initial_lr"] = wanted = max(base * factor, min(base, lowest))
+        if isinstance(rate, torch.Tensor):
+            rate.mul_(wanted / base if base else factor)  # in place, as set_rate
+        else:  # in this order exact where the rate is the base
+            group["lr"] = wanted * (rate / base) if base else rate * factor
+
+
+def as_left(optimizer: Any) -> list[tuple[list[Any], Any]]:
+    """The rate of each group, and the one that schedules go from; for `set_by_others`."""
+    # In a list, which finds a tensor equal to itself without waiting for the device.
+    return [([group.get("lr")], group.get("initial_lr")) for group in optimizer.param_groups]
+
+
+def set_by_others(optimizer: Any, left: list[tuple[list[Any], Any]]) -> bool:
+    """Whether a rate is another than `as_left`, though not by `rescale`."""
+    now = as_left(optimizer)
+    return now != left and any(
+        rate != old_rate and base == old_base
+        for (rate, base), (old_rate, old_base) in zip(now, left, strict=False)
+    )
+
+
 def rates(optimizers: Mapping[str, Any]) -> dict[str, float]:
     """`train/lr`, that of the first parameter group, and where the groups were made with different
     rates `train/lr/<name>` for each: its "name", or its number. Nothing where there is no rate.

@@ -4,8 +4,9 @@ mapping. What cannot be taken is refused with the method's name and what is need
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,33 @@ def summarized(values: Any, who: str) -> dict[str, float]:
             raise RunError(f"{who} must return numbers; {key!r} is {_kind(value)}")
         found[key] = plain
     return found
+
+
+def own_schedule(task: Any, phase: str = "") -> Callable[[int, int], float] | None:
+    """The task's `schedule(step, total)`, checked at each call; None where it has none."""
+    if not callable(getattr(task, "schedule", None)):
+        return None
+
+    def factor(step: int, total: int) -> float:
+        who = f"{type(task).__name__}.schedule({step}, {total})"
+        with calling(who):
+            value = task.schedule(step, total)
+        return _rate_factor(value, phase, who)
+
+    return factor
+
+
+def _rate_factor(value: Any, phase: str, who: str) -> float:
+    """What a schedule returned, for the optimiser of this phase ("" where there is but one): a
+    number, or a dict of one a phase. Raises RunError for anything but a finite real number."""
+    of_phase = isinstance(value, Mapping) and phase in value
+    found = value[phase] if of_phase else value
+    if isinstance(found, torch.Tensor) and found.numel() == 1 and not found.is_complex():
+        found = found.item()
+    if (plain := number(found)) is None or not math.isfinite(plain):
+        needed = "a finite number" + (f", or a dict with one for {phase!r}" if phase else "")
+        raise RunError(f"{who} returned {value!r}: the factor of the learning rate is {needed}")
+    return plain
 
 
 def _as_tensor(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ import numpy as np
 import torch
 
 from launcher.edges.batch import is_dense, map_tensors
+from launcher.edges.returned import calling
 from launcher.errors import RunError, UsageError
+from launcher.log import get_logger
+
+logger = get_logger(__name__)
 
 
 def plain(value: Any) -> Any:
@@ -85,6 +89,51 @@ def _culprit(value: Any, path: str = "") -> tuple[str, Any] | None:
         parts = (_culprit(item, f"{path}/{key}" if path else key) for key, item in _children(value))
         return next((part for part in parts if part is not None), (path, value))
     return None
+
+
+def keeps_state(task: Any) -> bool:
+    """Whether a task has a state of its own to be saved. Raises UsageError for one that could be
+    saved and not loaded again, or the other way round."""
+    pair = ("state_dict", "load_state_dict")
+    has = [name for name in pair if callable(getattr(type(task), name, None))]
+    if len(has) == 1:
+        lacks = next(name for name in pair if name not in has)
+        raise UsageError(
+            f"{type(task).__name__} has {has[0]} but no {lacks}: its state would be "
+            "lost at a resume. Give it both, or neither."
+        )
+    return bool(has)
+
+
+def state_of(task: Any) -> Any:
+    """A task's own state, its tensors on the CPU; None where it keeps none."""
+    if not keeps_state(task):
+        return None
+    with calling(f"{type(task).__name__}.state_dict"):
+        return map_tensors(task.state_dict(), lambda tensor: tensor.detach().cpu())
+
+
+def load_state_of(task: Any, states: Sequence[Any], runtime: Any, may_begin: bool) -> list[str]:
+    """Give a task the state that it had on this rank; `states` are those of all ranks, None for one
+    without.
+
+    Returns what was not restored, in words: all of it on another number of ranks, or where the task
+    keeps none any more, if this one `may_begin` afresh. Raises UsageError if not.
+    """
+    ranks, name = len(states), type(task).__name__
+    if all(state is None for state in states):
+        return []
+    if keeps_state(task) and ranks == runtime.world_size:
+        if states[runtime.rank] is not None:
+            with calling(f"{name}.load_state_dict"):
+                task.load_state_dict(states[runtime.rank])
+        return []
+    told = f"the checkpoint has the state that {name} kept on {ranks} ranks"
+    told += f", this run has {runtime.world_size}" if keeps_state(task) else ", it keeps none now"
+    if not may_begin:
+        raise UsageError(f"{told}. To go on without it: --allow TASK_STATE")
+    logger.warning("%s: it is left out", told)
+    return [f"{told}: it is left out"]
 
 
 def foreign(path: Path) -> str:

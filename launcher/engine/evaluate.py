@@ -52,17 +52,20 @@ class Evaluation:
         where a rank was asked to stop meanwhile: a long evaluation must not outlast the time that
         a scheduler grants."""
         metrics: dict[str, float] = {}
+        self.recorder.held.clear()  # of one that was given up
         with self._resting(model):
             for split in splits:
-                self.recorder.split = name = f"{recorded_as(split)}{suffix}"
-                found = self._evaluate(model, split)
-                if found is None:
-                    return None
-                metrics |= {f"{name}/{key}": value for key, value in found.items()}
-            if show and self.runtime.is_main and hasattr(self.task, "show"):
-                self.guard.enter("summarize")
-                with self.alone("show"):
-                    self.task.show(model)
+                name = f"{recorded_as(split)}{suffix}"
+                with self.recorder.evaluating(name):
+                    found = self._evaluate(model, split)
+                    if found is None:
+                        return None
+                    metrics |= {f"{name}/{key}": value for key, value in found.items()}
+                    if show and self.runtime.is_main and hasattr(self.task, "show"):
+                        self.guard.enter("summarize")
+                        with self.alone("show"):
+                            self.task.show(model)
+                show = False  # once an evaluation, under its first split
         self.recorder.show_held()
         return metrics
 
@@ -72,7 +75,7 @@ class Evaluation:
         modes = [(module, module.training) for module in model.modules()]
         buffers = [buffer.clone() for buffer in model.buffers()] if self.runtime.distributed else []
         model.eval()
-        with torch.no_grad(), self.recorder.evaluating():
+        with torch.no_grad():
             # Each rank has buffers of its own by now; rank 0's are evaluated. Collectives.
             fill(model.buffers(), self.runtime.broadcast_state(list(model.buffers())))
             yield

@@ -43,6 +43,7 @@ from launcher.models.freezing import Freezing
 from launcher.models.weights import load_weights
 from launcher.runtime.process import Runtime
 from launcher.tasks import make_task
+from launcher.tasks.run import LiveRun
 from launcher.telemetry.environment import describe, this_rank
 from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder
@@ -77,8 +78,10 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     """
     cfg, directory, writer = job.cfg, job.directory, Writer()
     recorder = Recorder(runtime, guard.progress, writer)
-    task = make_task(job.task_class, cfg, recorder)
+    told = LiveRun(recorder)  # what the task is told
+    task = make_task(job.task_class, cfg, recorder, told)
     data = Data(cfg, task, runtime, guard.enter)
+    told.begin(data)
     state = build_state(job, task, data, recorder, runtime, logs.console)
     plan, progress = data.train_plan, state.progress
     guard.agree(
@@ -194,10 +197,12 @@ def build_state(
         [
             *(made(view) for made in shipped(cfg, task, runtime)),
             *(made(view, **arguments) for made, arguments in job.callbacks),
-        ]
+        ],
+        task,
     )
     parts = (model, optimizers, scalers, ema, freezing, recorder, data, callbacks)
-    return TrainingState(cfg, *parts, job.directory, alike=getattr(task, "shared_buffers", ()))
+    alike = getattr(task, "shared_buffers", ())
+    return TrainingState(cfg, *parts, job.directory, alike=alike, task=task)
 
 
 def open_directory(
@@ -257,8 +262,10 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     Raises UsageError where there is no such checkpoint.
     """
     cfg, directory = job.cfg, job.directory
-    task = make_task(job.task_class, cfg, Recorder(runtime, guard.progress, Writer()))
+    told = LiveRun(recorder := Recorder(runtime, guard.progress, Writer()))
+    task = make_task(job.task_class, cfg, recorder, told)
     data = Data(cfg, task, runtime, guard.enter)
+    told.begin(data)
     splits = list(job.splits or cfg.EVAL.SPLITS)
     for split in splits:
         data.eval_plan(split)

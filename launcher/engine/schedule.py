@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from launcher.config import CfgNode
 from launcher.data.plan import Plan
-from launcher.edges.optimizer import set_rate
+from launcher.edges.optimizer import as_left, set_by_others, set_rate
+from launcher.edges.returned import own_schedule
 from launcher.errors import RunError
 from launcher.runtime.progress import in_steps
 
@@ -43,11 +44,17 @@ class Schedule:
     """
 
     def __init__(
-        self, factor: Factor, total_steps: int, warmup_steps: int = 0, steady: bool = False
+        self,
+        factor: Factor,
+        total_steps: int,
+        warmup_steps: int = 0,
+        steady: bool = False,
+        own: Callable[[int, int], float] | None = None,
     ) -> None:
-        """`steady` where the rate never changes: what a task sets itself then stays."""
+        """`steady` where the rate never changes: what a task sets itself then stays. `own` takes
+        the factor's place: by steps done since the warm-up's end, and how many there are."""
         self.factor, self.total_steps, self.warmup_steps = factor, total_steps, warmup_steps
-        self.steady = steady
+        self.steady, self.own = steady, own
         self._set: list[Any] = []  # the rates as they were left
 
     def __call__(self, step: int) -> float:
@@ -55,26 +62,29 @@ class Schedule:
         warmup = self.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return self.factor(min((step - warmup) / max(self.total_steps - warmup, 1), 1.0))
+        done, left = step - warmup, self.total_steps - warmup
+        return self.own(done, left) if self.own else self.factor(min(done / max(left, 1), 1.0))
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set every parameter group's rate from the one it was made with. Raises RunError where
         somebody else sets it as well."""
         groups = optimizer.param_groups
-        if self._set and [group.get("lr") for group in groups] != self._set and not self.steady:
+        if self._set and not self.steady and set_by_others(optimizer, self._set):
             raise RunError(
                 f"the learning rate was changed between steps, to {groups[0].get('lr')}, but "
-                "OPTIM.SCHEDULE and OPTIM.WARMUP set it before each step. To set it in the task, "
-                'take OPTIM.SCHEDULE constant and OPTIM.WARMUP "".'
+                "OPTIM.SCHEDULE, OPTIM.WARMUP or the task's schedule set it before each step. To "
+                'set it elsewhere, take OPTIM.SCHEDULE constant, OPTIM.WARMUP "" and no schedule.'
             )
+        factor = self(step)
         for group in groups:
             if not self.steady or "initial_lr" not in group:
-                set_rate(group, self(step))
-        self._set = [group.get("lr") for group in groups]
+                set_rate(group, factor)
+        self._set = as_left(optimizer)
 
 
 def build_schedule(cfg: CfgNode, task: Any, plan: Plan, phase: str = "") -> Schedule:
-    """The schedule that OPTIM.* describes, over TRAIN.DURATION."""
+    """The schedule that OPTIM.* describes, over TRAIN.DURATION, or that of the task where it has
+    one, after OPTIM.WARMUP; of its dict's, where it returns one, that for the `phase`."""
     total, warmup, *milestones = (
         in_steps(text, plan.steps_per_epoch)
         for text in (cfg.TRAIN.DURATION, cfg.OPTIM.WARMUP, *cfg.OPTIM.MILESTONES)
@@ -86,5 +96,6 @@ def build_schedule(cfg: CfgNode, task: Any, plan: Plan, phase: str = "") -> Sche
         "cosine": cosine(cfg.OPTIM.FINAL_FACTOR),
         "step": step(shares, cfg.OPTIM.GAMMA),
     }
-    steady = cfg.OPTIM.SCHEDULE == "constant" and not warmup
-    return Schedule(factors[cfg.OPTIM.SCHEDULE], total, warmup, steady)
+    own = own_schedule(task, phase)
+    steady = cfg.OPTIM.SCHEDULE == "constant" and not warmup and own is None
+    return Schedule(factors[cfg.OPTIM.SCHEDULE], total, warmup, steady, own)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from yacs.config import CfgNode
 
 from launcher.tasks.recorder import Recorder
+from launcher.tasks.run import Run
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +20,11 @@ class Task:
     shards, logs and saves; a task never asks for its rank.
 
     `self.recorder` takes scalars, images, histograms, texts and figures beside what the steps
-    return, at any pace: see Recorder.
+    return, at any pace: see Recorder. `self.run` is what it may know of its run: see Run.
     """
 
     recorder: Recorder = Recorder()
+    run: Run = Run()
     # Names of the model's buffers (or patterns, as "*.queue") of which all ranks go by rank 0's, as
     # they do of batch-norm's statistics. Any other buffer is its rank's own.
     shared_buffers: Sequence[str] = ()
@@ -76,6 +78,10 @@ class Task:
     #   collate(self, samples) -> batch              default: torch's default_collate
     #   build_optimizer(self, model) -> Optimizer    default: from OPTIM.*
     #   flops(self) -> float         of one sample, forward and backward; for perf/flops_per_s
+    #   schedule(self, step, total) -> float    the factor of the rate for the update that follows
+    #                                `step` of `total`; with several optimisers a dict, by phase
+    #   state_dict(self), load_state_dict(self, state)    what else must survive, on each rank
+    #   on_start, on_step, on_record, on_evaluation, on_checkpoint, on_end    as a callback's
 
 
 def overrides(task: Any, method: str) -> bool:
@@ -84,10 +90,12 @@ def overrides(task: Any, method: str) -> bool:
     return found is not None and getattr(found, "__func__", found) is not base
 
 
-def make_task(task_class: type, cfg: CfgNode, recorder: Recorder) -> Any:
-    """A task that has its recorder before its `__init__`, which so may record too."""
+def make_task(task_class: type, cfg: CfgNode, recorder: Recorder, run: Run | None = None) -> Any:
+    """A task that has its recorder and its run before its `__init__`, which so may use them."""
     plain = task_class.__new__ is object.__new__
     task = task_class.__new__(task_class, *([] if plain else [cfg]))
     task.recorder = recorder
+    if run is not None and getattr(task_class, "run", Task.run) is Task.run:  # else its own
+        task.run = run
     task.__init__(cfg)
     return task

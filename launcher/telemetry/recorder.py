@@ -95,9 +95,9 @@ class Recorder(recorder.Recorder):
     # The evaluation's.
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """While it lasts, what the task records belongs to an evaluation, of the `split` set."""
-        self.notes, self.held = [], []
+    def evaluating(self, split: str) -> Iterator[None]:
+        """While it lasts, what the task records belongs to the evaluation of a split."""
+        self.split, self.notes = split, []
         try:
             yield
         finally:
@@ -112,6 +112,7 @@ class Recorder(recorder.Recorder):
         """The evaluation is complete: one that is given up is done once more, and shown then."""
         for media in self.held:
             self.writer.show(media)
+        self.held.clear()
 
     # The loop's.
 

@@ -49,6 +49,89 @@ def test_a_request_is_kept_until_it_is_taken_and_its_author_until_the_end() -> N
     assert callbacks.reasons == {"finish": "Patient"}
 
 
+class Explains(Patient):
+    reason = "enough is enough"
+
+
+def test_whoever_has_a_reason_is_quoted_with_it_and_who_asks_first_is_why() -> None:
+    callbacks = Callbacks([Patient("stop"), Explains(), Patient()])
+    for _ in range(3):
+        callbacks.call("on_step")
+    assert callbacks.asked == {"stop": "Patient", "finish": "Explains: enough is enough"}
+    callbacks.take()
+    callbacks.asked["finish"] = "somebody later"
+    callbacks.take()
+    assert callbacks.reasons == {"stop": "Patient", "finish": "Explains: enough is enough"}
+
+
+def test_why_something_was_asked_survives_until_it_is_done() -> None:
+    """On CUDA it is seen steps later, and a resume may come between."""
+    callbacks, again = Callbacks([Explains(), Patient("stop")]), Callbacks()
+    for _ in range(3):
+        callbacks.call("on_step")
+    waiting = callbacks.requests([])
+    assert waiting == {"asked": {"finish": "Explains: enough is enough"}, "reasons": {}}
+    callbacks.take()
+    assert callbacks.requests([["evaluate"], []]) == {"asked": {}, "reasons": {}}  # it was done
+    on_its_way = callbacks.requests([[], ["finish"]])
+    again.add_requests(on_its_way)
+    assert again.reasons == {"finish": "Explains: enough is enough"} and not again.asked
+    Callbacks().add_requests({"asked": {}})  # of an earlier version
+
+
+class Hooked:
+    """A task with hooks, and methods that are called as a callback's but are its own."""
+
+    reason = "a task's"
+
+    def __init__(self, called: list[str]) -> None:
+        self.called = called
+        for name in ("on_start", "on_record", "on_evaluation", "on_checkpoint", "on_end"):
+            setattr(self, name, lambda *_, name=name: called.append(f"task {name}"))
+
+    def on_step(self) -> str:
+        return "finish"
+
+    def before_step(self, samples: int) -> None:
+        raise AssertionError("its own")
+
+    on_gradients = on_backward = on_saved = figures = local_figures = late_figures = sink = (
+        state_dict
+    ) = before_step
+
+
+class Listens:
+    def __init__(self, called: list[str]) -> None:
+        for name in ("on_start", "on_record", "on_evaluation", "on_checkpoint", "on_end"):
+            setattr(self, name, lambda *_, name=name: called.append(name))
+
+
+def test_a_tasks_hooks_come_first_but_at_the_end_and_its_other_methods_are_its_own() -> None:
+    called: list[str] = []
+    callbacks = Callbacks([Listens(called)], Hooked(called))
+    names = ["on_start", "on_record", "on_evaluation", "on_checkpoint"]
+    arguments = {"on_record": (None,), "on_evaluation": ({},)}
+    for name in [*names, "on_end"]:
+        callbacks.call(name, *arguments.get(name, ()))
+    for other in ("before_step", "on_backward", "on_gradients", "on_saved"):
+        callbacks.call(other, 1)
+    assert callbacks.figures({}, []) == callbacks.local_figures() == callbacks.late_figures() == {}
+    assert callbacks.sinks() == [] and callbacks.state_dict() == {}
+    first = [word for name in names for word in (f"task {name}", name)]
+    assert called == [*first, "on_end", "task on_end"]
+    callbacks.call("on_step")
+    assert callbacks.asked == {"finish": "Hooked: a task's"}
+
+
+def test_an_error_in_a_hook_is_told_with_whose_it_is() -> None:
+    task = SimpleNamespace(on_end=lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as error:
+        Callbacks([], task).call("on_end")
+    assert error.value.__notes__ == ["in SimpleNamespace.on_end"]  # type: ignore[attr-defined]
+    with pytest.raises(RunError, match=r"SimpleNamespace\.on_start returned \['stop'\]"):
+        Callbacks([], SimpleNamespace(on_start=lambda: ["stop"])).call("on_start")
+
+
 def test_a_request_that_is_none_is_an_error_with_the_names_there_are() -> None:
     callbacks = Callbacks([Patient("quit")])
     callbacks.call("on_step")
@@ -84,6 +167,9 @@ def test_an_entry_of_the_config() -> None:
     assert parse("early_stop") == ("early_stop", {})
     name, arguments = parse("my.py:Mine patience=3 metric=val/loss names='[x, y]' on=true")
     assert name == "my.py:Mine"
+    assert parse("my.py:Mine a=1e-3 b=-2E4 c=1e d=e3 e='\"1e3\"'")[1] == {
+        **{"a": 0.001, "b": -20000.0, "c": "1e", "d": "e3", "e": "1e3"}
+    }
     assert arguments == {"patience": 3, "metric": "val/loss", "names": ["x", "y"], "on": True}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from launcher.checkpoint.state import TrainingState
 from launcher.edges.generators import random_state, set_random_state
+from launcher.edges.state import plain
 from launcher.engine.run import model_layout
 from launcher.errors import RunError, UsageError
 from launcher.runtime.process import Runtime
@@ -263,3 +264,84 @@ def test_batch_norm_over_all_ranks_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(UsageError, match=r"MODEL\.SYNC_BN works on CUDA only"):
         fresh(Regression(), "MODEL.SYNC_BN", True, runtime=rank(0, 2))
     fresh(Regression(), "MODEL.SYNC_BN", True)  # one process has all samples
+
+
+class Counting(Regression):
+    """Keeps a count and a queue of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.queue = 0, torch.zeros(2)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": np.int64(self.seen), "queue": self.queue}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.queue = state["seen"], state["queue"]
+
+
+def counted(*seen: int) -> dict[str, Any]:
+    """What so many ranks save, of which each has its own."""
+    task = Counting()
+    saved = fresh(task).capture(ALONE)
+    assert saved is not None and saved["ranks"][0]["task"]["seen"] == 0
+    (first,) = saved["ranks"]
+    saved["ranks"] = [{**first, "task": {"seen": n, "queue": torch.ones(2) * n}} for n in seen]
+    return through_a_file(saved)
+
+
+def test_a_tasks_own_state_comes_back_on_each_rank() -> None:
+    for of in (0, 1):
+        task = Counting()
+        assert fresh(task).restore(counted(3, 4), rank(of, 2)) == []
+        assert task.seen == 3 + of and torch.equal(task.queue, torch.ones(2) * (3 + of))
+    through_a_file(plain(fresh(task).capture(ALONE)))
+
+
+def test_a_tasks_own_state_is_left_out_on_another_number_of_ranks_only_if_allowed() -> None:
+    for of, world_size in ((0, 1), (1, 3)):
+        task = Counting()
+        with pytest.raises(UsageError, match=r"kept on 2 ranks, this run has .*TASK_STATE"):
+            fresh(task).restore(counted(3, 4), rank(of, world_size))
+        (told,) = fresh(task).restore(counted(3, 4), rank(of, world_size), (), {"TASK_STATE"})
+        assert told.startswith("the checkpoint has the state that Counting kept on 2 ranks")
+        assert task.seen == 0
+    # Nothing is lost where there was none; nor silently where the task takes none any more.
+    nothing = [{**r, "task": None} for r in counted(3, 4)["ranks"]]
+    assert fresh(Counting()).restore({**counted(3, 4), "ranks": nothing}, rank(0, 1)) == []
+    with pytest.raises(UsageError, match=r"it keeps none now.*--allow TASK_STATE"):
+        fresh(Regression()).restore(counted(3), ALONE)
+    assert fresh(Regression()).restore(counted(3), ALONE, (), {"TASK_STATE"})
+
+
+def test_a_checkpoint_from_before_there_was_such_state_is_loaded() -> None:
+    saved, task = counted(3), Counting()
+    for name in ("task", "reasons"):
+        del saved["ranks"][0][name]
+    assert fresh(task).restore(saved, ALONE) == [] and task.seen == 0
+
+
+@pytest.mark.parametrize("has", ["state_dict", "load_state_dict"])
+def test_half_a_state_is_refused_with_what_it_lacks(has: str) -> None:
+    half = type("Half", (Regression,), {has: lambda self, *_: {}})
+    lacks = "state_dict" if has == "load_state_dict" else "load_state_dict"
+    with pytest.raises(UsageError, match=rf"Half has {has} but no {lacks}: "):
+        fresh(half()).of_rank()
+    # On the class, that is: what a task holds, as a module does, is its own.
+    task = Regression()
+    task.state_dict = dict  # type: ignore[attr-defined]
+    assert fresh(task).of_rank()["task"] is None
+
+
+def test_errors_of_a_tasks_state_are_told_with_its_method() -> None:
+    class Fails(Counting):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise KeyError("gone")
+
+    with pytest.raises(KeyError) as error:
+        fresh(Fails()).restore(counted(3), ALONE)
+    assert error.value.__notes__ == ["in Fails.load_state_dict"]  # type: ignore[attr-defined]
+    saving = type("Saving", (Fails,), {"state_dict": lambda self: {}["gone"]})
+    with pytest.raises(KeyError) as error:
+        fresh(saving()).of_rank()
+    assert error.value.__notes__ == ["in Saving.state_dict"]  # type: ignore[attr-defined]

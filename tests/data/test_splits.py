@@ -334,12 +334,12 @@ def test_a_data_sets_own_collate_wins_over_the_tasks() -> None:
     assert data(Fake(own)).kinds["train"] == "map-style"
     train = [part for batch in made.batches() for part in batch.batches]
     assert train[:2] == [("own", list(range(8))), ("own", list(range(8, 16)))]
-    assert [batch.tolist() for batch in made.evaluation()] == [[*range(8)], [8, 9, 10]]
+    assert [batch.tolist() for batch in made.evaluation("val", [0, 1])] == [[*range(8)], [8, 9, 10]]
     stream = Resumable()
     stream.collate = len  # type: ignore[attr-defined]
     made = started(Collating(stream, own), *ONE_EPOCH)
     assert [part for batch in made.batches() for part in batch.batches] == [8, 8, 7]
-    assert next(made.evaluation()) == ("own", list(range(VAL + 12)))
+    assert next(made.evaluation("val", [0])) == ("own", list(range(VAL + 12)))
 
 
 def test_the_collate_of_a_data_pipe_is_another_thing() -> None:

@@ -134,7 +134,7 @@ def test_what_is_no_scalar_is_refused_and_an_evaluation_that_fails_is_over() -> 
     recorder, told = recording()[0], r"'gate' is no scalar: its shape is \(2,\)"
     with pytest.raises(ValueError, match=told):
         recorder.scalar("gate", torch.ones(2))
-    with pytest.raises(ValueError, match=told), recorder.evaluating():
+    with pytest.raises(ValueError, match=told), recorder.evaluating("val"):
         recorder.scalar("gate", torch.ones(2))
     assert recorder.step == 5
 
@@ -146,7 +146,7 @@ def test_media_carry_the_step_under_way_and_the_phase() -> None:
     recorder.image("picture", torch.rand(3, 4))
     recorder.histogram("spread", [1.0, 2.0])
     recorder.histogram("nothing", [])
-    with recorder.evaluating():
+    with recorder.evaluating("val"):
         assert recorder.step == 4
         recorder.text("note", "evaluation")
     recorder.show_held()
@@ -192,7 +192,7 @@ def test_a_figure_is_drawn_at_once() -> None:
 
 def test_scalars_of_an_evaluation_are_means_in_the_order_of_its_batches() -> None:
     recorder, _ = recording()
-    with recorder.evaluating():
+    with recorder.evaluating("val"):
         recorder.scalar("gate", torch.tensor(1.0), weight=2)
         first = recorder.take()
         recorder.scalar("gate", 4)
