@@ -77,9 +77,10 @@ class StepModule(nn.Module):
             returned = self.task.train_step(self.model, batch)
         if self.collectives() != begun:
             raise RunError(
-                f"{self.name} begins a collective of its own, but an epoch's last global batch has "
-                "fewer samples than ranks: those without any would not take part. Set "
-                "TRAIN.DROP_LAST True, or another TRAIN.BATCH_SIZE."
+                f"{self.name} begins a collective of its own, but ranks have different numbers of "
+                "micro-batches in some global batch, at least in an epoch's last one: those with "
+                "fewer would not take part. Set TRAIN.DROP_LAST True, with TRAIN.BATCH_SIZE a multiple "
+                "of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
             )
         values = scalars(returned, self.carrier.device, self.name)
         weighted = "weight" in values
@@ -102,7 +103,7 @@ class TrainStep:
         self.weights = list(self.model.parameters())
         self.trained = [p.requires_grad for p in self.weights]
         self.parameters = [p for p in self.weights if p.requires_grad]
-        counted = [runtime.collectives] if state.data.train_plan.leaves_ranks_idle else []
+        counted = [runtime.collectives] if state.data.train_plan.uneven else []
         if has_modes(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, *counted)

@@ -110,7 +110,9 @@ class Trainer:
         cuts = self.plan.micro_batches(k, self.rank)
         start, stop = self.plan.batch(k)
         batches = (drawn(self.task, epoch, *cut) for cut in cuts)
-        return self.step(GlobalBatch(stop - start, [b - a for a, b in cuts], batches), asked)
+        rounds = self.plan.rounds(k), self.plan.full_rounds(k)
+        sizes = [b - a for a, b in cuts]
+        return self.step(GlobalBatch(stop - start, sizes, batches, *rounds), asked)
 
     def recorded(self) -> dict[str, float]:
         """The means since the last call."""
