@@ -40,6 +40,7 @@ from launcher.errors import UsageError
 from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.models.weights import load_weights
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 from launcher.tasks import make_task
 from launcher.telemetry.environment import describe, this_rank
@@ -75,7 +76,8 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     """
     cfg, directory, writer = job.cfg, job.directory, Writer()
     recorder = Recorder(runtime, guard.progress, writer)
-    task = make_task(job.task_class, cfg, recorder)
+    gather = Gather(runtime, lambda: recorder.split != "train")
+    task = make_task(job.task_class, cfg, recorder, gather)
     data = Data(cfg, task, runtime, guard.enter)
     state = build_state(job, task, data, recorder, runtime, logs.console)
     plan, progress = data.train_plan, state.progress
@@ -149,7 +151,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         saver = Saver(store, saved)
     completed = False
     try:
-        step = TrainStep(cfg, task, state, runtime)
+        step = TrainStep(cfg, task, state, runtime, gather)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
         completed = stopped is None
@@ -250,7 +252,8 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     Raises UsageError where there is no such checkpoint.
     """
     cfg, directory = job.cfg, job.directory
-    task = make_task(job.task_class, cfg, Recorder(runtime, guard.progress, Writer()))
+    recorder = Recorder(runtime, guard.progress, Writer())
+    task = make_task(job.task_class, cfg, recorder, Gather(runtime, lambda: True))
     data = Data(cfg, task, runtime, guard.enter)
     data.open("val")
     model = task.build_model().to(runtime.device)

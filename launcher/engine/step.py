@@ -25,6 +25,7 @@ from launcher.edges.returned import scalars
 from launcher.engine.agreement import Agreement
 from launcher.engine.schedule import build_schedule
 from launcher.errors import RunError
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,12 +55,13 @@ class StepModule(nn.Module):
         model: nn.Module,
         agreement: Agreement,
         cfg: CfgNode,
+        gather: Gather,
         collectives: Callable[[], int] = lambda: 0,
     ) -> None:
         """`collectives` counts those that were begun, where a task may begin none."""
         super().__init__()
         self.name, self.collectives = f"{type(task).__name__}.train_step", collectives
-        self.task, self.model, self.agreement = task, model, agreement
+        self.task, self.model, self.agreement, self.gather = task, model, agreement, gather
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
 
@@ -68,45 +70,51 @@ class StepModule(nn.Module):
         gradient is zero then."""
         if samples == 0:
             term = self.agreement.loss_term(requests, 0.0, False)
-            # Where DDP looks for unused weights, this rank uses none: weights that no rank uses
-            # have no gradient then, rather than one of zeros, which decay would act on.
-            loss = term if self.find_unused else nothing_of(self.model)
-            return MicroBatch(loss * 0.0, term, {}, 0.0)
+            # Where DDP looks for unused weights, or some were used before, only those: others have
+            # no gradient then, rather than one of zeros, which decay would act on.
+            used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
+            nothing = nothing_of(self.model, used) * 0.0
+            return MicroBatch(term * 0.0 + nothing, term, {}, 0.0)
         begun = self.collectives()
+        self.gather.begin()
         with self.autocast:
             returned = self.task.train_step(self.model, batch)
         if self.collectives() != begun:
             raise RunError(
                 f"{self.name} begins a collective of its own, but ranks have different numbers of "
                 "micro-batches in some global batch, at least in an epoch's last one: those with "
-                "fewer would not take part. Set TRAIN.DROP_LAST True, with TRAIN.BATCH_SIZE a multiple "
-                "of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
+                "fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, with "
+                "TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
             )
         values = scalars(returned, self.carrier.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
         loss = loss * (weight * (self.agreement.world_size / count))
-        term = self.agreement.loss_term(requests, weight, weighted)
+        term = self.gather.tie(self.agreement.loss_term(requests, weight, weighted))
         return MicroBatch(loss, term, values, weight)
 
 
 class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
-    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
+    def __init__(
+        self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime, gather: Gather
+    ) -> None:
         self.state, self.model, self.optimizer = state, state.model, state.optimizer
         self.scaler, self.recorder, self.callbacks = state.scaler, state.recorder, state.callbacks
         self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
-        self.schedule = build_schedule(cfg, state.data.train_plan)
+        self.schedule, self.gather = build_schedule(cfg, state.data.train_plan), gather
         self.agreement = Agreement(runtime.device, runtime.world_size, state.agreed)
         self.weights = list(self.model.parameters())
         self.trained = [p.requires_grad for p in self.weights]
         self.parameters = [p for p in self.weights if p.requires_grad]
-        counted = [runtime.collectives] if state.data.train_plan.uneven else []
+        counted: list[Callable[[], int]] = []
+        if state.data.train_plan.uneven:
+            counted = [lambda: runtime.collectives() - gather.begun]
         if has_modes(self.optimizer):
             self.optimizer.train()  # type: ignore[attr-defined]
-        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, *counted)
+        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, *counted)
         # Whether a weight may go without a gradient.
         self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
         if runtime.distributed:
@@ -140,14 +148,20 @@ class TrainStep:
         self.schedule.apply(self.optimizer, self.state.progress.step)
         self.callbacks.call("before_step", sum(batch.sizes))
         weighted = False
-        for i, samples in enumerate(batch.sizes or [0]):
+        # Every rank makes the same rounds; those that have fewer micro-batches are idle in the last
+        # ones. Then a round with nobody's follows: gradients cross when no rank serves a gather.
+        rounds = batch.rounds + (batch.full < batch.rounds)
+        sizes = batch.sizes + [0] * (rounds - len(batch.sizes))
+        for i, samples in enumerate(sizes):
             micro_batch = next(batch.batches) if samples else None
-            # Gradients cross the ranks once a step: with the last micro-batch.
-            with self._held_back() if i < len(batch.sizes) - 1 else contextlib.nullcontext():
+            # Gradients cross the ranks once a step: in the last round.
+            with self._held_back() if i < rounds - 1 else contextlib.nullcontext():
                 out = self._forward(micro_batch, samples, batch.count, requests)
                 loss = self.scaler.scale(out.loss) + out.term
                 self.callbacks.call("on_backward", loss)
                 loss.backward()
+            if batch.full <= i < batch.rounds:
+                self.gather.end_round(idle=not samples)  # a collective, or as many as they gather
             if samples:
                 weighted = isinstance(out.weight, torch.Tensor)
                 self.recorder.add(out.values, out.weight)

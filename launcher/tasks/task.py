@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
@@ -72,16 +72,30 @@ class Task:
         """
         return {}
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows, in rank order: (n, ...) on each rank -> (sum of all n, ...), with
+        gradients. For `train_step`: the rows are those of the micro-batches that the ranks have at
+        the same time, n may differ, and no rank may leave it out."""
+        return tensor
+
     # Optional, found by name because their absence has a meaning of its own:
     #   collate(self, samples) -> batch              default: torch's default_collate
     #   build_optimizer(self, model) -> Optimizer    default: from OPTIM.*
     #   flops(self) -> float         of one sample, forward and backward; for perf/flops_per_s
 
 
-def make_task(task_class: type, cfg: CfgNode, recorder: Recorder) -> Any:
-    """A task that has its recorder before its `__init__`, which so may record too."""
+def make_task(
+    task_class: type,
+    cfg: CfgNode,
+    recorder: Recorder,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Any:
+    """A task that has its recorder, and the `gather` of its run, before its `__init__`; a method of
+    this name that is the task's own stays."""
     plain = task_class.__new__ is object.__new__
     task = task_class.__new__(task_class, *([] if plain else [cfg]))
     task.recorder = recorder
+    if gather is not None and getattr(task_class, "gather", Task.gather) is Task.gather:
+        task.gather = gather
     task.__init__(cfg)
     return task

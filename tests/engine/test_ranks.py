@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from tests.engine.helpers import ALONE, Regression, assert_close, by_hand
+from launcher.data.plan import Plan
+from tests.engine.helpers import ALONE, LENGTH, Regression, assert_close, by_hand
 from tests.engine.ranks import ASKED, CASES, STEPS, WORLDS, evaluated, trained
 from tests.system.jobs import ROOT
 
@@ -39,6 +40,7 @@ class Run(NamedTuple):
     """A case, and what each rank of its group found."""
 
     batch_size: int
+    micro: int
     weighted: bool
     found: list[dict[str, Any]]
 
@@ -47,7 +49,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest, ranks: list[Any]) -> Run:
     world_size, (batch_size, micro), weighted = request.param
     key = batch_size, micro, weighted
-    return Run(batch_size, weighted, [rank[world_size][key] for rank in ranks[:world_size]])
+    return Run(batch_size, micro, weighted, [rank[world_size][key] for rank in ranks[:world_size]])
 
 
 def test_weights_are_those_of_one_process_with_one_large_batch(run: Run) -> None:
@@ -74,9 +76,12 @@ def test_records_are_those_of_one_process_and_rank_0_alone_writes(run: Run) -> N
 
 
 def test_a_step_has_one_collective_that_of_the_gradients(run: Run) -> None:
-    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one."""
-    expected = [[1] * (STEPS - 1)] * len(run.found)
-    assert [rank["collectives"] for rank in run.found] == expected
+    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one. Only
+    a micro-batch that some ranks do not have is ended by another one."""
+    plan = Plan(LENGTH, run.batch_size, False, len(run.found), run.micro)
+    batches = [k % plan.steps_per_epoch for k in range(1, STEPS)]
+    expected = [1 + plan.rounds(k) - plan.full_rounds(k) for k in batches]
+    assert [rank["collectives"] for rank in run.found] == [expected] * len(run.found)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
