@@ -53,10 +53,9 @@ class Plan:
         return -(-self.length // self.batch_size)
 
     @property
-    def leaves_ranks_idle(self) -> bool:
-        """Whether some global batch has fewer samples than there are ranks."""
-        start, stop = self.batch(self.steps_per_epoch - 1)
-        return stop - start < self.world_size
+    def uneven(self) -> bool:
+        """Whether some global batch gives ranks different numbers of micro-batches."""
+        return any(self.full_rounds(k) < self.rounds(k) for k in {0, self.steps_per_epoch - 1})
 
     @property
     def gives_one_sample(self) -> bool:
@@ -89,6 +88,14 @@ class Plan:
         parts = -(-count // self.micro_batch_size) if self.micro_batch_size else min(count, 1)
         cuts = [share(count, parts, part) for part in range(parts)]
         return [(start + first + a, start + first + b) for a, b in cuts]
+
+    def rounds(self, k: int) -> int:
+        """The most micro-batches that any rank has of global batch `k`."""
+        return len(self.micro_batches(k, 0))  # the largest share is the first
+
+    def full_rounds(self, k: int) -> int:
+        """The fewest; 0 where a rank has no sample."""
+        return len(self.micro_batches(k, self.world_size - 1))
 
 
 class Request(NamedTuple):

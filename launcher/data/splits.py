@@ -41,6 +41,8 @@ class GlobalBatch:
     count: int  # samples over all ranks
     sizes: list[int]  # samples of this rank's micro-batches; empty for a rank without samples
     batches: Iterator[Any]  # these micro-batches on the device, fetched as they are taken
+    rounds: int  # the most micro-batches of any rank
+    full: int  # the fewest: rounds in which no rank is idle
 
 
 class Data:
@@ -162,7 +164,8 @@ class Data:
             k = step % plan.steps_per_epoch
             start, stop = plan.batch(k)
             sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
-            yield GlobalBatch(stop - start, sizes, self._take(len(sizes)))
+            rounds = plan.rounds(k), plan.full_rounds(k)
+            yield GlobalBatch(stop - start, sizes, self._take(len(sizes)), *rounds)
 
     def _take(self, count: int) -> Iterator[Any]:
         for _ in range(count):

@@ -17,17 +17,19 @@ def _sparse(model: nn.Module) -> set[int]:
     return {id(layer.weight) for layer in layers if layer.sparse}
 
 
-def nothing_of(model: nn.Module) -> torch.Tensor:
-    """A sum over all weights that train whose gradient to each is of the kind that a batch's would
-    be: of sparse rows for an embedding that says so."""
+def nothing_of(model: nn.Module, used: bool = False) -> torch.Tensor | float:
+    """A sum over all weights that train (`used`: and have a gradient) whose gradient to each is of
+    the kind that a batch's would be: of sparse rows for an embedding that says so."""
     sparse, sums = _sparse(model), []
     for p in model.parameters():
+        if used and p.grad is None:
+            continue
         if p.requires_grad and id(p) in sparse:
             row = torch.zeros(1, dtype=torch.int64, device=p.device)
             sums.append(nn.functional.embedding(row, p, sparse=True).sum().float())
         elif p.requires_grad:
             sums.append((torch.view_as_real(p) if p.is_complex() else p).sum().float())
-    return torch.stack(sums).sum()
+    return torch.stack(sums).sum() if sums else 0.0
 
 
 def numbers_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -41,6 +41,7 @@ from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.models.freezing import Freezing
 from launcher.models.weights import load_weights
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 from launcher.tasks import make_task
 from launcher.tasks.run import LiveRun
@@ -78,8 +79,9 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     """
     cfg, directory, writer = job.cfg, job.directory, Writer()
     recorder = Recorder(runtime, guard.progress, writer)
+    gather = Gather(runtime, lambda: recorder.split != "train")
     told = LiveRun(recorder)  # what the task is told
-    task = make_task(job.task_class, cfg, recorder, told)
+    task = make_task(job.task_class, cfg, recorder, told, gather)
     data = Data(cfg, task, runtime, guard.enter)
     told.begin(data)
     state = build_state(job, task, data, recorder, runtime, logs.console)
@@ -154,7 +156,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         saver = Saver(store, saved)
     completed = False
     try:
-        step = TrainStep(cfg, task, state, runtime)
+        step = TrainStep(cfg, task, state, runtime, gather)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
         completed = stopped is None
@@ -263,7 +265,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     """
     cfg, directory = job.cfg, job.directory
     told = LiveRun(recorder := Recorder(runtime, guard.progress, Writer()))
-    task = make_task(job.task_class, cfg, recorder, told)
+    task = make_task(job.task_class, cfg, recorder, told, Gather(runtime, lambda: True))
     data = Data(cfg, task, runtime, guard.enter)
     told.begin(data)
     splits = list(job.splits or cfg.EVAL.SPLITS)

@@ -27,6 +27,7 @@ from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
 from launcher.engine.schedule import Schedule, build_schedule
 from launcher.errors import RunError
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,15 +57,15 @@ class StepModule(nn.Module):
         model: nn.Module,
         agreement: Agreement,
         cfg: CfgNode,
-        collectives: Callable[[], int] = lambda: 0,
+        gather: Gather,
         phase: str = "",
     ) -> None:
-        """`collectives` counts those that were begun, where a task may begin none."""
         super().__init__()
         self.phase = (phase,) if phase else ()
         self.name = f"{type(task).__name__}.train_step" + (f" ({phase})" if phase else "")
-        self.collectives = collectives
-        self.task, self.model, self.agreement = task, model, agreement
+        self.task, self.model, self.agreement, self.gather = task, model, agreement, gather
+        # Counts those that were begun, where a task may begin none.
+        self.collectives: Callable[[], int] = lambda: 0
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
 
@@ -73,25 +74,28 @@ class StepModule(nn.Module):
         gradient is zero then."""
         if samples == 0:
             term = self.agreement.loss_term(requests, 0.0, False)
-            # Where DDP looks for unused weights, this rank uses none: weights that no rank uses
-            # have no gradient then, rather than one of zeros, which decay would act on.
-            loss = term if self.find_unused else nothing_of(self.model)
-            return MicroBatch(loss * 0.0, term, {}, 0.0)
+            # Where DDP looks for unused weights, or some were used before, only those: others have
+            # no gradient then, rather than one of zeros, which decay would act on.
+            used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
+            nothing = nothing_of(self.model, used) * 0.0
+            return MicroBatch(term * 0.0 + nothing, term, {}, 0.0)
         begun = self.collectives()
+        self.gather.begin()
         with self.autocast:
             returned = self.task.train_step(self.model, batch, *self.phase)
         if self.collectives() != begun:
             raise RunError(
-                f"{self.name} begins a collective of its own, but an epoch's last global batch has "
-                "fewer samples than ranks: those without any would not take part. Set "
-                "TRAIN.DROP_LAST True, or another TRAIN.BATCH_SIZE."
+                f"{self.name} begins a collective of its own, but ranks have different numbers of "
+                "micro-batches in some global batch, at least in an epoch's last one: those with "
+                "fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, with "
+                "TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
             )
         values = scalars(returned, self.carrier.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
         loss = loss * (weight * (self.agreement.world_size / count))
-        term = self.agreement.loss_term(requests, weight, weighted)
+        term = self.gather.tie(self.agreement.loss_term(requests, weight, weighted))
         return MicroBatch(loss, term, values, weight)
 
 
@@ -109,6 +113,7 @@ class Phase:
         task: Any,
         state: TrainingState,
         runtime: Runtime,
+        gather: Gather,
         schedule: Schedule,
         pending: deque[Any],
     ) -> None:
@@ -119,8 +124,9 @@ class Phase:
         self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
         self.parameters = [p for p, on in zip(self.weights, self.trains, strict=True) if on]
         self.agreement = Agreement(runtime.device, runtime.world_size, pending)
-        counted = runtime.collectives if state.data.train_plan.leaves_ranks_idle else lambda: 0
-        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, counted, name)
+        self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, name)
+        if state.data.train_plan.uneven:
+            self.module.collectives = lambda: runtime.collectives() - gather.begun
         if runtime.distributed:
             with self.alone():
                 self._wrap(own_buffers(self.model, state.alike), cfg.DIST.FIND_UNUSED_PARAMETERS)
@@ -178,8 +184,11 @@ class Phase:
 class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
-    def __init__(self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime) -> None:
+    def __init__(
+        self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime, gather: Gather
+    ) -> None:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
+        self.gather = gather
         self.recorder, self.callbacks = state.recorder, state.callbacks
         self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
         # Whether a weight may go without a gradient.
@@ -198,7 +207,7 @@ class TrainStep:
         if self.phases:  # a thaw: DDP's buckets and hooks, which are in cycles, make room
             self.phases.clear()
             gc.collect()
-        parts = self.cfg, self.task, self.state, self.runtime
+        parts = self.cfg, self.task, self.state, self.runtime, self.gather
         for name, schedule in self.schedules.items():
             self.phases.append(Phase(name, *parts, schedule, self.pending))
         self.agreement = self.phases[0].agreement
@@ -254,16 +263,22 @@ class TrainStep:
     ) -> bool:
         """Forward and backward over this rank's micro-batches; whether the task weighs them."""
         weighted = False
+        # Every rank makes the same rounds; those that have fewer micro-batches are idle in the last
+        # ones. Then a round with nobody's follows: gradients cross when no rank serves a gather.
+        rounds = batch.rounds + (batch.full < batch.rounds)
         with phase.alone():
-            for i, samples in enumerate(batch.sizes or [0]):
+            for i, samples in enumerate(batch.sizes + [0] * (rounds - len(batch.sizes))):
                 micro_batch = next(batches) if samples else None
-                # Gradients cross the ranks once a step: with the last micro-batch.
-                last = i >= len(batch.sizes) - 1
-                with contextlib.nullcontext() if last else phase.held_back():
+                # Gradients cross the ranks once a step: in the last round.
+                with phase.held_back() if i < rounds - 1 else contextlib.nullcontext():
                     out = phase.forward(micro_batch, samples, batch.count, requests)
                     loss = phase.scaler.scale(out.loss) + out.term
                     self.callbacks.call("on_backward", loss)
                     loss.backward()
+                if batch.full <= i < batch.rounds:
+                    self.gather.end_round(
+                        idle=not samples
+                    )  # collectives: one, and what they gather
                 if samples:
                     weighted = isinstance(out.weight, torch.Tensor)
                     self.recorder.add(out.values, out.weight)

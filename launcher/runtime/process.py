@@ -12,7 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,12 @@ from launcher.runtime.topology import Topology
 BEYOND_GUARD_S = 600.0
 
 
+class Tally:
+    """Collectives that were begun on groups beside the default one."""
+
+    begun = 0
+
+
 @dataclass(frozen=True)
 class Runtime:
     """What a rank knows of itself. The collectives do nothing where there is one process."""
@@ -40,6 +46,8 @@ class Runtime:
     cpu: CpuBudget
     # This attempt's, on a connection of its own; where there is a process group.
     store: dist.Store | None = None
+    timeout: timedelta | None = None  # of a collective; None is torch's own
+    beside: Tally = field(default_factory=Tally, compare=False)
 
     @property
     def rank(self) -> int:
@@ -62,9 +70,10 @@ class Runtime:
         fewest. Read by the guard's thread; costs 0.2 microseconds."""
         try:
             group = dist.distributed_c10d._get_default_group()
-            return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
+            number = int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
         except (RuntimeError, ValueError, AttributeError):  # not yet, or no more, or another torch
             return -1
+        return number + self.beside.begun
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value in rank order on rank 0, None elsewhere. A collective."""
@@ -148,8 +157,10 @@ def start(topology: Topology, cfg: CfgNode) -> Runtime:
     device = choose_device(topology, cfg.DIST.DEVICE)
     _set_precision(cfg)
     seed_everything(cfg.SEED, topology.rank)
-    store = _join_group(topology, cfg, device) if topology.distributed else None
-    return Runtime(topology, device, cpu_budget(topology.local_world_size), store)
+    limits = (cfg.DIST.INIT_TIMEOUT, cfg.DIST.TRAIN_TIMEOUT, cfg.DIST.SAVE_TIMEOUT)
+    timeout = timedelta(seconds=max(map(seconds, limits)) + BEYOND_GUARD_S)
+    store = _join_group(topology, cfg, device, timeout) if topology.distributed else None
+    return Runtime(topology, device, cpu_budget(topology.local_world_size), store, timeout)
 
 
 def end() -> None:
@@ -172,11 +183,12 @@ def _end_with_parent() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> dist.Store:
+def _join_group(
+    topology: Topology, cfg: CfgNode, device: torch.device, timeout: timedelta
+) -> dist.Store:
     """Join the process group; a store for this attempt, on a connection of its own: a call of the
     group's would block others on the same one."""
     init_s = seconds(cfg.DIST.INIT_TIMEOUT)
-    longest_s = max(init_s, seconds(cfg.DIST.TRAIN_TIMEOUT), seconds(cfg.DIST.SAVE_TIMEOUT))
     deadline = time.monotonic() + init_s
     cuda = device.type == "cuda"
     # torchrun's agent keeps a store for its workers; under srun rank 0 keeps one.
@@ -200,7 +212,7 @@ def _join_group(topology: Topology, cfg: CfgNode, device: torch.device) -> dist.
             store=dist.PrefixStore(f"launcher/{attempt}/group", store),
             rank=topology.rank,
             world_size=topology.world_size,
-            timeout=timedelta(seconds=longest_s + BEYOND_GUARD_S),
+            timeout=timeout,
             device_id=device if cuda else None,
         )
     except (dist.DistNetworkError, dist.DistStoreError, TimeoutError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
@@ -74,6 +74,12 @@ class Task:
         """
         return {}
 
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows, in rank order: (n, ...) on each rank -> (sum of all n, ...), with
+        gradients. For `train_step`: the rows are those of the micro-batches that the ranks have at
+        the same time, n may differ, and no rank may leave it out."""
+        return tensor
+
     # Optional, found by name because their absence has a meaning of its own:
     #   collate(self, samples) -> batch              default: torch's default_collate
     #   build_optimizer(self, model) -> Optimizer    default: from OPTIM.*
@@ -90,12 +96,21 @@ def overrides(task: Any, method: str) -> bool:
     return found is not None and getattr(found, "__func__", found) is not base
 
 
-def make_task(task_class: type, cfg: CfgNode, recorder: Recorder, run: Run | None = None) -> Any:
-    """A task that has its recorder and its run before its `__init__`, which so may use them."""
+def make_task(
+    task_class: type,
+    cfg: CfgNode,
+    recorder: Recorder,
+    run: Run | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Any:
+    """A task that has its recorder, and the `run` and `gather` of its run, before its `__init__`;
+    what its class calls so itself stays."""
     plain = task_class.__new__ is object.__new__
     task = task_class.__new__(task_class, *([] if plain else [cfg]))
     task.recorder = recorder
-    if run is not None and getattr(task_class, "run", Task.run) is Task.run:  # else its own
-        task.run = run
+    for name, given in (("run", run), ("gather", gather)):
+        ours = getattr(Task, name)
+        if given is not None and getattr(task_class, name, ours) is ours:
+            setattr(task, name, given)
     task.__init__(cfg)
     return task

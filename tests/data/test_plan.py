@@ -141,11 +141,15 @@ def test_shares_of_an_evaluation_stay_whole_on_one_rank(
 @law
 @given(plan=plans())
 def test_odd_shares_are_known_before_the_first_step(plan: Plan) -> None:
-    """Ranks without samples, and micro-batches of one: as found by going through an epoch."""
+    """Ranks with fewer micro-batches, and micro-batches of one: as found by going through an
+    epoch."""
     everywhere = [
-        micro_batch_sizes(plan, k, rank)
+        [micro_batch_sizes(plan, k, rank) for rank in range(plan.world_size)]
         for k in range(plan.steps_per_epoch)
-        for rank in range(plan.world_size)
     ]
-    assert plan.leaves_ranks_idle is any(sum(sizes) == 0 for sizes in everywhere)
-    assert plan.gives_one_sample is any(1 in sizes for sizes in everywhere)
+    counts = [[len(sizes) for sizes in batch] for batch in everywhere]
+    batches = range(plan.steps_per_epoch)
+    assert [plan.rounds(k) for k in batches] == [max(of) for of in counts]
+    assert [plan.full_rounds(k) for k in batches] == [min(of) for of in counts]
+    assert plan.uneven is any(max(of) != min(of) for of in counts)
+    assert plan.gives_one_sample is any(1 in sizes for batch in everywhere for sizes in batch)

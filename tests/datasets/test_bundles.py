@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from launcher.data.splits import Data
 from launcher.datasets import Bundles
 from launcher.errors import UsageError
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 from launcher.runtime.topology import Topology
 from tests.engine.helpers import ALONE, assert_close, config, fresh
@@ -130,7 +131,7 @@ def test_the_update_is_that_of_the_mean_over_all_tokens(micro: int) -> None:
     task = Language()
     words = ("TRAIN.BATCH_SIZE", 5, "TRAIN.MICRO_BATCH_SIZE", micro, "OPTIM.MOMENTUM", 0.0)
     state = fresh(task, *words, "EVAL.EVERY", "", "TRAIN.DURATION", "2ep")
-    step, data = TrainStep(state.cfg, task, state, ALONE), state.data
+    step, data = TrainStep(state.cfg, task, state, ALONE, Gather(ALONE)), state.data
     data.start(0, threads=1)
     model, bundles = Model(), task.build_dataset("train")
     optimiser, plan = torch.optim.SGD(model.parameters(), lr=0.1), data.train_plan

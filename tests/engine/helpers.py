@@ -17,6 +17,7 @@ from launcher.engine.evaluate import Evaluation
 from launcher.engine.run import Job, build_state
 from launcher.engine.step import TrainStep
 from launcher.runtime.cpu import CpuBudget
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
@@ -101,7 +102,8 @@ class Trainer:
     ) -> None:
         sizes = ("TRAIN.BATCH_SIZE", batch, "TRAIN.MICRO_BATCH_SIZE", micro)
         self.state = fresh(task, *sizes, *words, runtime=runtime)
-        self.step = TrainStep(self.state.cfg, task, self.state, runtime)
+        task.gather = Gather(runtime)
+        self.step = TrainStep(self.state.cfg, task, self.state, runtime, task.gather)
         self.task, self.rank, self.plan = task, runtime.rank, self.state.data.train_plan
 
     def run(self, steps: int) -> list[Any]:
@@ -113,7 +115,9 @@ class Trainer:
         cuts = self.plan.micro_batches(k, self.rank)
         start, stop = self.plan.batch(k)
         batches = (drawn(self.task, epoch, *cut) for cut in cuts)
-        return self.step(GlobalBatch(stop - start, [b - a for a, b in cuts], batches), asked)
+        rounds = self.plan.rounds(k), self.plan.full_rounds(k)
+        sizes = [b - a for a, b in cuts]
+        return self.step(GlobalBatch(stop - start, sizes, batches, *rounds), asked)
 
     def recorded(self) -> dict[str, float]:
         """The means since the last call."""

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from launcher.data.plan import Plan
 from tests.engine import test_phases
-from tests.engine.helpers import ALONE, Regression, assert_close, by_hand
+from tests.engine.helpers import ALONE, LENGTH, Regression, assert_close, by_hand
 from tests.engine.ranks import (
     ASKED,
     CASES,
@@ -49,6 +50,7 @@ class Run(NamedTuple):
     """A case, and what each rank of its group found."""
 
     batch_size: int
+    micro: int
     weighted: bool
     found: list[dict[str, Any]]
 
@@ -57,7 +59,7 @@ class Run(NamedTuple):
 def run(request: pytest.FixtureRequest, ranks: list[Any]) -> Run:
     world_size, (batch_size, micro), weighted = request.param
     key = batch_size, micro, weighted
-    return Run(batch_size, weighted, [rank[world_size][key] for rank in ranks[:world_size]])
+    return Run(batch_size, micro, weighted, [rank[world_size][key] for rank in ranks[:world_size]])
 
 
 def test_weights_are_those_of_one_process_with_one_large_batch(run: Run) -> None:
@@ -84,9 +86,12 @@ def test_records_are_those_of_one_process_and_rank_0_alone_writes(run: Run) -> N
 
 
 def test_a_step_has_one_collective_that_of_the_gradients(run: Run) -> None:
-    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one."""
-    expected = [[1] * (STEPS - 1)] * len(run.found)
-    assert [rank["collectives"] for rank in run.found] == expected
+    """Stops, due saves and weights ride along; also in the steps in which a rank asks for one. Only
+    a micro-batch that some ranks do not have is ended by another one."""
+    plan = Plan(LENGTH, run.batch_size, False, len(run.found), run.micro)
+    batches = [k % plan.steps_per_epoch for k in range(1, STEPS)]
+    expected = [1 + plan.rounds(k) - plan.full_rounds(k) for k in batches]
+    assert [rank["collectives"] for rank in run.found] == [expected] * len(run.found)
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
@@ -103,12 +108,18 @@ def test_phases_over_ranks_are_those_of_plain_torch(
     asked = [
         sorted(set().union(*(v for (s, _), v in ASKED.items() if s == k))) for k in range(STEPS)
     ]
+    plan = Plan(LENGTH, batch_size, False, world_size, micro)
+    batches = [k % plan.steps_per_epoch for k in range(1, STEPS)]
+    extra = [1 + plan.rounds(k) - plan.full_rounds(k) for k in batches]
     for rank in found:
         assert_close(rank["weights"], expected)
         assert all(map(torch.equal, rank["weights"], found[0]["weights"]))
         assert rank["seen"] == asked
         # The generator's first step has the two in which DDP agrees on its layout of buckets.
-        assert rank["collectives"] == ([2, 2] if kind == "each" else [1, 4])
+        phases, layout = ((2, 2), (0, 0)) if kind == "each" else ((1, 2), (0, 2))
+        assert rank["collectives"] == [
+            count * each + more for count, each, more in zip(phases, extra, layout, strict=True)
+        ]
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
