@@ -57,14 +57,10 @@ class Evaluation:
             for split in splits:
                 name = f"{recorded_as(split)}{suffix}"
                 with self.recorder.evaluating(name):
-                    found = self._evaluate(model, split)
-                    if found is None:
-                        return None
-                    metrics |= {f"{name}/{key}": value for key, value in found.items()}
-                    if show and self.runtime.is_main and hasattr(self.task, "show"):
-                        self.guard.enter("summarize")
-                        with self.alone("show"):
-                            self.task.show(model)
+                    found = self._evaluate(model, split, show and hasattr(self.task, "show"))
+                if found is None:
+                    return None
+                metrics |= {f"{name}/{key}": value for key, value in found.items()}
                 show = False  # once an evaluation, under its first split
         self.recorder.show_held()
         return metrics
@@ -91,7 +87,7 @@ class Evaluation:
         with calling(who), Alone(who) if self.runtime.distributed else nullcontext():
             yield who
 
-    def _evaluate(self, model: nn.Module, split: str) -> dict[str, float] | None:
+    def _evaluate(self, model: nn.Module, split: str, show: bool) -> dict[str, float] | None:
         """The metrics of a split, by their names. Collectives."""
         runtime, plan = self.runtime, self.data.eval_plan(split)
         numbers = dealt(plan, runtime.rank, self.shares)
@@ -113,6 +109,10 @@ class Evaluation:
         if not self.folds and not self._take(fold, mine if done == len(numbers) else None):
             return None
         metrics = fold.metrics(plan.steps_per_epoch) if runtime.is_main else None
+        if show and metrics is not None:
+            with self.alone("show"):
+                self.task.show(model)
+            metrics |= means(on_host(self.recorder.take()))
         # A collective: all ranks learn the result, so that all agree on a new best.
         return runtime.broadcast(metrics)
 

@@ -54,8 +54,10 @@ def from_config(cfg: CfgNode, model: nn.Module) -> Optimizer:
         p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters
     )
     if optim.NAME == "sgd":
-        # The fused kernel leaves momentum unset where the gradient scaler skips the first step.
-        fused = fused and (optim.MOMENTUM == 0 or cfg.TRAIN.PRECISION != "fp16")
+        # The fused kernel leaves momentum unset where the gradient scaler skips the first step, and
+        # takes no weights that have none yet beside others that have.
+        unset = cfg.TRAIN.PRECISION == "fp16" or cfg.MODEL.THAW
+        fused = fused and (optim.MOMENTUM == 0 or not unset)
         return torch.optim.SGD(
             parameters,
             lr=optim.LR,

@@ -186,7 +186,7 @@ def build_state(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     freezing = Freezing(cfg, model)
     optimizers = build_optimizers(cfg, task, model)
-    freezing.begin()
+    freezing.begin(optimizers.values())
     if len(optimizers) > 1:  # what each phase gives; other names once two have
         recorder.phases |= {name: list(optimizers) for name in ("loss", "grad_norm")}
     if cfg.MODEL.EMA_DECAY > 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
@@ -30,8 +32,14 @@ class Freezing:
         are switched on. Raises UsageError for a pattern that fits nothing."""
         weights = {plain_name(name): p for name, p in model.named_parameters()}
         self.frozen = {id(p) for pattern in cfg.MODEL.FREEZE for p in _fitting(weights, pattern)}
-        resting = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self.norms = [m for m in resting if self._rests(m)]
+        # For norms without weights the patterns of what is frozen, and of what was thawed.
+        self.patterns, self.thawed = list(cfg.MODEL.FREEZE), list[str]()
+        norms = {
+            plain_name(name): module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase)
+        }
+        self.norms = {name: norm for name, norm in norms.items() if self._rests(name, norm)}
         self.frozen |= {id(p) for p in weights.values() if not p.requires_grad}
         # The moment from which on each weight trains that does not from the start.
         self.thaws: list[tuple[Duration, str, list[nn.Parameter]]] = []
@@ -51,12 +59,22 @@ class Freezing:
                 p.requires_grad_(trains)
         self.left = list(self.thaws)
 
-    def _rests(self, norm: nn.Module) -> bool:
+    def _rests(self, name: str, norm: nn.Module) -> bool:
         weights = list(norm.parameters(recurse=False))
-        return bool(weights) and all(id(p) in self.frozen for p in weights)
+        if not weights:
+            frozen, thawed = (any(fits(name, p) for p in ps) for ps in (self.patterns, self.thawed))
+            return frozen and not thawed
+        return all(id(p) in self.frozen for p in weights)
 
-    def begin(self) -> None:
-        """Freeze what does not train from the start, once the optimiser is made."""
+    def begin(self, optimizers: Iterable[Any]) -> None:
+        """Freeze what does not train from the start, once the optimisers are made. Raises
+        UsageError for one that takes no weights later."""
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        if self.thaws and any(g.get("fused") and g.get("momentum") for g in groups):
+            raise UsageError(
+                "MODEL.THAW: torch's fused SGD with momentum takes no weights later. Make "
+                "it with fused=False in build_optimizer."
+            )
         for _, _, found in self.thaws:
             for p in found:
                 p.requires_grad_(False)
@@ -70,15 +88,16 @@ class Freezing:
             for p in thaw[2]:
                 p.requires_grad_(True)
                 self.frozen.discard(id(p))
+            self.thawed.append(thaw[1])
             logger.info("thawed at step %d: %s", progress.step, thaw[1])
         self._rest()
         return bool(due)
 
     def _rest(self) -> None:
-        for norm in list(self.norms):
-            if not self._rests(norm):
-                self.norms.remove(norm)
-            norm.train(norm not in self.norms)
+        for name, norm in list(self.norms.items()):
+            norm.train(not self._rests(name, norm))
+            if norm.training:
+                del self.norms[name]
 
 
 def _fitting(weights: dict[str, nn.Parameter], pattern: str) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """Evaluation: every sample once, in the data set's order, at any number of ranks."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,6 +151,109 @@ def test_an_error_in_eval_step_says_where_and_at_which_samples() -> None:
         run(Mistaken(loss=X))
     told = describe(caught.value, config(), 1)
     assert told == "KeyError: 'boom' (in Mistaken.eval_step (samples 4 to 7))"
+
+
+class Lists(Table):
+    """Outputs of any kind beside numbers, folded batch by batch if told to."""
+
+    def summarize(self, outputs: Any) -> dict[str, Any]:
+        self.outputs = outputs
+        return {"longest": max(map(len, outputs["words"]))}
+
+
+def test_lists_reach_summarize_in_the_data_sets_order() -> None:
+    words = [f"{i}" * (i % 4) for i in range(N)]
+    things: list[Any] = [{"box": torch.full((i, 4), float(i)), "at": (i, None)} for i in range(N)]
+    task = Lists(loss=X, words=words, things=things)
+    metrics = run(task, 3)
+    assert metrics is not None and metrics["val/longest"] == 3
+    assert set(metrics) == {"val/loss", "val/longest"}
+    assert same(task.outputs, {"loss": X, "words": words, "things": things})
+
+
+class Folds(Lists):
+    def start(self) -> list[str]:
+        return []
+
+    def merge(self, folded: list[str], outputs: dict[str, Any]) -> list[str]:
+        assert len(outputs["words"]) <= 3 and isinstance(outputs["loss"], torch.Tensor)
+        return folded + outputs["words"]
+
+    def summarize(self, outputs: Any) -> dict[str, Any]:
+        self.outputs = outputs
+        return {}
+
+
+def test_a_fold_is_given_batch_after_batch_and_its_end_to_summarize() -> None:
+    task = Folds(loss=X, words=[str(i) for i in range(N)])
+    assert run(task, 3) == {"val/loss": pytest.approx(X.double().mean().item(), rel=1e-15)}
+    assert task.outputs == [str(i) for i in range(N)]
+
+
+def test_a_merge_that_forgets_to_return_is_told() -> None:
+    class Forgets(Folds):
+        def merge(self, folded: Any, outputs: Any) -> None:  # type: ignore[override]
+            folded += outputs["words"]
+
+    with pytest.raises(
+        RunError, match=r"Forgets\.merge returned None; it must return what is folded"
+    ):
+        run(Forgets(loss=X, words=["w"] * N))
+
+
+def test_outputs_stay_where_nobody_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(type(ALONE), "gather", lambda self, value: sent.append(value) or [value])
+    run(Table(loss=X, images=torch.zeros(N, 1000)))
+    assert [output for _, _, _, output in sent[0]] == [{}] * 3
+    run(Summed(loss=X, images=torch.zeros(N, 1000)))
+    assert all(set(output) == {"loss", "images"} for _, _, _, output in sent[1])
+
+
+class Carries(Table):
+    """A running sum along each share; what a batch is given is what the one before it returned."""
+
+    eval_shares = 2
+
+    def eval_step(self, model: nn.Module, batch: slice, carried: Any = None) -> Any:
+        running = X[batch].cumsum(0) + (0.0 if carried is None else carried)
+        return {"loss": running, "carried": running[-1]}
+
+
+def test_a_state_is_carried_from_batch_to_batch_of_a_share() -> None:
+    metrics = run(Carries(), 2)  # 5 batches: shares of 3 and 2
+    expected = torch.cat([X[:6].cumsum(0), X[6:].cumsum(0)]).double().mean().item()
+    assert metrics == {"val/loss": pytest.approx(expected, rel=1e-6)}
+
+
+def test_a_weight_of_zero_throughout_gives_no_number() -> None:
+    metrics = run(Table(loss=X, weight=torch.zeros(N)))
+    assert metrics is not None and math.isnan(metrics["val/loss"])
+    part = torch.zeros(N)
+    part[-1] = 2.0
+    assert run(Table(loss=X, weight=part)) == {"val/loss": X[-1].item()}
+
+
+def test_what_is_shown_is_shown_once_in_eval_mode_after_the_metrics() -> None:
+    class Shows(Table):
+        calls = 0
+
+        def show(self, model: nn.Module) -> None:
+            assert not model.training and not torch.is_grad_enabled()
+            self.calls += 1
+            self.recorder.scalar("shown", 1.0)
+            self.drawn = torch.rand(()).item()
+
+    task, drawn = Shows(loss=X), []
+    batches, plan = [slice(0, N)], Plan(N, N)
+    evaluate = evaluation(task, batches, plan)
+    for _ in range(2):
+        metrics = evaluate(nn.Linear(1, 1), ["val", "test"], show=True)
+        assert metrics is not None and set(metrics) == {"val/loss", "val/shown", "test/loss"}
+        drawn.append(task.drawn)
+    assert task.calls == 2 and drawn[0] == drawn[1]
+    evaluate(nn.Linear(1, 1), ["val"], "_raw")
+    assert task.calls == 2
 
 
 def test_batches_draw_different_numbers_and_the_same_ones_each_time() -> None:

@@ -188,6 +188,56 @@ class Forked(Running):
         self.process.join(30)
 
 
+class Group(Running):
+    """`launcher WORDS` as so many ranks, each forked as in `Forked`: what torchrun gives its
+    workers, without torchrun. The first rank that fails ends the others, as torchrun does."""
+
+    def __init__(
+        self,
+        words: Sequence[object],
+        ranks: int,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+    ) -> None:
+        super().__init__(words)
+        world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **world}
+        self.processes = [
+            SERVER.Process(
+                target=_forked,
+                args=(
+                    self.command,
+                    clean_environment(
+                        {**(env or {}), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    ),
+                    *(str(cwd), self.out.name, self.err.name),
+                ),
+            )
+            for rank in range(ranks)
+        ]
+        for process in self.processes:
+            process.start()
+        self.process = self.processes[0]
+
+    def poll(self) -> int | None:
+        codes = [process.exitcode for process in self.processes]
+        if failed := [code for code in codes if code]:
+            for process in self.processes:
+                process.kill()
+            return failed[0]
+        return None if None in codes else 0
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                kill_family(process.pid)
+        self.join()
+
+    def join(self) -> None:
+        for process in self.processes:
+            process.join(30)
+
+
 def _forked(words: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
     for number, name in enumerate((out, err), start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)

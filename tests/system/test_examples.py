@@ -1,0 +1,83 @@
+"""The examples: each trains on 1 and 2 ranks, reaches what it states, and is exact over a kill."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.edges.test_zoo import same
+from tests.system import jobs
+from tests.system.exact import records
+
+EXAMPLES = jobs.ROOT / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.yaml"))
+# The line of a config's comment that states what it reaches: "# reaches val/accuracy > 0.9".
+STATED = re.compile(r"^# reaches (\S+) ([<>]) (\S+)$", re.MULTILINE)
+
+
+def config(name: str) -> Path:
+    return EXAMPLES / f"{name}.yaml"
+
+
+def begin(name: str, run: Path, ranks: int, *more: object) -> jobs.Running:
+    words = ["train", "--config-file", config(name), "OUTPUT_DIR", run, *more]
+    env = {"OMP_NUM_THREADS": "1"}
+    return jobs.Group(words, ranks, env) if ranks > 1 else jobs.Forked(words, env)
+
+
+def needs(name: str) -> None:
+    """Skip an example whose packages are not here."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    for module in re.findall(r"^\s*(?:import|from) (transformers|pycocotools)\b", text, re.M):
+        pytest.importorskip(module)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_reaches_what_it_states_also_over_a_kill(name: str, ranks: int, tmp_path: Path) -> None:
+    needs(name)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    with begin(name, whole, ranks) as job:
+        job.wait().ok()
+    metric, sign, bound = STATED.findall(config(name).read_text())[0]
+    reached = list(jobs.values(whole, metric).values())[-1]
+    assert reached > float(bound) if sign == ">" else reached < float(bound)
+    steps = jobs.checkpoint_steps(whole)
+    with begin(name, broken, ranks) as job:
+        jobs.wait_for_save(broken, _first_save(whole), job)
+        job.kill()
+    assert jobs.status(broken)["state"] == "running"  # it was killed on the way
+    with begin(name, broken, ranks, "--resume") as job:
+        job.wait().ok()
+    assert records(broken) == records(whole) and jobs.checkpoint_steps(broken) == steps
+    ours, theirs = jobs.state(broken), jobs.state(whole)
+    for part in ("model", "optimizer", "ema", "progress"):
+        assert same(ours[part], theirs[part]), part
+    pairs = zip(ours["ranks"], theirs["ranks"], strict=True)
+    assert all(same(a[part], b[part]) for a, b in pairs for part in ("task", "buffers", "random"))
+
+
+def _first_save(run: Path) -> int:
+    """The step of a run's first save that is not its last."""
+    return jobs.history(run, "checkpoint")[0]["step"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_config_is_without_mistakes(name: str) -> None:
+    assert STATED.search(config(name).read_text()), f"{name}.yaml does not state what it reaches"
+    checked = jobs.launch("train", "--config-file", config(name), "--check").ok()
+    assert yaml.safe_load(checked.out)["TASK"]["NAME"].startswith(f"{name}.py:")
+
+
+def test_no_example_works_around_the_launcher() -> None:
+    own = re.compile(r"torch\.distributed|\bdist\.|set_epoch\(|\.cuda\(|is_main|barrier\(")
+    found: Any = {
+        path.name: match[0]
+        for path in EXAMPLES.glob("*.py")
+        for match in own.finditer(path.read_text())
+    }
+    assert found == {}
