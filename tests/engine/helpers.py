@@ -86,10 +86,11 @@ def unasked() -> Any:
 def evaluation(
     task: Any, batches: Any, plan: Plan, runtime: Runtime = ALONE, guard: Any = None
 ) -> Evaluation:
-    """An evaluation of these batches, of which all ranks together have those of the plan; call it
-    with a model and ["val"]."""
+    """An evaluation of these batches, or of what they give for their numbers, of which all ranks
+    together have those of the plan; call it with a model and ["val"]."""
     data: Any = SimpleNamespace(
-        evaluation=lambda split, numbers: iter(batches), eval_plan=lambda split: plan
+        evaluation=lambda split, numbers: iter(batches(numbers) if callable(batches) else batches),
+        eval_plan=lambda split: plan,
     )
     return Evaluation(config(), task, runtime, guard or unasked(), data)
 

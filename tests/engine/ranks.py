@@ -41,19 +41,56 @@ class Shifted(Regression):
         return {"order": (outputs["x"][:, 0] * ramp).sum()}
 
 
-def evaluated(runtime: Runtime) -> dict[str, float] | None:
+class Listed(Shifted):
+    """Lists, which come in order, and what a rank draws for all."""
+
+    def eval_step(self, model: nn.Module, batch: Any) -> dict[str, Any]:
+        values = super().eval_step(model, batch)
+        return {**values, "rows": [[float(v) for v in row] for row in values["x"]]}
+
+    def summarize(self, outputs: Any) -> dict[str, Any]:
+        first = sum(i * row[0] for i, row in enumerate(outputs["rows"]))
+        return {"listed": first, "drawn": torch.rand(())}
+
+
+class Folded(Listed):
+    def start(self) -> list[Any]:
+        return [0, 0.0]
+
+    def merge(self, folded: list[Any], outputs: dict[str, Any]) -> list[Any]:
+        for row in outputs["rows"]:
+            folded = [folded[0] + 1, folded[1] * 0.9 + row[0]]  # order counts
+        return [folded[0], folded[1] + torch.rand(()).item()]
+
+    def summarize(self, outputs: list[Any]) -> dict[str, Any]:
+        return {"rows": outputs[0], "folded": outputs[1]}
+
+
+class Carried(Folded):
+    """Two shares whatever the number of ranks; a rank may have none of them."""
+
+    eval_shares = 2
+
+    def eval_step(self, model: nn.Module, batch: Any, carried: Any = None) -> dict[str, Any]:
+        values = super().eval_step(model, batch)
+        running = values["loss"].cumsum(0) + (0.0 if carried is None else carried)
+        return {**values, "loss": running, "carried": running[-1]}
+
+
+KINDS: list[type[Shifted]] = [Shifted, Listed, Folded, Carried]
+
+
+def evaluated(runtime: Runtime, kind: type[Shifted] = Shifted) -> dict[str, float] | None:
     """The metrics of a split over the ranks of a group. Each rank's model has a buffer of its own,
     as batch norm's are after a step."""
-    task: Any = Shifted(weighted=True)
+    task: Any = kind(weighted=True)
     task.recorder = recording(runtime)
     model = task.build_model()
     model.register_buffer("shift", torch.tensor(float(runtime.rank)))
     plan = Plan(LENGTH, 5, world_size=runtime.world_size)
-    batches = [
-        task.build_dataset()[slice(*plan.batch(k))]
-        for k in range(runtime.rank, plan.steps_per_epoch, runtime.world_size)
-    ]
-    return evaluation(task, batches, plan, runtime)(model, ["val"])
+    data = task.build_dataset()
+    evaluate = evaluation(task, lambda ks: (data[slice(*plan.batch(k))] for k in ks), plan, runtime)
+    return evaluate(model, ["val"])
 
 
 def trained(runtime: Runtime, batch: int, micro: int, weighted: bool) -> dict[str, Any]:
@@ -101,7 +138,7 @@ def main(rank: int, folder: Path, ports: list[str]) -> None:
             (kind, *case, weighted): phased(runtime, kind, *case, weighted)
             for kind, case, weighted in itertools.product(PHASED, PHASE_CASES, (False, True))
         }
-        results[world_size]["evaluated"] = evaluated(runtime)
+        results[world_size]["evaluated"] = [evaluated(runtime, kind) for kind in KINDS]
         end()
     torch.save(results, folder / f"rank{rank}.pt")
 

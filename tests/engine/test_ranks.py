@@ -15,6 +15,7 @@ from tests.engine.helpers import ALONE, LENGTH, Regression, assert_close, by_han
 from tests.engine.ranks import (
     ASKED,
     CASES,
+    KINDS,
     PHASE_CASES,
     PHASED,
     STEPS,
@@ -126,6 +127,6 @@ def test_phases_over_ranks_are_those_of_plain_torch(
 def test_metrics_are_those_of_one_process_to_the_last_bit(
     ranks: list[Any], world_size: int
 ) -> None:
-    """Also where the ranks' buffers differ: rank 0's count."""
-    expected = [evaluated(ALONE)] * world_size
+    """Also where the ranks' buffers differ: rank 0's count. And of outputs of every shape."""
+    expected = [[evaluated(ALONE, kind) for kind in KINDS]] * world_size
     assert [rank[world_size]["evaluated"] for rank in ranks[:world_size]] == expected
