@@ -9,10 +9,9 @@ from launcher.callbacks import Run
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.config.checks import evaluates
 from launcher.edges.model import fill, load_model_state, model_state
-from launcher.engine.resume import choose_checkpoint
 from launcher.errors import UsageError
 from launcher.log import get_logger
-from launcher.models.weights import load_weights
+from launcher.models.weights import choose_checkpoint, load_weights
 from launcher.telemetry.rundir import RunDirectory
 
 logger = get_logger(__name__)

@@ -137,7 +137,8 @@ def _train(argv: list[str], signals: Signals) -> int:
 
     # From here on torch is needed, which takes seconds to import.
     from launcher.callbacks import resolve
-    from launcher.engine.run import Job, evaluate_only, run
+    from launcher.cli.evaluate import evaluate_only
+    from launcher.engine.run import Job, run
     from launcher.guard.guard import Guard
     from launcher.telemetry.logs import Logs
 

@@ -37,22 +37,3 @@ def find(
             "does not go on with. To start from its weights alone use MODEL.WEIGHTS."
         )
     return runtime.broadcast_state(found)  # collectives
-
-
-def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
-    """The path of the newest valid checkpoint ("last"), the valid one with the best metric
-    ("best"), or the path given. Raises UsageError where there is none."""
-    if which not in ("last", "best"):
-        return Path(which)
-    manifests = store.manifests()
-    steps = [manifest["step"] for manifest in reversed(manifests)]
-    if which == "best":
-        steps = store.retention.ranked(manifests)
-    for step in steps:
-        try:
-            store.verify(step)
-            return store.path(step)
-        except DamagedCheckpoint as error:
-            logger.warning("checkpoint step_%s is damaged, passed over: %s", step, error)
-    told = f" with a {store.retention.metric}" if which == "best" else ""
-    raise UsageError(f"there is no valid checkpoint{told} in {store.directory}")

@@ -5,7 +5,6 @@ config -> task -> data set -> order -> loader -> device -> step -> recorder and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
 from launcher.engine.optim import build_optimizers
-from launcher.engine.resume import choose_checkpoint, find
+from launcher.engine.resume import find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
 from launcher.guard.guard import Guard
@@ -49,7 +48,7 @@ from launcher.telemetry.environment import describe, this_rank
 from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory, replace_json
-from launcher.telemetry.sinks import JsonLines, strict
+from launcher.telemetry.sinks import JsonLines
 from launcher.telemetry.writer import Writer
 
 logger = get_logger(__name__)
@@ -255,38 +254,3 @@ def write_end(directory: RunDirectory, state: TrainingState, stopped: str | None
     directory.write_history(event, progress.step, epoch=progress.epoch, **told)
     where = (how, progress.step, progress.epoch, directory.path)
     logger.info("%s: %d steps, %d epochs. The run is in %s", *where)
-
-
-def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
-    """Evaluate `job.checkpoint`, and write evaluations/<UTC time>.json; False where it was asked to
-    stop before that was done.
-
-    Raises UsageError where there is no such checkpoint.
-    """
-    cfg, directory = job.cfg, job.directory
-    told = LiveRun(recorder := Recorder(runtime, guard.progress, Writer()))
-    task = make_task(job.task_class, cfg, recorder, told, Gather(runtime, lambda: True))
-    data = Data(cfg, task, runtime, guard.enter)
-    told.begin(data)
-    splits = list(job.splits or cfg.EVAL.SPLITS)
-    for split in splits:
-        data.eval_plan(split)
-    model = task.build_model().to(runtime.device)
-    check_model(model)
-    guard.agree({"the data sets' length": data.lengths})
-    data.set_threads()
-    store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
-    # Collectives: rank 0 alone need see the checkpoints.
-    path = runtime.on_main(lambda: choose_checkpoint(store, job.checkpoint))
-    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0 or None
-    saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
-    # Collectives: the model of rank 0 is everybody's.
-    load_model_state(model, runtime.broadcast_state(model_state(model)))
-    metrics = Evaluation(cfg, task, runtime, guard, data)(model, splits)
-    if metrics is None:
-        logger.info("stopped (%s) before the evaluation was done", guard.stop)
-        return False
-    if runtime.is_main:
-        directory.write_evaluation({"step": saved, "checkpoint": str(path), "metrics": metrics})
-        print(json.dumps(strict(metrics), allow_nan=False))
-    return True

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.checkpoint.store import DamagedCheckpoint, load_file
+from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint, load_file
 from launcher.edges.model import fill_named, load_model_state, model_state, plain_name, some
 from launcher.errors import UsageError
 from launcher.log import get_logger
@@ -140,3 +140,22 @@ def load_weights(
         fill_named(model, beside["buffers"])
     logger.info("loaded %d tensors from %s", len(fitting), path)
     return step
+
+
+def choose_checkpoint(store: CheckpointStore, which: str) -> Path:
+    """The path of the newest valid checkpoint ("last"), the valid one with the best metric
+    ("best"), or the path given. Raises UsageError where there is none."""
+    if which not in ("last", "best"):
+        return Path(which)
+    manifests = store.manifests()
+    steps = [manifest["step"] for manifest in reversed(manifests)]
+    if which == "best":
+        steps = store.retention.ranked(manifests)
+    for step in steps:
+        try:
+            store.verify(step)
+            return store.path(step)
+        except DamagedCheckpoint as error:
+            logger.warning("checkpoint step_%s is damaged, passed over: %s", step, error)
+    told = f" with a {store.retention.metric}" if which == "best" else ""
+    raise UsageError(f"there is no valid checkpoint{told} in {store.directory}")

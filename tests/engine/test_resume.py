@@ -9,8 +9,9 @@ import torch
 
 from launcher.checkpoint.store import Retention
 from launcher.config.changes import check_changes
-from launcher.engine.resume import choose_checkpoint, find
+from launcher.engine.resume import find
 from launcher.errors import RunError, UsageError
+from launcher.models.weights import choose_checkpoint
 from tests.checkpoint.helpers import Store, state_of
 from tests.engine.helpers import ALONE, config, same
 
