@@ -23,10 +23,11 @@ class Histograms:
 
     def before_step(self, samples: int) -> None:
         self.due = self.run.runtime.rank == 0 and self.run.is_due(self.every)
+        self.found = {}
 
     def on_gradients(self) -> None:
         if self.due:
-            self.found = {
+            self.found |= {  # with phases, one after the other
                 f"gradients/{name}": spread(p.grad)
                 for name, p in self.parameters
                 if p.grad is not None
@@ -40,4 +41,3 @@ class Histograms:
         stacked = OnHost(torch.stack(list(self.found.values())))
         media = Media("histogram", list(self.found), stacked, self.run.progress.step)
         self.run.recorder.writer.show(media)
-        self.found = {}

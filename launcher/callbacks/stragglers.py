@@ -31,12 +31,13 @@ class Stragglers:
     def __init__(self, run: Run) -> None:
         self.cuda = run.runtime.device.type == "cuda"
         self.warned = False
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.passes = 0.0, 0, 0  # a pass back for each phase
         self.began: Any = 0.0
         self.ended: Any = 0.0
         self.pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def before_step(self, samples: int) -> None:
+        self.steps += 1
         self.began = self._now()
 
     def on_backward(self, loss: torch.Tensor) -> None:
@@ -48,18 +49,20 @@ class Stragglers:
         loss.register_hook(started)
 
     def on_gradients(self) -> None:
-        self.steps += 1
-        if not self.cuda:
+        self.passes += 1
+        if self.cuda:
+            self.pending.append((self.began, self.ended))
+            self._settle()
+        else:
             self.seconds += self.ended - self.began
-            return
-        self.pending.append((self.began, self.ended))
-        self._settle()
+        self.began = self._now()  # of the next phase
 
     def local_figures(self) -> dict[str, float]:
         """Seconds a step since the last record."""
         self._settle()
-        mean = self.seconds / max(1, self.steps - len(self.pending))
-        self.seconds, self.steps = 0.0, len(self.pending)
+        known = max(1, self.passes - len(self.pending))
+        mean = self.seconds / known * self.passes / max(1, self.steps)
+        self.seconds, self.steps, self.passes = 0.0, 0, len(self.pending)
         return {"own_s": mean}
 
     def figures(

@@ -155,7 +155,7 @@ class Phase:
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Only this phase's weights have gradients. Raises RunError where that was changed."""
-        before = [p.requires_grad for p in self.weights]
+        before = [p.requires_grad for p in self.weights] if self.name else []
         if self.name:
             self._switch(self.trains)
         yield
@@ -228,10 +228,7 @@ class TrainStep:
         for phase in phases:
             phase.schedule.apply(phase.optimizer, step)
             self.recorder.phase = phase.name
-            weighted = self._backward(phase, batch, iter(batches), requests)
-            gradients = numbers_of(phase.parameters)
-            if len(gradients) < len(phase.parameters) and not self.may_miss:
-                raise unused(phase.model)
+            gradients, weighted = self._backward(phase, batch, iter(batches), requests)
             self._normalise(phase, gradients, batch.count, weighted, idle=not batch.sizes)
             skipped &= self._update(phase, gradients)
             if phase is phases[0]:
@@ -260,8 +257,9 @@ class TrainStep:
 
     def _backward(
         self, phase: Phase, batch: GlobalBatch, batches: Iterator[Any], requests: frozenset[str]
-    ) -> bool:
-        """Forward and backward over this rank's micro-batches; whether the task weighs them."""
+    ) -> tuple[list[torch.Tensor], bool]:
+        """Forward and backward over this rank's micro-batches: the gradients, and whether the task
+        weighs its batches."""
         weighted = False
         # Every rank makes the same rounds; those that have fewer micro-batches are idle in the last
         # ones. Then a round with nobody's follows: gradients cross when no rank serves a gather.
@@ -276,13 +274,14 @@ class TrainStep:
                     self.callbacks.call("on_backward", loss)
                     loss.backward()
                 if batch.full <= i < batch.rounds:
-                    self.gather.end_round(
-                        idle=not samples
-                    )  # collectives: one, and what they gather
+                    self.gather.end_round(not samples)  # collectives: one, and what they gather
                 if samples:
                     weighted = isinstance(out.weight, torch.Tensor)
                     self.recorder.add(out.values, out.weight)
-        return weighted
+            gradients = numbers_of(phase.parameters)
+            if len(gradients) < len(phase.parameters) and not self.may_miss:
+                raise unused(phase.model)
+        return gradients, weighted
 
     def _normalise(
         self, phase: Phase, gradients: list[torch.Tensor], count: int, weighted: bool, idle: bool

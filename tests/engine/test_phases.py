@@ -211,6 +211,19 @@ def test_a_step_has_at_least_one_phase_and_only_those_there_are(returned: Any) -
     assert "Wrong.phases(0)" in f"{caught.value} {getattr(caught.value, '__notes__', '')}"
 
 
+def test_weights_of_a_phase_that_a_step_does_not_use_are_named_alone() -> None:
+    class Spare(Game):
+        def build_model(self) -> nn.Module:
+            model: Any = super().build_model()
+            model["critic"].spare = nn.Parameter(torch.ones(1))
+            return model
+
+    trainer = Trainer(Spare())
+    trainer.step.may_miss = False  # as on several ranks
+    with pytest.raises(RunError, match=r"does not use critic\.spare, so"):
+        trainer.one(0)
+
+
 def test_gradients_that_the_task_switches_in_a_phase_are_told() -> None:
     class Switches(Game):
         def train_step(self, model: Any, batch: Any, phase: str = "") -> Any:
