@@ -64,6 +64,7 @@ class Throughput:
         self.samples = 0
 
     def before_step(self, samples: int) -> None:
+        self.on_step()  # of one that the gradient scaler skipped
         if self.counting and samples:
             from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,7 +72,7 @@ class Throughput:
             self.counter = FlopCounterMode(display=False)
             self.counter.__enter__()
 
-    def on_gradients(self) -> None:
+    def on_step(self) -> None:
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
             self.per_sample = self.counter.get_total_flops() / self.samples

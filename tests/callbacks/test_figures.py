@@ -147,7 +147,7 @@ def trained(throughput: Throughput) -> tuple[list[torch.Tensor], torch.Tensor]:
     for _ in range(2):
         throughput.before_step(8)
         model(torch.randn(8, 1, 8, 8)).square().mean().backward()
-        throughput.on_gradients()
+        throughput.on_step()
         optimizer.step()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return [*model.state_dict().values(), *gradients], torch.get_rng_state()
@@ -171,7 +171,7 @@ def counting(*samples: int, **options: Any) -> Throughput:
     for number in samples:
         throughput.before_step(number)
         torch.ones(2, 2) @ torch.ones(2, 2)
-        throughput.on_gradients()
+        throughput.on_step()
     return throughput
 
 

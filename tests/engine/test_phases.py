@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from launcher.callbacks.throughput import Throughput
 from launcher.data.plan import Plan
 from launcher.errors import RunError, UsageError
 from tests.engine.helpers import LENGTH, Regression, Trainer, assert_close, drawn, fresh
@@ -232,3 +234,19 @@ def test_gradients_that_the_task_switches_in_a_phase_are_told() -> None:
 
     with pytest.raises(RunError, match=r"requires_grad of critic\.0\.weight"):
         Trainer(Switches()).one(0)
+
+
+def test_the_flops_of_a_step_are_those_of_all_its_phases() -> None:
+    trainer = Trainer(Game(), "LOG.COUNT_FLOPS", True)
+    trainer.one(0)
+    trainer.state.callbacks.call("on_step")
+    (throughput,) = (c for c in trainer.state.callbacks.all if isinstance(c, Throughput))
+    with FlopCounterMode(display=False) as counter:
+        by_hand(Game(), 8, 1)
+    # The generator's own gradients in the critic's phase, which plain torch computes for nothing.
+    assert 0 < throughput.per_sample * 8 <= counter.get_total_flops()
+    with FlopCounterMode(display=False) as first:
+        model: Any = Game().build_model()
+        model["generator"].requires_grad_(False)
+        Game().train_step(model, drawn(Game(), 0, 0, 8), "critic")["loss"].backward()
+    assert throughput.per_sample * 8 > first.get_total_flops()
