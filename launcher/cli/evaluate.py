@@ -48,7 +48,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
     # Collectives: the model of rank 0 is everybody's.
     load_model_state(model, runtime.broadcast_state(model_state(model)))
-    metrics = Evaluation(cfg, task, runtime, guard, data)(model, splits)
+    metrics = Evaluation(cfg, task, runtime, guard, data)(model, splits, show=True)
     if metrics is None:
         logger.info("stopped (%s) before the evaluation was done", guard.stop)
         return False

@@ -134,6 +134,12 @@ def _thaw(cfg: CfgNode) -> str | None:
     return None
 
 
+def _at_start(cfg: CfgNode) -> str | None:
+    if cfg.EVAL.AT_START and not evaluates(cfg):
+        return "needs EVAL.EVERY and EVAL.SPLITS: nothing is evaluated without them"
+    return None
+
+
 def _splits(cfg: CfgNode) -> str | None:
     splits, taken = cfg.EVAL.SPLITS, ("train_eval", "perf", "system")
     for name in splits:
@@ -159,4 +165,5 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (("DIST.BACKEND", "DIST.DEVICE"), _backend),
     (("MODEL.THAW",), _thaw),
     (("EVAL.SPLITS",), _splits),
+    (("EVAL.AT_START", "EVAL.EVERY", "EVAL.SPLITS"), _at_start),
 ]

@@ -92,7 +92,7 @@ class Evaluation:
         runtime, plan = self.runtime, self.data.eval_plan(split)
         numbers = dealt(plan, runtime.rank, self.shares)
         batches = self.data.evaluation(split, [k for k, _ in numbers])
-        fold = Fold(self)
+        fold = Fold(self) if runtime.is_main else None
         mine, done, carried = list[Part](), 0, None
         for _ in range(len(dealt(plan, 0, self.shares))):  # as many rounds on every rank
             self.guard.enter("evaluate")
@@ -108,7 +108,7 @@ class Evaluation:
                 mine = []
         if not self.folds and not self._take(fold, mine if done == len(numbers) else None):
             return None
-        metrics = fold.metrics(plan.steps_per_epoch) if runtime.is_main else None
+        metrics = fold.metrics(plan.steps_per_epoch) if fold is not None else None
         if show and metrics is not None:
             with self.alone("show"):
                 self.task.show(model)
@@ -134,17 +134,17 @@ class Evaluation:
         wanted = self.folds or overrides(self.task, "summarize")
         return (k, notes, names, output if wanted else {}), carried
 
-    def _take(self, fold: Fold, mine: list[Part] | None) -> bool:
+    def _take(self, fold: Fold | None, mine: list[Part] | None) -> bool:
         """Hand this rank's parts to rank 0; whether the evaluation goes on. Collectives: all that
         is handed over, and whether any rank was asked to stop."""
         # The one point where evaluation waits for the device.
         ours = mine and [(k, on_host(n), names, map_tensors(o, to_cpu)) for k, n, names, o in mine]
         with calling(f"sending what {self.name}.eval_step returned"):
             parts = self.runtime.gather(ours)
-        if parts is not None and None not in parts:
+        if complete := fold is not None and parts is not None and None not in parts:
             self.guard.enter("summarize")
             fold.take(part for parts_of_rank in parts for part in parts_of_rank)
-        return self.runtime.broadcast(parts is not None and None not in parts)
+        return self.runtime.broadcast(complete)
 
 
 class Fold:
@@ -156,7 +156,10 @@ class Fold:
         self.next, self.names = 0, list[str]()
         self.notes: list[Note] = []
         self.outputs: list[dict[str, Any]] = []
-        self.folded: Any = evaluation.task.start() if evaluation.folds else None
+        self.folded: Any = None
+        if evaluation.folds:
+            with evaluation.alone("start"):
+                self.folded = evaluation.task.start()
 
     def take(self, parts: Iterable[Part]) -> None:
         self.early |= {part[0]: part for part in parts}

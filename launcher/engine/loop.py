@@ -46,6 +46,10 @@ class Loop:
         }
         self.timed = [name for name, period in self.periods.items() if period.timed]
         self.evaluates = evaluates(self.cfg)
+        averages = state.ema is not None or any(map(has_modes, state.optimizers.values()))
+        self.raw = self.cfg.EVAL.RAW and averages
+        if self.cfg.EVAL.RAW and not averages:
+            logger.warning("EVAL.RAW: no weights are averaged, so there are none beside them")
         now = time.monotonic()
         self.timing = Timing(now, self.progress.step, now)
         # Of an evaluation at this very step.
@@ -198,11 +202,10 @@ class Loop:
         with evaluated(optimizers):
             model = evaluated_model(state.model, state.ema)
             metrics = self.evaluation(model, keys.SPLITS, show=True)
-        raw = keys.RAW and (state.ema is not None or any(map(has_modes, optimizers.values())))
-        if metrics is None or not raw:
+        if metrics is None or not self.raw:
             return metrics
-        raw_metrics = self.evaluation(state.model, keys.SPLITS, "_raw")
-        return None if raw_metrics is None else metrics | raw_metrics
+        raw = self.evaluation(state.model, keys.SPLITS, "_raw")
+        return None if raw is None else metrics | raw
 
     def _capture(self) -> dict[str, Any] | None:
         self.state.agreed = self.step.agreement.on_their_way()

@@ -190,6 +190,7 @@ def test_a_stream_is_evaluated_as_far_as_it_is_bounded(
         (("EVAL.SPLITS", "[val/x]"), "'val/x' is no name"),
         (("EVAL.SPLITS", "[perf]"), "the launcher's own"),
         (("EVAL.SPLITS", "[]", "--eval-only"), "EVAL.SPLITS names nothing to evaluate"),
+        (("EVAL.AT_START", "True", "EVAL.EVERY", ""), "needs EVAL.EVERY and EVAL.SPLITS"),
         (("--split", "val"), "--split is for --eval-only"),
         (("MODEL.THAW", "[body@3min]"), "body@3min' is no moment"),
         (("MODEL.THAW", "[body]"), "body' is no moment"),
