@@ -40,9 +40,10 @@ class Plateau(Watched):
     def saw(self, value: float) -> None:
         if self.waited <= self.patience:
             return
+        times = f"{self.waited} {self.what}{'s' if self.waited > 1 else ''}"
         logger.info(
-            "%s %.6g has not got better for %d %ss: learning rate times %g",
-            *(self.metric, self.best, self.waited, self.what, self.factor),
+            "%s %.6g has not got better for %s: learning rate times %g",
+            *(self.metric, self.best, times, self.factor),
         )
         self.waited = 0
         for optimizer in self.run.optimizers.values():

@@ -57,7 +57,9 @@ def grouped(dataset: Any, length: int, batch_size: int, seed: int) -> Grouped:
         if fits and np.isfinite(values).all():
             if by_length:
                 batches = -(-length // batch_size)
-                rank = np.argsort(np.argsort(values, kind="stable"))
+                # Equal ones by chance, not by place: a data set may be sorted by class.
+                chance = Shuffle(length, seed)(0, np.arange(length))
+                rank = np.argsort(np.lexsort((chance, values)))
                 values = rank // batch_size * min(BUCKETS, max(1, batches // 2)) // batches
             return Grouped(values, batch_size, seed)
     raise UsageError(

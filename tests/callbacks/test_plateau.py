@@ -147,4 +147,6 @@ def test_all_ranks_lower_by_a_metric_of_the_training(tmp_path: Path) -> None:
         expected[step] = rate
         rate, best = (rate, loss) if loss < best else (rate * 0.5, best)
     assert jobs.values(run, "train/lr") == pytest.approx(expected) and rate < 0.08
-    assert "weights of step 4, the best" in (run / "logs/rank0.log").read_text()
+    log = (run / "logs/rank0.log").read_text()
+    assert "weights of step 4, the best" in log
+    assert "has not got better for 1 record: learning rate times 0.5" in log

@@ -91,6 +91,12 @@ def test_a_batch_holds_samples_of_similar_length(
         assert len(cut(found, batch_size)[-1]) == length % batch_size
 
 
+def test_samples_of_one_length_are_mixed_however_the_data_set_is_sorted() -> None:
+    lengths, classes = np.arange(4800) % 20, np.arange(4800) // 1200
+    for batch in cut(classes[whole(by(lengths, 32, name="lengths"), 4800)], 32):
+        assert np.bincount(batch).max() < 24  # 20 in the worst of 150 by chance; all if by place
+
+
 @pytest.mark.parametrize("name", ["groups", "lengths"])
 def test_epochs_seeds_and_groups_differ(name: str) -> None:
     values = np.arange(96) // 24
