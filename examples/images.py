@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -20,15 +21,15 @@ from launcher import CfgNode, Task
 
 
 class Digits(Dataset):
-    """Every fifth digit is for validation. In training each is cut out of its padded self at a
-    random place; the launcher seeds that by epoch and sample."""
+    """In training each image is cut out of its padded self at a random place, which the launcher
+    seeds by epoch and sample."""
 
     def __init__(self, split: str, padding: int) -> None:
         digits = load_digits()
-        held_out = torch.arange(len(digits.target)) % 5 == 0
-        chosen = held_out if split == "val" else ~held_out
-        images = torch.tensor(digits.images, dtype=torch.float32)[chosen].unsqueeze(1) / 16
-        self.labels = torch.tensor(digits.target)[chosen]
+        parts = train_test_split(digits.images, digits.target, test_size=0.2, random_state=0)
+        pixels, labels = parts[split == "val" :: 2]
+        images = torch.tensor(pixels, dtype=torch.float32).unsqueeze(1) / 16
+        self.labels = torch.tensor(labels)
         self.padding = padding if split == "train" else 0
         self.images = F.pad((images - 0.305) / 0.376, [self.padding] * 4, value=-0.305 / 0.376)
 
