@@ -33,7 +33,7 @@ def initialise(module: nn.Module) -> None:
 class Dcgan(Task):
     @classmethod
     def defaults(cls) -> CfgNode:
-        return CfgNode({"NOISE": 64, "WIDTH": 32})
+        return CfgNode({"NOISE": 64, "WIDTH": 24})
 
     @classmethod
     def metrics(cls) -> list[str]:
