@@ -38,19 +38,21 @@ class Shapes(Dataset):
         self.sizes = np.random.default_rng(self.seed).integers(36, 53, (length, 2))
         # The bucket of each aspect ratio, for TRAIN.SAMPLER grouped.
         self.groups = np.digitize(self.sizes[:, 1] / self.sizes[:, 0], [0.8, 1.25])
+        self.drawn = [self.draw(index) for index in range(length)]
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        image, masks, labels = self.draw(index)
+        image, target = self.drawn[index]
         if self.flips and torch.rand(()) < 0.5:
-            image, masks = image.flip(-1), masks.flip(-1)
-        inside = [torch.stack(torch.where(mask)[::-1]) for mask in masks]
-        boxes = torch.stack([torch.cat([xy.amin(1), xy.amax(1) + 1]) for xy in inside]).float()
-        return image, {"boxes": boxes, "labels": labels, "masks": masks}
+            left, top, right, bottom = target["boxes"].T
+            boxes = torch.stack([image.shape[2] - right, top, image.shape[2] - left, bottom], 1)
+            image, masks = image.flip(-1), target["masks"].flip(-1)
+            target = {**target, "boxes": boxes, "masks": masks}
+        return image, target
 
-    def draw(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         rng, (height, width) = np.random.default_rng([self.seed, index]), self.sizes[index]
         y, x = np.mgrid[:height, :width] + 0.5
         image = rng.uniform(0, 0.4, (3, 1, 1)) + rng.normal(0, 0.05, (3, height, width))
@@ -63,8 +65,11 @@ class Shapes(Dataset):
             image[:, mask] = rng.uniform(0.4, 1, (3, 1))
             masks, labels = [*(m & ~mask for m in masks), mask], [*labels, label]
         seen = np.array([mask.sum() > 40 for mask in masks])
-        parts = image.astype(np.float32), np.array(masks)[seen], np.array(labels)[seen]
-        return tuple(map(torch.from_numpy, parts))
+        masks, labels = np.array(masks)[seen], np.array(labels)[seen]
+        left, top, w, h = rle.toBbox(encoded(masks)).astype(np.float32).T
+        boxes = np.stack([left, top, left + w, top + h], 1)
+        target = {"boxes": boxes, "labels": labels, "masks": masks}
+        return torch.from_numpy(image).float(), {k: torch.from_numpy(v) for k, v in target.items()}
 
     def collate(self, samples: list[Any]) -> tuple[list[Any], ...]:
         return tuple(map(list, zip(*samples, strict=True)))
@@ -149,6 +154,11 @@ class Detector(nn.Module):
         return {"boxes": boxes, "labels": labels, "masks": inside, "scores": scores}
 
 
+def encoded(masks: np.ndarray) -> list[dict[str, Any]]:
+    """Masks of shape (n, height, width) in COCO's run-length encoding."""
+    return rle.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+
+
 def area(sides: torch.Tensor) -> torch.Tensor:
     return (sides[:, :2] + sides[:, 2:]).prod(1)
 
@@ -214,23 +224,22 @@ def annotations(images: list[dict[str, torch.Tensor]]) -> list[list[dict[str, An
     """Of each image its objects as COCO has them."""
     made = []
     for image in images:
-        masks = np.asfortranarray(image["masks"].cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
-        boxes, scores = image["boxes"].tolist(), image.get("scores", image["labels"]).tolist()
-        parts = zip(boxes, scores, image["labels"].tolist(), rle.encode(masks), strict=True)
-        made.append(
-            [
-                {
-                    "bbox": [left, top, right - left, bottom - top],
-                    "segmentation": mask,
-                    "area": float(rle.area(mask)),
-                    "category_id": label,
-                    "score": score,
-                    "iscrowd": 0,
-                }
-                for (left, top, right, bottom), score, label, mask in parts
-            ]
-        )
+        masks, scores = encoded(image["masks"].cpu().numpy()), image.get("scores", image["labels"])
+        columns = (column.tolist() for column in (image["boxes"], image["labels"], scores))
+        made.append([annotation(*row) for row in zip(*columns, masks, strict=True)])
     return made
+
+
+def annotation(box: list[float], label: int, score: float, mask: Any) -> dict[str, Any]:
+    left, top, right, bottom = box
+    where = {"bbox": [left, top, right - left, bottom - top], "segmentation": mask}
+    return {
+        **where,
+        "area": float(rle.area(mask)),
+        "category_id": label,
+        "score": score,
+        "iscrowd": 0,
+    }
 
 
 def as_coco(images: list[list[dict[str, Any]]], sizes: list[dict[str, int]]) -> COCO:
