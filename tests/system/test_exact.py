@@ -26,7 +26,7 @@ WORKERS, ACCUMULATING = ("DATALOADER.NUM_WORKERS",), ("TRAIN.MICRO_BATCH_SIZE", 
     ("ranks", "options"),
     [
         slow(None, [*WORKERS, "0"], id="one process"),
-        jobs.slow(3, [*WORKERS, "1", *ACCUMULATING], id="3 ranks, workers, accumulation"),
+        pytest.param(3, [*WORKERS, "1", *ACCUMULATING], id="3 ranks, workers, accumulation"),
         slow(2, [*WORKERS, "2"], id="2 ranks"),
         slow(4, ACCUMULATING, id="4 ranks"),
     ],
