@@ -188,7 +188,7 @@ class TrainingState:
             state = saved["scaler"].get(phase) if phase else saved["scaler"]
             if scaler.is_enabled() and state:  # fp16, now and then
                 scaler.load_state_dict(state)
-        self.recorder.phases.update(saved["phases"])
+        self.recorder.phases.update(saved.get("phases", {}))  # an earlier version saved none
         if self.ema is not None and saved["ema"] is not None:
             load_model_state(self.ema, saved["ema"])
         elif self.ema is not None:  # an average that is new to the run begins here
