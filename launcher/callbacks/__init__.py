@@ -113,7 +113,7 @@ class Callbacks:
         self.asked: dict[str, str] = {}  # request -> who asks, and why; sent with the next step
         self.reasons: dict[str, str] = {}  # of all that was asked for in this attempt
         self._methods: dict[str, list[Callable[..., Any]]] = {}
-        self._hooks: dict[str, list[tuple[Any, Callable[..., Any]]]] = {}
+        self._hooks: dict[str, list[tuple[Any, calling, Callable[..., Any]]]] = {}
 
     def methods(self, name: str) -> list[Callable[..., Any]]:
         """The callbacks' methods of this name."""
@@ -121,29 +121,32 @@ class Callbacks:
             self._methods[name] = [getattr(c, name) for c in self.all if hasattr(c, name)]
         return self._methods[name]
 
-    def hooks(self, name: str) -> list[tuple[Any, Callable[..., Any]]]:
-        """The hooks of this name in the order in which they are called, each with whose it is."""
+    def hooks(self, name: str) -> list[tuple[Any, calling, Callable[..., Any]]]:
+        """The hooks of this name in the order in which they are called, each with whose it is, and
+        what an error in it is told with."""
         if name not in self._hooks:
             task = [self.task] if name in OF_TASK else []
             order = [*self.all, *task] if name == "on_end" else [*task, *self.all]
-            found = [(owner, getattr(owner, name, None)) for owner in order]
-            self._hooks[name] = [(owner, hook) for owner, hook in found if callable(hook)]
+            self._hooks[name] = [
+                (owner, calling(f"{type(owner).__name__}.{name}"), getattr(owner, name))
+                for owner in order
+                if callable(getattr(owner, name, None))
+            ]
         return self._hooks[name]
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all that have it. Raises RunError for a request that is none."""
-        for owner, method in self.hooks(hook):
-            name = type(owner).__name__
-            with calling(f"{name}.{hook}"):
+        for owner, told_with, method in self.hooks(hook):
+            with told_with:
                 request = method(*arguments)
             if request is None:
                 continue
             if not isinstance(request, str) or request not in REQUESTS:
                 raise RunError(
-                    f"{name}.{hook} returned {request!r}; a request is one of "
+                    f"{told_with.who} returned {request!r}; a request is one of "
                     f"{', '.join(REQUESTS)}, or None"
                 )
-            why = getattr(owner, "reason", "")
+            name, why = type(owner).__name__, getattr(owner, "reason", "")
             told = f"{name}: {why}" if isinstance(why, str) and why else name
             self.asked.setdefault(request, told)
 

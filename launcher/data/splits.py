@@ -159,13 +159,14 @@ class Data:
     def batches(self) -> Iterator[GlobalBatch]:
         """The global batches from where `start` began to the end of TRAIN.DURATION, if that is in
         epochs. This rank's part of each is to be taken whole before the next."""
-        plan = self.train_plan
+        plan, rounds = self.train_plan, dict[int, tuple[int, int]]()  # by the size of the batch
         for step in range(self._first, self._last):
             k = step % plan.steps_per_epoch
             start, stop = plan.batch(k)
             sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
-            rounds = plan.rounds(k), plan.full_rounds(k)
-            yield GlobalBatch(stop - start, sizes, self._take(len(sizes)), *rounds)
+            if (count := stop - start) not in rounds:
+                rounds[count] = plan.rounds(k), plan.full_rounds(k)
+            yield GlobalBatch(count, sizes, self._take(len(sizes)), *rounds[count])
 
     def _take(self, count: int) -> Iterator[Any]:
         for _ in range(count):

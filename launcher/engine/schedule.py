@@ -69,7 +69,7 @@ class Schedule:
         """Set every parameter group's rate from the one it was made with. Raises RunError where
         somebody else sets it as well."""
         groups = optimizer.param_groups
-        if self._set and not self.steady and set_by_others(optimizer, self._set):
+        if self._set and set_by_others(optimizer, self._set):
             raise RunError(
                 f"the learning rate was changed between steps, to {groups[0].get('lr')}, but "
                 "OPTIM.SCHEDULE, OPTIM.WARMUP or the task's schedule set it before each step. To "
@@ -79,7 +79,8 @@ class Schedule:
         for group in groups:
             if not self.steady or "initial_lr" not in group:
                 set_rate(group, factor)
-        self._set = as_left(optimizer)
+        if not self.steady:  # else whoever sets them may
+            self._set = as_left(optimizer)
 
 
 def build_schedule(cfg: CfgNode, task: Any, plan: Plan, phase: str = "") -> Schedule:
