@@ -90,6 +90,11 @@ class TrainingState:
     def progress(self) -> Progress:
         return self.recorder.progress
 
+    @property
+    def averages(self) -> bool:
+        """Whether the weights that are evaluated are others than those that are trained."""
+        return self.ema is not None or any(map(has_modes, self.optimizers.values()))
+
     def is_finished(self) -> bool:
         """Whether TRAIN.DURATION is over, or a callback has completed the run."""
         duration = parse_duration(self.cfg.TRAIN.DURATION)
@@ -143,11 +148,11 @@ class TrainingState:
 
     def _averaged(self) -> dict[str, Any] | None:
         """The weights that are evaluated, where they are not those that are trained."""
+        if not self.averages:
+            return None
         if self.ema is not None:
             evaluated_model(self.model, self.ema)
             return model_state(self.ema)
-        if not any(map(has_modes, self.optimizers.values())):
-            return None
         with evaluated(self.optimizers):
             state = map_tensors(model_state(self.model), torch.clone)
         return {f"module.{name}": value for name, value in state.items()}

@@ -79,6 +79,11 @@ def _items(value: Any) -> list[Any]:
     return [getattr(value, name) for name in names if hasattr(value, name)]
 
 
+def on_cpu(nest: Any) -> Any:
+    """The nest with its tensors on the CPU, without their graphs."""
+    return map_tensors(nest, lambda tensor: tensor.detach().cpu())
+
+
 def is_dense(value: Any) -> bool:
     """Whether this is a tensor that is no more than its numbers: neither sparse nor quantised."""
     if not isinstance(value, torch.Tensor):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from launcher.edges.batch import is_dense, map_tensors
+from launcher.edges.batch import is_dense, map_tensors, on_cpu
 from launcher.edges.returned import calling
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
@@ -110,7 +110,7 @@ def state_of(task: Any) -> Any:
     if not keeps_state(task):
         return None
     with calling(f"{type(task).__name__}.state_dict"):
-        return map_tensors(task.state_dict(), lambda tensor: tensor.detach().cpu())
+        return on_cpu(task.state_dict())
 
 
 def load_state_of(task: Any, states: Sequence[Any], runtime: Any, may_begin: bool) -> list[str]:

@@ -15,7 +15,7 @@ from launcher.config.checks import recorded_as
 from launcher.data.plan import dealt
 from launcher.data.splits import Data
 from launcher.edges.alone import Alone
-from launcher.edges.batch import map_tensors
+from launcher.edges.batch import on_cpu
 from launcher.edges.model import fill
 from launcher.edges.returned import averages, calling, joined, per_sample, same_names, summarized
 from launcher.engine.step import autocast
@@ -44,6 +44,7 @@ class Evaluation:
         self.name = type(task).__name__
         self.shares = getattr(task, "eval_shares", 0)
         self.folds = hasattr(task, "merge")  # batch by batch, instead of keeping all outputs
+        self.summarizes = overrides(task, "summarize")
 
     def __call__(
         self, model: nn.Module, splits: Iterable[str], suffix: str = "", show: bool = False
@@ -131,14 +132,13 @@ class Evaluation:
                 carried = output.pop("carried", None)
             output = per_sample(output, stop - start, who)
         names, notes = list(output), averages(output, who) + self.recorder.take()
-        wanted = self.folds or overrides(self.task, "summarize")
-        return (k, notes, names, output if wanted else {}), carried
+        return (k, notes, names, output if self.folds or self.summarizes else {}), carried
 
     def _take(self, fold: Fold | None, mine: list[Part] | None) -> bool:
         """Hand this rank's parts to rank 0; whether the evaluation goes on. Collectives: all that
         is handed over, and whether any rank was asked to stop."""
         # The one point where evaluation waits for the device.
-        ours = mine and [(k, on_host(n), names, map_tensors(o, to_cpu)) for k, n, names, o in mine]
+        ours = mine and [(k, on_host(n), names, on_cpu(o)) for k, n, names, o in mine]
         with calling(f"sending what {self.name}.eval_step returned"):
             parts = self.runtime.gather(ours)
         if complete := fold is not None and parts is not None and None not in parts:
@@ -183,15 +183,11 @@ class Fold:
         """The means, and what the task makes of all outputs."""
         task, recorder = self.evaluation.task, self.evaluation.recorder
         found = dict.fromkeys((name for name, _, _ in self.notes), math.nan) | means(self.notes)
-        if overrides(task, "summarize"):
+        if self.evaluation.summarizes:
             whole = self.folded if self.evaluation.folds else joined(self.outputs, self.who)
             with self.evaluation.alone("summarize", steps) as who:
                 found |= summarized(task.summarize(whole), who)
         return found | means(on_host(recorder.take()))  # what these noted
-
-
-def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu()
 
 
 def on_host(notes: list[Note]) -> list[tuple[str, float, float]]:

@@ -11,7 +11,7 @@ from launcher.checkpoint.state import TrainingState
 from launcher.config.checks import evaluates
 from launcher.edges.generators import random_state, set_random_state
 from launcher.edges.model import evaluated_model
-from launcher.edges.optimizer import evaluated, has_modes, rates
+from launcher.edges.optimizer import evaluated, rates
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.step import TrainStep
 from launcher.engine.timing import Timing
@@ -46,9 +46,8 @@ class Loop:
         }
         self.timed = [name for name, period in self.periods.items() if period.timed]
         self.evaluates = evaluates(self.cfg)
-        averages = state.ema is not None or any(map(has_modes, state.optimizers.values()))
-        self.raw = self.cfg.EVAL.RAW and averages
-        if self.cfg.EVAL.RAW and not averages:
+        self.raw = self.cfg.EVAL.RAW and state.averages
+        if self.cfg.EVAL.RAW and not self.raw:
             logger.warning("EVAL.RAW: no weights are averaged, so there are none beside them")
         now = time.monotonic()
         self.timing = Timing(now, self.progress.step, now)

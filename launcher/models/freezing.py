@@ -42,7 +42,7 @@ class Freezing:
         self.norms = {name: norm for name, norm in norms.items() if self._rests(name, norm)}
         self.frozen |= {id(p) for p in weights.values() if not p.requires_grad}
         # The moment from which on each weight trains that does not from the start.
-        self.thaws: list[tuple[Duration, str, list[nn.Parameter]]] = []
+        self.left: list[tuple[Duration, str, list[nn.Parameter]]] = []
         for entry in cfg.MODEL.THAW:
             pattern, _, when = entry.rpartition("@")
             duration = parse_duration(when)
@@ -52,12 +52,11 @@ class Freezing:
                 raise UsageError(
                     f"MODEL.THAW {entry}: nothing of that is frozen. Name it in MODEL.FREEZE too."
                 )
-            self.thaws.append((duration, pattern, found))
-        thawed = {id(p) for _, _, found in self.thaws for p in found}
+            self.left.append((duration, pattern, found))
+        thawed = {id(p) for _, _, found in self.left for p in found}
         for p in weights.values():
             if p.requires_grad != (trains := id(p) not in self.frozen or id(p) in thawed):
                 p.requires_grad_(trains)
-        self.left = list(self.thaws)
 
     def _rests(self, name: str, norm: nn.Module) -> bool:
         weights = list(norm.parameters(recurse=False))
@@ -70,12 +69,12 @@ class Freezing:
         """Freeze what does not train from the start, once the optimisers are made. Raises
         UsageError for one that takes no weights later."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        if self.thaws and any(g.get("fused") and g.get("momentum") for g in groups):
+        if self.left and any(g.get("fused") and g.get("momentum") for g in groups):
             raise UsageError(
                 "MODEL.THAW: torch's fused SGD with momentum takes no weights later. Make "
                 "it with fused=False in build_optimizer."
             )
-        for _, _, found in self.thaws:
+        for _, _, found in self.left:
             for p in found:
                 p.requires_grad_(False)
         self._rest()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from launcher.checkpoint.store import CheckpointStore, DamagedCheckpoint
+from launcher.config.checks import recorded_as
 from launcher.config.units import parse_duration
 from launcher.errors import UsageError
 from launcher.runs import foreign
@@ -135,7 +136,7 @@ def _missing(run: Run, table: Table) -> Iterator[Finding]:
     held to the distance that most of their own records keep.
     """
     splits = run.config.get("EVAL.SPLITS", ["val"])
-    evaluated = ["train_eval/" if split == "train" else f"{split}/" for split in splits]
+    evaluated = [f"{recorded_as(split)}/" for split in splits]
     for prefix, name in (("train/", "LOG.EVERY"), *((e, "EVAL.EVERY") for e in evaluated)):
         columns = {key: rows for key, (rows, _) in table.columns.items() if key.startswith(prefix)}
         mine = np.unique(np.concatenate([np.empty(0, int), *columns.values()]))

@@ -4,18 +4,16 @@ The same processes make one group after the other, of 3 and then of 2 ranks, one
 """
 
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from launcher.data.plan import Plan
-from launcher.runtime.process import Runtime, end, start
-from launcher.runtime.topology import Topology
-from tests.engine.helpers import LENGTH, Regression, Trainer, config, evaluation, recording
+from launcher.runtime.process import Runtime
+from tests.engine.helpers import LENGTH, Regression, Trainer, evaluation, recording
 from tests.engine.test_phases import At, Game, ManyCritics
+from tests.groups import serve
 
 WORLDS = (3, 2)
 STEPS = 3
@@ -120,28 +118,19 @@ def phased(runtime: Runtime, kind: str, batch: int, micro: int, weighted: bool) 
     return {"weights": trainer.weights, "seen": seen, "collectives": collectives}
 
 
-def main(rank: int, folder: Path, ports: list[str]) -> None:
-    torch.set_num_threads(1)
-    results: dict[int, dict[Any, Any]] = {}
-    for world_size, port in zip(WORLDS, ports, strict=True):
-        if rank >= world_size:
-            break
-        world = rank, rank, world_size, world_size
-        topology = Topology(*world, "torchrun", master_addr="127.0.0.1", master_port=int(port))
-        runtime = start(topology, config("DIST.DEVICE", "cpu"))
-        results[world_size] = {
-            (*case, weighted): trained(runtime, *case, weighted)
-            for case in CASES
-            for weighted in (False, True)
-        }
-        results[world_size] |= {
-            (kind, *case, weighted): phased(runtime, kind, *case, weighted)
-            for kind, case, weighted in itertools.product(PHASED, PHASE_CASES, (False, True))
-        }
-        results[world_size]["evaluated"] = [evaluated(runtime, kind) for kind in KINDS]
-        end()
-    torch.save(results, folder / f"rank{rank}.pt")
+def found(runtime: Runtime) -> dict[Any, Any]:
+    results: dict[Any, Any] = {
+        (*case, weighted): trained(runtime, *case, weighted)
+        for case in CASES
+        for weighted in (False, True)
+    }
+    results |= {
+        (kind, *case, weighted): phased(runtime, kind, *case, weighted)
+        for kind, case, weighted in itertools.product(PHASED, PHASE_CASES, (False, True))
+    }
+    results["evaluated"] = [evaluated(runtime, kind) for kind in KINDS]
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    serve(WORLDS, found)

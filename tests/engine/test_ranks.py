@@ -1,9 +1,6 @@
 """Real gloo groups of 3 and 2 ranks against one process: weights, records, requests, metrics."""
 
 import itertools
-import socket
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,28 +20,13 @@ from tests.engine.ranks import (
     evaluated,
     trained,
 )
-from tests.system.jobs import ROOT
+from tests.groups import spawned
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank found; one start of three processes serves all tests."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as a, socket.socket() as b:
-        for s in (a, b):
-            s.bind(("127.0.0.1", 0))
-        ports = [str(s.getsockname()[1]) for s in (a, b)]
-    command = [sys.executable, "-m", "tests.engine.ranks"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder), *ports], cwd=ROOT)
-        for rank in range(max(WORLDS))
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in started] == [0] * len(started)
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
+    return spawned("tests.engine.ranks", tmp_path_factory.mktemp("ranks"), WORLDS)
 
 
 class Run(NamedTuple):

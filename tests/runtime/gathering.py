@@ -5,9 +5,7 @@ The same processes make one group after the other, of 3 and then of 2 ranks, one
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +15,9 @@ from torch import nn
 from launcher.data.plan import Plan
 from launcher.errors import RunError
 from launcher.runtime.gather import Gather
-from launcher.runtime.process import Runtime, end, start
-from launcher.runtime.topology import Topology
-from tests.engine.helpers import LENGTH, Regression, Trainer, Weights, config, drawn
+from launcher.runtime.process import Runtime
+from tests.engine.helpers import LENGTH, Regression, Trainer, Weights, drawn
+from tests.groups import serve
 
 WORLDS = (3, 2)
 # Rows of each rank.
@@ -222,18 +220,5 @@ def found(runtime: Runtime) -> dict[Any, Any]:
     return results
 
 
-def main(rank: int, folder: Path, ports: list[str]) -> None:
-    torch.set_num_threads(1)
-    results: dict[int, dict[Any, Any]] = {}
-    for world_size, port in zip(WORLDS, ports, strict=True):
-        if rank >= world_size:
-            break
-        world = rank, rank, world_size, world_size
-        topology = Topology(*world, "torchrun", master_addr="127.0.0.1", master_port=int(port))
-        results[world_size] = found(start(topology, config("DIST.DEVICE", "cpu")))
-        end()
-    torch.save(results, folder / f"rank{rank}.pt")
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    serve(WORLDS, found)

@@ -3,8 +3,6 @@
 import copy
 import multiprocessing
 import pickle
-import socket
-import subprocess
 import sys
 from functools import partial
 from itertools import chain
@@ -18,6 +16,7 @@ from launcher.errors import RunError
 from launcher.runtime.gather import Gather
 from launcher.tasks.task import make_task
 from tests.engine.helpers import ALONE, assert_close
+from tests.groups import spawned
 from tests.runtime.gathering import (
     CASES,
     DTYPES,
@@ -28,28 +27,12 @@ from tests.runtime.gathering import (
     interdependent,
     rows,
 )
-from tests.system.jobs import ROOT
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank found; one start of three processes serves all tests."""
-    folder = tmp_path_factory.mktemp("gather")
-    with socket.socket() as a, socket.socket() as b:
-        for s in (a, b):
-            s.bind(("127.0.0.1", 0))
-        ports = [str(s.getsockname()[1]) for s in (a, b)]
-    command = [sys.executable, "-m", "tests.runtime.gathering"]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder), *ports], cwd=ROOT)
-        for rank in range(max(WORLDS))
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in started] == [0] * len(started)
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(max(WORLDS))]
+    return spawned("tests.runtime.gathering", tmp_path_factory.mktemp("gather"), WORLDS)
 
 
 @pytest.fixture(params=WORLDS, ids="{} ranks".format)
