@@ -76,7 +76,7 @@ class MoCo(Task):
     def defaults(cls) -> CfgNode:
         # LABELLED: images a digit, for the evaluation.
         sizes = {"WIDTH": 64, "QUEUE": 512, "LABELLED": 5}
-        return CfgNode({"TEMPERATURE": 0.2, "MOMENTUM": 0.99, **sizes})
+        return CfgNode({"TEMPERATURE": 0.2, "MOMENTUM": 0.98, **sizes})
 
     @classmethod
     def metrics(cls) -> list[str]:
