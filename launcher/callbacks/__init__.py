@@ -12,6 +12,8 @@ alike, but for `on_saved`:
     on_record(record)           after a record; the record on rank 0, None elsewhere
     on_evaluation(metrics)      after an evaluation, with its metrics
     on_checkpoint()             before a checkpoint is taken
+    on_nonfinite(late)          a loss or gradient was not finite, with DEBUG.NONFINITE; so many
+                                answers of the ranks after it are not read yet
     on_saved(seconds)           one is written; on rank 0, in the thread that did it
     on_end()                    the run is complete
     state_dict(), load_state_dict(state)    plain values and tensors, one a rank, saved with the run
@@ -42,6 +44,7 @@ import inspect
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,10 +200,15 @@ class Callbacks:
                 callback.load_state_dict(states[name])
 
     def _with_state(self) -> list[tuple[str, Any]]:
-        """Those that have a state, each with its name in a checkpoint: those without one, which
-        come and go with the config and the terminal, change no name."""
-        found = [callback for callback in self.all if hasattr(callback, "state_dict")]
-        return [(f"{i} {type(callback).__name__}", callback) for i, callback in enumerate(found)]
+        """Those that have a state, each with its name in a checkpoint: its class and which of that
+        it is, so that others, which come and go with the config and the rank, change no name."""
+        found, seen = [], Counter[str]()
+        for callback in self.all:
+            if hasattr(callback, "state_dict"):
+                name = type(callback).__name__
+                found.append((f"{seen[name]} {name}", callback))
+                seen[name] += 1
+        return found
 
 
 Made = tuple[type, dict[str, Any]]  # a callback's class, and the arguments given to it
@@ -251,6 +259,15 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
     from launcher.callbacks.system import SystemFigures
 
     classes: list[type] = [LogLines, DataAdvice, DiskSpace, SystemFigures]
+    if runtime.is_main:
+        from launcher.callbacks.digests import Digests
+        from launcher.callbacks.spikes import Spikes
+
+        classes += [Digests, Spikes]
+    if cfg.DEBUG.NONFINITE:
+        from launcher.callbacks.nonfinite import Nonfinite
+
+        classes.append(Nonfinite)
     if runtime.distributed:
         from launcher.callbacks.stragglers import Stragglers
 

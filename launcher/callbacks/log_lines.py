@@ -29,7 +29,8 @@ class Lines(Sink):
 
     def write(self, items: Sequence[Record | Media]) -> None:
         for record in items:
-            if isinstance(record, dict):
+            # A digest alone is for tools.
+            if isinstance(record, dict) and record.keys() - {*POSITION, "digest"}:
                 # A progress bar shows these; evaluations deserve a line above it too.
                 training = any(key.startswith("train/") for key in record)
                 logger.info(summary(record), extra={"training": training})

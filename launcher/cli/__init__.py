@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a task from a config, alone or under torchrun or srun",
     "checkpoint": "list, verify and export the checkpoints of a run",
     "runs": "read runs back: how they are doing, what they recorded",
+    "replay": "a step of a run once more, with the proof that it is the same",
     "config": "list a config's keys and where their values come from; compare two configs",
     "tune-loader": "measure loader workers, prefetch and pinning on a config's data",
 }
@@ -59,6 +60,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.runs import main as runs
 
         return runs
+    if name == "replay":
+        from launcher.cli.replay import main as replay
+
+        return replay
     if name == "tune-loader":
         from launcher.cli.tune_loader import main as tune_loader
 

@@ -20,6 +20,7 @@ DATA = "DATASET_LENGTH"
 # not depend on them.
 FREE = (
     *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
+    *(f"DEBUG.{name}" for name in ("NONFINITE", "DETECT_ANOMALY", "BREAK_RANK")),
     *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
 

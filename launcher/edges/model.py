@@ -14,19 +14,14 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from launcher.edges.digest import plain_name, words
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
 
 logger = get_logger(__name__)
 
-WRAPPER = "_orig_mod."  # torch.compile's, before the names of what it wraps
 # Batch-norm's buffers: rank 0's count, as in DDP. Any other is its rank's own.
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def plain_name(name: str) -> str:
-    """The name of a weight in the model as it is written."""
-    return name.replace(WRAPPER, "")
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -265,20 +260,8 @@ def fill(tensors: Iterable[torch.Tensor], values: Sequence[torch.Tensor]) -> Non
 def bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """For each tensor the sum of its bits, read as whole numbers: the same for equal tensors of any
     memory layout. Waits for the device, once."""
-    sums = [_bits(tensor) for tensor in tensors.values()]
+    sums = [words(tensor).sum(dtype=torch.int64) for tensor in tensors.values()]
     return dict(zip(tensors, torch.stack(sums).tolist() if sums else [], strict=True))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.detach()
-    if tensor.is_quantized:
-        tensor = tensor.int_repr()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(whole).sum(dtype=torch.int64)
 
 
 def some(names: list[str]) -> str:

@@ -15,7 +15,9 @@ from torch import nn
 
 from launcher.guard.stop import LAG
 
-REQUESTS = ("stop", "finish", "record", "evaluate", "checkpoint")
+# The last is no request: a loss or gradient was not finite on some rank (DEBUG.NONFINITE).
+REQUESTS = ("stop", "finish", "record", "evaluate", "checkpoint", "nonfinite")
+NONFINITE = REQUESTS.index("nonfinite")
 # Two more passengers: whether the task weighs its batches, and the weight of the global batch.
 WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
 
@@ -35,14 +37,21 @@ class Agreement:
         self._passengers = torch.zeros_like(self.carrier, requires_grad=False)
 
     def loss_term(
-        self, requests: frozenset[str], weight: torch.Tensor | float, weighted: bool
+        self,
+        requests: frozenset[str],
+        weight: torch.Tensor | float,
+        weighted: bool,
+        watched: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A term of value 0 whose gradient to the carrier is what this rank has to say."""
+        """A term of value 0 whose gradient to the carrier is what this rank has to say; also
+        whether `watched`, of shape (), is finite."""
         passengers = self._passengers.zero_()
         for name in requests:
             passengers[REQUESTS.index(name)] = 1.0
         passengers[WEIGHTED] = float(weighted)
         passengers[WEIGHT] = weight
+        if watched is not None:
+            passengers[NONFINITE] = ~watched.detach().isfinite()  # on the device
         return torch.dot(self.carrier, passengers)
 
     @property
@@ -55,6 +64,11 @@ class Agreement:
         """Whether any rank's task weighs this batch. Waits for the device."""
         assert self.carrier.grad is not None
         return bool(self.carrier.grad[WEIGHTED].item() > 0)
+
+    def watch(self, norm: torch.Tensor) -> None:
+        """Say whether the norm of the gradients, the same on all ranks, is finite."""
+        assert self.carrier.grad is not None
+        self.carrier.grad[NONFINITE] += ~norm.isfinite()
 
     def seen(self) -> frozenset[str]:
         """The requests that every rank sees after this step; call it once a step."""

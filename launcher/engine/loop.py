@@ -81,6 +81,8 @@ class Loop:
             progress.advance(batch.count, plan.samples_per_epoch, skipped)
             self.timing.steps += 1
             self.timing.samples += batch.count
+            if "nonfinite" in seen:
+                self.callbacks.call("on_nonfinite", len(self.step.pending))
             if "finish" in seen:
                 self.state.finished = self._why(self.callbacks.reasons.get("finish"))
             finished = self.state.is_finished()
@@ -208,6 +210,9 @@ class Loop:
 
     def _capture(self) -> dict[str, Any] | None:
         self.state.agreed = self.step.agreement.on_their_way()
+        for late, names in enumerate(reversed(self.state.agreed)):
+            if "nonfinite" in names:  # nothing is saved after it
+                self.callbacks.call("on_nonfinite", late)
         return self.state.capture(self.runtime)
 
     def _keep(self, captured: dict[str, Any]) -> None:

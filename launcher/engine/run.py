@@ -68,6 +68,7 @@ class Job:
     callbacks: Sequence[Made] = ()  # those of CALLBACKS
     checkpoint: str = "last"  # "last", "best" or a path; for --eval-only
     splits: Sequence[str] = ()  # for --eval-only: others than EVAL.SPLITS
+    saves: bool = True  # checkpoints; a replay leaves none
 
 
 def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
@@ -152,7 +153,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
 
         sinks = [JsonLines(directory.metrics), *state.callbacks.sinks()]
         writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
-        saver = Saver(store, saved)
+        saver = Saver(store, saved) if job.saves else None
     completed = False
     try:
         step = TrainStep(cfg, task, state, runtime, gather)

@@ -68,6 +68,7 @@ class StepModule(nn.Module):
         self.collectives: Callable[[], int] = lambda: 0
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
+        self.watches = cfg.DEBUG.NONFINITE != ""
 
     def forward(self, batch: Any, samples: int, count: int, requests: frozenset[str]) -> MicroBatch:
         """`samples` of the global batch's `count`. A rank without samples passes no batch: every
@@ -95,7 +96,8 @@ class StepModule(nn.Module):
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
         loss = loss * (weight * (self.agreement.world_size / count))
-        term = self.gather.tie(self.agreement.loss_term(requests, weight, weighted))
+        watched = values["loss"] if self.watches else None
+        term = self.gather.tie(self.agreement.loss_term(requests, weight, weighted, watched))
         return MicroBatch(loss, term, values, weight)
 
 
@@ -191,6 +193,7 @@ class TrainStep:
         self.gather = gather
         self.recorder, self.callbacks = state.recorder, state.callbacks
         self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
+        self.watches = cfg.DEBUG.NONFINITE != ""
         # Whether a weight may go without a gradient.
         self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
         plan = state.data.train_plan
@@ -231,8 +234,8 @@ class TrainStep:
             gradients, weighted = self._backward(phase, batch, iter(batches), requests)
             self._normalise(phase, gradients, batch.count, weighted, idle=not batch.sizes)
             skipped &= self._update(phase, gradients)
-            if phase is phases[0]:
-                seen = phase.agreement.seen()
+            if phase is phases[0] or self.watches:
+                seen |= phase.agreement.seen()
             requests = frozenset()  # which travel with the first phase
             phase.module.zero_grad()
         self.recorder.phase = ""
@@ -300,8 +303,10 @@ class TrainStep:
     def _update(self, phase: Phase, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
         skipped, noted, scaler = False, {}, phase.scaler
-        if self.clip > 0 or self.records:
+        if self.clip > 0 or self.records or self.watches:
             noted["grad_norm"] = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
+            phase.agreement.watch(noted["grad_norm"])
         if self.clip > 0:
             clip(gradients, noted["grad_norm"], self.clip)
         if scaler.is_enabled():

@@ -275,6 +275,7 @@ def _set_precision(cfg: CfgNode) -> None:
     tf32 = cfg.TRAIN.PRECISION == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
+    torch.autograd.set_detect_anomaly(cfg.DEBUG.DETECT_ANOMALY)
     if cfg.DETERMINISTIC:
         # cuBLAS reads this when its first handle is made, so it is set before any CUDA call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 import socket
 import subprocess
@@ -32,6 +33,7 @@ def describe(argv: Sequence[str]) -> dict[str, Any]:
     """Command line, versions and git state, for environment.json."""
     return {
         "command": [sys.executable, *argv],
+        "directory": os.getcwd(),
         "platform": platform.platform(),
         "versions": versions(),
         "git": _git(),

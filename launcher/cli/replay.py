@@ -1,0 +1,170 @@
+"""`launcher replay RUN --step N`: a step of a run once more, and the proof that it is the same."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from launcher.debug.plan import ReplayPlan, plan_replay, recorded
+from launcher.errors import UsageError
+
+# What another rank of a replay is told by the one that starts it: the folder to write to.
+MEMBER = "LAUNCHER_REPLAY"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="launcher replay",
+        description="Start from the newest kept checkpoint before a step, on as many ranks as the "
+        "run had, run to the step and compare all that is recorded on the way. Nothing in RUN is "
+        "changed. Exits 1 where anything differs.",
+        allow_abbrev=False,
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    p.add_argument("--step", type=int, required=True, metavar="N", help="the step to come to")
+    p.add_argument("--rank", type=int, default=0, metavar="R", help="look at this rank (default 0)")
+    how = p.add_mutually_exclusive_group()
+    how.add_argument("--pdb", action="store_true", help="stop in train_step of that step")
+    how.add_argument("--stats", action="store_true", help="print what goes through each module")
+    how.add_argument("--profile", action="store_true", help="trace that step with torch.profiler")
+    how.add_argument("--anomaly", action="store_true", help="detect anomalies in that step")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    """Run the command."""
+    options = parser().parse_args(argv)
+    from launcher.runs.run import open_run
+
+    run = open_run(options.run)
+    plan = plan_replay(run, options.step)
+    if not 0 <= options.rank < plan.world_size:
+        raise UsageError(f"--rank {options.rank}: the run had ranks 0 to {plan.world_size - 1}")
+    if MEMBER in os.environ or plan.world_size == 1:
+        with tempfile.TemporaryDirectory(prefix="launcher-replay-") as own:
+            return _replay(options, run, plan, Path(os.environ.get(MEMBER, own)))
+    return _with_others(options, argv, run, plan)
+
+
+def _with_others(options: argparse.Namespace, argv: list[str], run: Any, plan: ReplayPlan) -> int:
+    """Be the rank that is looked at, so that a debugger has this terminal, beside the others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory(prefix="launcher-replay-") as folder:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), MEMBER: folder}
+        world = {"WORLD_SIZE": str(plan.world_size), "LOCAL_WORLD_SIZE": str(plan.world_size)}
+
+        def env(rank: int) -> dict[str, str]:
+            return {**place, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+        command = [sys.executable, "-m", "launcher", "replay", *argv]
+        others = [
+            subprocess.Popen(command, env=os.environ | env(rank), stdin=subprocess.DEVNULL)
+            for rank in range(plan.world_size)
+            if rank != options.rank
+        ]
+        os.environ.update(env(options.rank))
+        try:
+            code = _replay(options, run, plan, Path(folder))
+            return max(code, *(other.wait() for other in others))
+        finally:
+            for other in others:
+                if other.poll() is None:
+                    other.kill()
+
+
+def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Path) -> int:
+    """This rank's part."""
+    path, theirs = run.path.resolve(), recorded(run.path)
+    ranks = run.environment.get("ranks") or [{}]
+    if plan.checkpoint is None and "threads" in ranks[0]:  # else the checkpoint tells
+        os.environ.setdefault("OMP_NUM_THREADS", str(ranks[0]["threads"]))
+    if os.path.isdir(there := run.environment.get("directory", "")):
+        os.chdir(there)  # where TASK.NAME and other paths are sought from
+        if there not in sys.path:
+            sys.path.insert(0, there)
+    how = next(
+        (name for name in ("pdb", "stats", "profile", "anomaly") if getattr(options, name)), ""
+    )
+
+    from launcher.callbacks import resolve
+    from launcher.config import load_config
+    from launcher.config.units import parse_duration
+    from launcher.debug.replay import Comparison, Replay, Replayed
+    from launcher.engine.run import Job
+    from launcher.engine.run import run as train
+    from launcher.guard.guard import Guard
+    from launcher.guard.stop import Signals
+    from launcher.runtime.progress import Progress
+    from launcher.runtime.topology import read_topology
+    from launcher.tasks import resolve_task
+    from launcher.telemetry.logs import Logs
+    from launcher.telemetry.rundir import RunDirectory
+
+    settings = ["OUTPUT_DIR", str(folder / "run"), "LOG.TENSORBOARD", "False", "TRAIN.MAX_TIME", ""]
+    settings += ["LOG.LEVEL", "WARNING"]
+    if how == "pdb":
+        settings += ["DEBUG.BREAK_RANK", "-1"]
+    config = load_config(str(path / "config.yaml"), settings, resolve_task)
+    cfg, task_class = config.cfg, config.task
+    assert task_class is not None
+    duration = parse_duration(cfg.LOG.EVERY)
+    comparison = Comparison(theirs, duration is not None and duration.unit == "s")
+    made = (Replay, {"plan": plan, "comparison": comparison, "rank": options.rank, "how": how})
+    made[1]["out"] = Path(tempfile.gettempdir())
+    topology, directory = read_topology(os.environ), RunDirectory(cfg.OUTPUT_DIR)
+    job = Job(
+        cfg,
+        task_class,
+        directory,
+        argv=sys.argv,
+        resume_from=plan.checkpoint,
+        allow=plan.allow,
+        callbacks=[*resolve(cfg.CALLBACKS, [Path.cwd()]), made],
+        saves=False,
+    )
+    log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
+    with (
+        Signals() as signals,
+        Logs(topology, log.LEVEL, own, log.FORMAT, log.FILE_MB, log.FILES_KEPT) as logs,
+        Guard(cfg, topology, directory, Progress(), signals) as guard,
+    ):
+        runtime = guard.join(task_class)
+        try:
+            train(job, runtime, guard, logs)
+        except Replayed:
+            pass
+    return told(run, plan, comparison) if topology.is_main else 0
+
+
+def told(run: Any, plan: ReplayPlan, comparison: Any) -> int:
+    """Say what was the same and what not; the exit code."""
+    ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
+    print(f"replayed steps {plan.begin + 1} to {plan.step} of {run.path} on {ranks}", flush=True)
+    if not comparison.differing:
+        at = comparison.proved
+        if at:
+            print(f"the same: {comparison.same} recorded values, digests at steps {at}")
+        else:
+            print(
+                f"the same: {comparison.same} recorded values; no digest was recorded on the way, "
+                "so nothing proves the weights (LOG.DIGEST records some)"
+            )
+        return 0
+    step, key, then, now = comparison.differing[0]
+    print(f"NOT the same: {key} at step {step} was {then}, and is {now}")
+    digest, equal = comparison.first_digest(), comparison.proved
+    if digest is not None:
+        known = f"equal at step {max(equal)}" if equal else "at none equal"
+        print(f"the weights differ at step {digest}, {known}")
+    more = len(comparison.differing) - 1
+    if more:
+        print(f"and {more} more value{'s' * (more > 1)} of {comparison.same + more + 1}")
+    return 1
