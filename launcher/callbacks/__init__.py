@@ -264,6 +264,14 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
         from launcher.callbacks.spikes import Spikes
 
         classes += [Digests, Spikes]
+        if cfg.DEBUG.OVERFIT_BATCHES:
+            from launcher.callbacks.overfit import Overfit
+
+            classes.append(Overfit)
+    if runtime.rank == cfg.DEBUG.BREAK_RANK:
+        from launcher.callbacks.break_rank import BreakRank
+
+        classes.append(BreakRank)
     if cfg.DEBUG.NONFINITE:
         from launcher.callbacks.nonfinite import Nonfinite
 
@@ -288,7 +296,7 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
         from launcher.callbacks.tensorboard import TensorBoard
 
         classes.append(TensorBoard)
-    if runtime.is_main and sys.stderr.isatty():
+    if cfg.LOG.PROGRESS_BAR and runtime.is_main and sys.stderr.isatty():
         from launcher.callbacks.progress_bar import ProgressBar
 
         classes.append(ProgressBar)

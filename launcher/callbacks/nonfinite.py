@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: where, on which rank, and what to do (DEBUG.NONFINITE)."""
+"""Losses and gradients that are not finite: when, on which rank, and what to do about it."""
 
 from __future__ import annotations
 

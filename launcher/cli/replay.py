@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.debug.plan import ReplayPlan, plan_replay, recorded
+from launcher.debug.preset import NO_LIMITS
 from launcher.errors import UsageError
 
 # What another rank of a replay is told by the one that starts it: the folder to write to.
@@ -109,9 +111,9 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     from launcher.telemetry.rundir import RunDirectory
 
     settings = ["OUTPUT_DIR", str(folder / "run"), "LOG.TENSORBOARD", "False", "TRAIN.MAX_TIME", ""]
-    settings += ["LOG.LEVEL", "WARNING"]
+    settings += ["LOG.LEVEL", "WARNING", "LOG.PROGRESS_BAR", "False", "DEBUG.BREAK_RANK", "-1"]
     if how == "pdb":
-        settings += ["DEBUG.BREAK_RANK", "-1"]
+        settings += NO_LIMITS
     config = load_config(str(path / "config.yaml"), settings, resolve_task)
     cfg, task_class = config.cfg, config.task
     assert task_class is not None
@@ -137,10 +139,8 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         Guard(cfg, topology, directory, Progress(), signals) as guard,
     ):
         runtime = guard.join(task_class)
-        try:
+        with contextlib.suppress(Replayed):
             train(job, runtime, guard, logs)
-        except Replayed:
-            pass
     return told(run, plan, comparison) if topology.is_main else 0
 
 
@@ -160,10 +160,10 @@ def told(run: Any, plan: ReplayPlan, comparison: Any) -> int:
         return 0
     step, key, then, now = comparison.differing[0]
     print(f"NOT the same: {key} at step {step} was {then}, and is {now}")
-    digest, equal = comparison.first_digest(), comparison.proved
-    if digest is not None:
-        known = f"equal at step {max(equal)}" if equal else "at none equal"
-        print(f"the weights differ at step {digest}, {known}")
+    if (digest := comparison.first_digest()) is not None:
+        equal = max((at for at in comparison.proved if at < digest), default=None)
+        known = "" if equal is None else f", equal at step {equal}"
+        print(f"the weights differ at step {digest}{known}")
     more = len(comparison.differing) - 1
     if more:
         print(f"and {more} more value{'s' * (more > 1)} of {comparison.same + more + 1}")

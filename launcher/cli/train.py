@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +16,7 @@ from launcher.config import load_config
 from launcher.config.checks import evaluates
 from launcher.config.coerce import expand
 from launcher.config.problem import Mistake
+from launcher.debug.preset import PRESET, added, folder_of
 from launcher.errors import RunError, UsageError
 from launcher.guard.stop import STOPPED, Signals
 from launcher.log import get_logger
@@ -82,6 +85,18 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="report every mistake in the config, or print the resolved config, and exit",
     )
+    p.add_argument(
+        "--debug",
+        action="store_true",
+        help="the debugging preset: no workers, deterministic, anomalies detected, 20 steps into a "
+        "temporary directory; the debugger opens on an exception where there is a terminal",
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="one step, one batch of each evaluation, a save and a load in a temporary directory, "
+        "and what each takes; then exit",
+    )
     # What torch.distributed.launch adds; the same stands in the environment.
     p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)
     return p
@@ -100,8 +115,17 @@ def _train(argv: list[str], signals: Signals) -> int:
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
     topology = read_topology(os.environ)
+    spare = folder_of(topology, "debug" if options.debug else "dry-run")
+    if options.debug:
+        settings = [*PRESET, "OUTPUT_DIR", f"{spare}/run", *settings]
     config = load_config(options.config_file, settings, resolve_task)
+    if more := added(config.cfg, spare, options.dry_run):
+        config = load_config(options.config_file, [*settings, *more], resolve_task)
     cfg, task_class = config.cfg, config.task
+    if topology.world_size <= cfg.DEBUG.BREAK_RANK:
+        raise UsageError(
+            f"DEBUG.BREAK_RANK {cfg.DEBUG.BREAK_RANK}: the last rank is {topology.world_size - 1}"
+        )
     splits = [name for text in options.split for name in text.split(",")]
     if splits and not options.eval_only:
         raise UsageError("--split is for --eval-only; EVAL.SPLITS says what a run evaluates.")
@@ -138,6 +162,8 @@ def _train(argv: list[str], signals: Signals) -> int:
     # From here on torch is needed, which takes seconds to import.
     from launcher.callbacks import resolve
     from launcher.cli.evaluate import evaluate_only
+    from launcher.debug.dry_run import dry_run
+    from launcher.debug.explain import debugging
     from launcher.engine.run import Job, run
     from launcher.guard.guard import Guard
     from launcher.telemetry.logs import Logs
@@ -167,7 +193,13 @@ def _train(argv: list[str], signals: Signals) -> int:
             if restarted and topology.is_main:
                 logger.info("a restart: going on with the run in %s", directory.path)
             logger.info("%s on %s", topology, runtime.device)
-            done = run(job, runtime, guard, logs)
+            with debugging() if options.debug else contextlib.nullcontext():
+                train = dry_run if options.dry_run else run
+                done = train(job, runtime, guard, logs)
+    if options.dry_run:
+        if topology.is_main:
+            shutil.rmtree(spare, ignore_errors=True)
+        return 0
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
 

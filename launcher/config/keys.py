@@ -142,6 +142,7 @@ KEYS: list[Key] = [
         at_least=0),
     Key("LOG.FILES_KEPT", 3, "Rotated log files that each rank keeps", at_least=1),
     Key("LOG.TENSORBOARD", True, "Write TensorBoard event files"),
+    Key("LOG.PROGRESS_BAR", True, "Show how far the run is where stderr is a terminal"),
     Key("LOG.HISTOGRAMS", "",
         'How often to show histograms of weights and gradients in TensorBoard; "" means never',
         unit=STEPS, never=True),

@@ -21,6 +21,7 @@ from launcher.data.loader import load, on_device
 from launcher.data.order import make_order
 from launcher.data.plan import ENDLESS, Plan, Request, train_requests
 from launcher.data.sizing import LoaderSize, size_loader
+from launcher.datasets.part import shuffled_part
 from launcher.edges.batch import nbytes
 from launcher.errors import UsageError
 from launcher.log import get_logger
@@ -98,7 +99,11 @@ class Data:
         name = "train" if split == "train_eval" else split
         # A stream is read for one purpose only.
         shared = name != split and self.kinds[name] != "iterable"
-        self.datasets[split] = dataset = self.datasets[name] if shared else self._build(name)
+        dataset = self.datasets[name] if shared else self._build(name)
+        if (batches := self.cfg.DEBUG.OVERFIT_BATCHES) and name == "train" and not shared:
+            most = batches * self.cfg.TRAIN.BATCH_SIZE
+            dataset = shuffled_part(dataset, most, self.cfg.SEED)
+        self.datasets[split] = dataset
         self.kinds[split] = kind_of(dataset, collate_of(dataset, self.collate))
         self.lengths[split] = self._length(split, name)
 

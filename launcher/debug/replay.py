@@ -141,5 +141,5 @@ def look(
 ) -> Any:
     """The step to look into: `model`, `batch`, `indices` and `optimizer` are at hand; `s` goes into
     the task's train_step, `c` goes on."""
-    pdb.set_trace()  # noqa: T100
+    pdb.set_trace()
     return train_step(task, model, batch, *phase)

@@ -1,4 +1,4 @@
-"""What goes through each module of a model in a step: norms, ranges, numbers that are not finite."""
+"""What goes through each module of a model in a step: norms, ranges, what is not finite."""
 
 from __future__ import annotations
 

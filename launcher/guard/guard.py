@@ -34,7 +34,7 @@ from launcher.errors import Ended, RunError, UsageError
 from launcher.guard import stop
 from launcher.guard.board import Board, Unreachable
 from launcher.guard.failure import Failure, describe, lost_connection, show, tell_torchrun
-from launcher.guard.hang import ALONE, Beat, judge, process_state, stacks
+from launcher.guard.hang import ALONE, Beat, in_debugger, judge, process_state, stacks
 from launcher.guard.members import compare, introduce
 from launcher.log import get_logger
 from launcher.runtime import process
@@ -324,6 +324,8 @@ class Guard:
 
     def _look_at_age(self) -> None:
         """Whether something has moved lately enough; else find out why not, and end the run."""
+        if self.age > self.limit and in_debugger():
+            self.age = 0.0
         if self.age <= self.limit:
             self._reading = None
             if self._timer_file is not None and self.phase != "end":

@@ -14,6 +14,7 @@ import psutil
 
 # What rank 0 does while the others wait for it; these phases have a limit of their own.
 ALONE = frozenset({"save", "summarize"})
+DEBUGGERS = {"bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "debugpy"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,16 @@ def judge(
 
     worst = max(suspects, key=overdue)
     return (worst, silent) if overdue(worst) > 0 else None
+
+
+def in_debugger() -> bool:
+    """Whether the main thread is in a debugger: somebody looks at it, and it does not hang."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if str(frame.f_globals.get("__name__")).split(".")[0] in DEBUGGERS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def stacks() -> str:

@@ -1,0 +1,190 @@
+"""A step of a run once more: the same bits, on as many ranks; what is looked at; nothing changed."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system import jobs
+from tests.system.exact import COMMON, TASK
+from tests.system.jobs import slow
+
+# Dropout, augmentation and workers, a kill on the way, batches that ranks do not share evenly.
+WORDS = [*COMMON, "LOG.DIGEST", "1step", "CHECKPOINT.KEEP_EVERY", "4step", "TRAIN.DURATION", "5ep"]
+RANKS = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three ranks that was killed once."""
+    run = tmp_path_factory.mktemp("replay") / "run"
+    words = ["train", *WORDS, "OUTPUT_DIR", run, "TRAIN.MICRO_BATCH_SIZE", "2"]
+    with jobs.Group(words, RANKS) as job:
+        jobs.wait_for_save(run, 8, job)
+        job.kill()
+    with jobs.Group([*words, "--resume"], RANKS) as job:
+        job.wait().ok()
+    return run
+
+
+def replay(run: Path, step: int, *more: object) -> jobs.Ended:
+    with jobs.unchanged(run):
+        return jobs.launch("replay", run, "--step", step, *more)
+
+
+def proved(ended: jobs.Ended) -> list[int]:
+    """The steps at which the digests were equal."""
+    found = re.search(r"digests at steps \[(.*)\]", ended.out)
+    assert found, ended.output
+    return [int(step) for step in found[1].split(",")]
+
+
+@pytest.mark.parametrize("count", [2, slow(50)])
+def test_any_step_is_the_same_once_more(run: Path, count: int) -> None:
+    steps, draw = max(jobs.values(run, "digest")), random.Random(count)
+    for step in sorted(draw.sample(range(1, steps + 1), min(count, steps))):
+        ended = replay(run, step, "--rank", draw.randrange(RANKS)).ok()
+        kept = [n for n in (0, *range(4, steps + 1, 4)) if n < step]
+        assert proved(ended)[-1] == step, ended.output
+        assert proved(ended)[0] in (0, max(kept) + 1), "a checkpoint just before the step is kept"
+        assert f"on {RANKS} ranks" in ended.out
+
+
+def test_what_differs_is_said_with_the_first_step(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    text = (other / "config.yaml").read_text()
+    assert "MOMENTUM: 0.9\n" in text
+    (other / "config.yaml").write_text(text.replace("MOMENTUM: 0.9\n", "MOMENTUM: 0.91\n"))
+    ended = replay(other, 7)
+    assert ended.code == 2 and "OPTIM.MOMENTUM" in ended.err  # not what the checkpoint was made with
+    records = other / "metrics.jsonl"
+    digest = jobs.values(run, "digest")[6]
+    records.write_text(records.read_text().replace(str(digest), str(digest ^ 1)))
+    shutil.copy(run / "config.yaml", other / "config.yaml")
+    ended = replay(other, 7)
+    assert ended.code == 1 and "the weights differ at step 6, equal at step 5" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("step", "more", "told"),
+    [
+        (0, (), "has done the steps 1 to"),
+        (9999, (), "--step 9999 is none of them"),
+        (3, ("--rank", "3"), "the run had ranks 0 to 2"),
+    ],
+)
+def test_what_cannot_be_is_refused(run: Path, step: int, more: Any, told: str) -> None:
+    ended = replay(run, step, *more)
+    assert ended.code == 2 and told in ended.err
+
+
+def test_stats_are_those_of_the_step(run: Path) -> None:
+    """Of the weights before the step, taken from the checkpoint that it begins from."""
+    ended = replay(run, 9, "--rank", "2", "--stats").ok()
+    weights = jobs.state(run, 8)["model"]
+    for name, value in weights.items():
+        if name.endswith("weight"):
+            least, greatest = f"{value.min().item():.4g}", f"{value.max().item():.4g}"
+            assert re.search(rf"weight weight .* {re.escape(least)} +{re.escape(greatest)}", ended.out)
+    assert "gradient weight" in ended.out and "output" in ended.out
+
+
+class Terminal:
+    """`launcher ...` with a terminal as its standard streams."""
+
+    def __init__(self, *words: object) -> None:
+        self.ours, theirs = os.openpty()
+        command = [sys.executable, "-m", "launcher", *map(str, words)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=jobs.clean_environment({}),
+            cwd=jobs.ROOT,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.seen = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jobs.kill_family(self.process.pid)
+        self.process.wait()
+        os.close(self.ours)
+
+    def _read(self) -> Iterator[str]:
+        if select.select([self.ours], [], [], 0.5)[0]:
+            try:
+                yield os.read(self.ours, 1 << 16).decode(errors="replace")
+            except OSError:  # the other side is closed
+                time.sleep(0.1)
+
+    def until(self, words: str, timeout: float = 120) -> str:
+        """What comes up to these words, which are taken with it."""
+        deadline = time.monotonic() + timeout
+        while words not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            self.seen += "".join(self._read())
+        before, _, self.seen = self.seen.partition(words)
+        return before
+
+    def type(self, line: str) -> None:
+        os.write(self.ours, f"{line}\n".encode())
+
+    def end(self) -> int:
+        deadline = time.monotonic() + 60
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.seen
+            self.seen += "".join(self._read())
+        return self.process.returncode
+
+
+def test_the_debugger_stops_in_the_step_of_that_rank(run: Path) -> None:
+    listed = jobs.metrics(run)
+    with jobs.unchanged(run), Terminal("replay", run, "--step", 9, "--rank", 1, "--pdb") as shell:
+        shell.until("(Pdb) ")
+        shell.type("p indices, sorted(optimizer.param_groups[0])[0], type(model).__name__")
+        assert re.search(r"\(\[\d+, \d+\], '\w+', '\w+'\)", shell.until("(Pdb) "))
+        shell.type("p [t.sum().item() for t in model.parameters()]")
+        told = shell.until("(Pdb) ")
+        shell.type("s")
+        shell.until("(Pdb) ")
+        shell.type("w")
+        assert f"{TASK.name}" in shell.until("(Pdb) ")
+        shell.type("import pdb; pdb.Pdb.set_trace = lambda *_: None")
+        shell.until("(Pdb) ")
+        shell.type("c")
+        assert shell.end() == 0, shell.seen
+        assert "the same" in shell.seen and "digests at steps [9]" in shell.seen
+    sums = [value.sum().item() for value in jobs.state(run, 8)["model"].values() if value.dim()]
+    assert all(f"{value:.6g}"[:6] in told for value in sums[:1])
+    assert listed == jobs.metrics(run)
+
+
+def test_a_run_on_another_number_of_ranks_is_replayed_on_its_own(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    last = max(jobs.values(run, "digest"))
+    words = ["train", *WORDS, "OUTPUT_DIR", other, "TRAIN.MICRO_BATCH_SIZE", "2", "--resume"]
+    words += ["TRAIN.DURATION", "6ep", "--allow", "TRAIN.DURATION"]
+    with jobs.Group(words, 2) as job:
+        job.wait().ok()
+    ended = replay(other, last + 2).ok()
+    assert "on 2 ranks" in ended.out and proved(ended)[-1] == last + 2
+    ended = replay(other, last - 1).ok()
+    assert "on 3 ranks" in ended.out 
