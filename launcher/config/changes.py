@@ -20,6 +20,7 @@ DATA = "DATASET_LENGTH"
 # not depend on them.
 FREE = (
     *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
+    *(f"DEBUG.{name}" for name in ("PROFILE", "MEMORY")),  # and PROFILE_STEPS
     *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
 

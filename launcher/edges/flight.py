@@ -28,14 +28,15 @@ def switch_on(backend: str, env: MutableMapping[str, str] = os.environ) -> None:
     """Have torch record NCCL's collectives, where the user has not said how many; before the
     process group is made."""
     if backend == "nccl" and not {SIZE, SINCE_2_9} & env.keys():
-        env[SINCE_2_9 if torch.__version__ >= (2, 9) else SIZE] = ENTRIES
+        env[SINCE_2_9 if torch.__version__ >= "2.9" else SIZE] = ENTRIES
 
 
 def dump(file: Path | None) -> dict[str, Any]:
     """What this rank's recorder says of its last collective, as `summary`; all that it has goes to
     `file`, as torch's own analyser reads it. Empty where nothing is recorded, or the recorder does
     not answer in time. Never raises."""
-    record = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # of builds with NCCL
+    # Of builds with NCCL.
+    record: Any = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)
     found: dict[str, Any] = {}
 
     def ask() -> None:

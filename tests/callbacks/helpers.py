@@ -34,5 +34,4 @@ def view(
     recorder: Any = SimpleNamespace(progress=Progress(), writer=SimpleNamespace(show=show))
     data: Any = SimpleNamespace(train_plan=plan, size=SimpleNamespace(reason="the reason"))
     runtime = Runtime(topology or Topology(), device, CpuBudget(1, 1, 1, ""))
-    optimizer: Any = None
-    return Run(cfg, task, model, optimizer, recorder, data, runtime, directory)
+    return Run(cfg, task, model, {}, recorder, data, runtime, directory)
