@@ -71,6 +71,7 @@ class Saved:
         self.found: dict[str, dict[int, int]] = defaultdict(dict)  # storage -> bytes, by module
         self.inside = [""]
         hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t))
+        self.names = [name for name, _ in rows(model)]
         for name, module in rows(model):
             before = module.register_forward_pre_hook(lambda *_, n=name: self.inside.append(n))
             after = module.register_forward_hook(self._leave, always_call=True)
@@ -79,8 +80,12 @@ class Saved:
 
     def told(self) -> str:
         totals = {name: sum(found.values()) for name, found in self.found.items()}
-        lines = [f"  {name:<32}{size(totals[name]):>14}" for name in sorted(totals) if name]
-        head = "kept for the backward pass of one micro-batch, weights left out: an estimate of "
+        shown = (name for name in self.names if name in totals)
+        lines = [f"  {name:<32}{size(totals[name]):>14}" for name in shown]
+        head = (
+            "kept for the backward pass of one micro-batch, weights left out (an estimate; what "
+            "two modules keep stands at each): "
+        )
         return "\n".join([head + size(totals.get("", 0)), *lines])
 
     def _leave(self, *_: Any) -> None:
@@ -190,7 +195,7 @@ def flops(counts: Mapping[str, Mapping[Any, int]], model: nn.Module, samples: in
     shown = [name for name, _ in rows(model)]
     found = {n: by_name[f"{u}.{n}"] for n in shown for u in under if f"{u}.{n}" in by_name}
     total = by_name.get("Global", 0)
-    lines = [f"FLOPs of a sample, forward and backward: {total / samples:,.0f}"]
+    lines = [f"FLOPs of a sample by module, forward and backward: {total / samples:,.0f}"]
     lines += [f"  {name:<32}{found[name] / samples:>20,.0f}" for name in shown if name in found]
     if rest := total - sum(count for name, count in found.items() if "." not in name):
         lines.append(f"  {'elsewhere':<32}{rest / samples:>20,.0f}")
