@@ -40,7 +40,7 @@ class StepParts:
         self.cuda = self.device.type == "cuda"
         self.stream = torch.cuda.current_stream(self.device) if self.cuda else None
         self.marks: list[tuple[str, Any]] = []  # a part, and when it begins
-        self.hooks = ExitStack()
+        self.hooks, self.copying = ExitStack(), ExitStack()
         self._wrap(run.data, "enter", self._enter)
         self._wrap(run.task, "train_step", self._forward)
         for optimizer in run.optimizers.values():
@@ -95,26 +95,29 @@ class StepParts:
 
     def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Put `around(method, ...)` in the place of an object's method, until `release`."""
-        own, method = vars(owner).get(name), getattr(owner, name)
+        if not hasattr(owner, "__dict__"):
+            return  # what it does is told with the part before
+        # Not by setattr, which a task may have a meaning of its own for, or refuse.
+        attributes, method = vars(owner), getattr(owner, name)
+        own = attributes.get(name)
 
         @functools.wraps(method)  # the gradient scaler looks at what a step takes
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return around(method, *args, **kwargs)
 
-        setattr(owner, name, wrapped)
+        attributes[name] = wrapped
         if own is None:
-            self.hooks.callback(delattr, owner, name)
+            self.hooks.callback(attributes.pop, name)
         else:
-            self.hooks.callback(setattr, owner, name, own)
+            self.hooks.callback(attributes.__setitem__, name, own)
 
     def _enter(self, enter: Callable[[str], None], phase: str) -> None:
         """Called before a batch is waited for, with "data", and after, with "step"."""
         if phase == "data":
             self.mark("data")
-            self.copying = _Copying(self.device, lambda: self.mark("copy"))
-            self.copying.__enter__()
+            self.copying.enter_context(_Copying(self.device, lambda: self.mark("copy")))
         elif phase == "step":
-            self.copying.__exit__(None, None, None)
+            self.copying.close()
             self.mark("forward")
         enter(phase)
 

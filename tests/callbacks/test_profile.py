@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import re
@@ -159,6 +160,29 @@ def test_nothing_is_left_in_other_steps(tmp_path: Path) -> None:
         assert hooked() == before
 
 
+def test_a_task_and_an_optimiser_of_any_make(tmp_path: Path) -> None:
+    """A frozen data class, a method of the object's own, and one whose attributes are fixed."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Task:
+        train_step: Any = None
+
+    class Fixed:
+        __slots__ = ()
+
+        def step(self) -> None: ...
+
+    profile = profiling(tmp_path)
+    mine = lambda model, batch: model(batch).sum()  # noqa: E731
+    object.__setattr__(profile.run, "task", Task(mine))
+    profile.run.optimizers[""] = Fixed()  # type: ignore[assignment]
+    for _ in range(2):
+        step(profile)
+    profile.on_end()
+    assert profile.run.task.train_step is mine
+    assert table(tmp_path / "profile/step_2/rank0.txt")[0] == 1
+
+
 def test_a_full_disk_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "profile").write_text("in the way")
     profile = profiling(tmp_path)
@@ -204,12 +228,28 @@ def test_on_cuda_it_is_the_time_of_the_trainings_stream(
             torch.ones(1).to(moved)  # the batch's second tensor
         else:
             profile.run.data.enter(part)
-    Event.time = 25.0
-    parts.mark("backward")
-    Event.time = 32.0
+    Event.time, weight = 25.0, torch.ones(1, requires_grad=True)
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+
+    def reduce(_: torch.Tensor) -> None:
+        """As DDP's: when the last gradient is there, it asks for a call at the end of the pass."""
+        Event.time = 32.0
+        queue(lambda: setattr(Event, "time", 35.0))
+
+    weight.register_hook(reduce)
+    loss = (weight * 2).sum()
+    parts.on_backward(loss)
+    loss.backward()
+    Event.time = 40.0
+    parts.mark("optimiser")
+    profile.run.optimizers[""].step()
+    Event.time = 42.0
     parts.end()
     found = {part: ms for part, ms in parts.milliseconds().items() if ms}
-    assert found == {"other": 1.0, "data": 10.0, "copy": 10.0, "forward": 4.0, "backward": 7.0}
+    assert found == {
+        **{"data": 10.0, "copy": 10.0, "forward": 4.0, "backward": 7.0, "exchange": 3.0},
+        "other": 1.0 + 5.0 + 2.0,
+    }
     assert set(Event.streams) == {"training"}
 
 
