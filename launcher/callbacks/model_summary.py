@@ -22,10 +22,12 @@ ROWS = 50  # where there are more, those of the first level alone
 
 
 class ModelSummary:
-    """Parameters by module at an attempt's start, by LOG.MODEL_SUMMARY; what the optimiser keeps,
-    measured after the first step. With LOG.COUNT_FLOPS also what the first forward pass keeps for
-    the backward pass: not by default, for a model that the task has compiled would in that step run
-    as other code than in the rest."""
+    """Parameters by module at an attempt's start, by LOG.MODEL_SUMMARY; on CUDA how much memory the
+    first forward pass leaves taken; what the optimiser keeps, measured after the first step.
+
+    With LOG.COUNT_FLOPS also what that pass keeps by module: not by default, for a model that the
+    task has compiled would in that step run as other code than in the rest.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -33,6 +35,9 @@ class ModelSummary:
         self.watches = run.cfg.LOG.COUNT_FLOPS
         self.saved: Saved | None = None
         self.hooks = ExitStack()
+        self.device = run.runtime.device
+        self.books = self.device.type == "cuda"  # whether the allocator's are still to be asked
+        self.held: int | None = None
 
     def on_start(self) -> None:
         model, optimizers = self.run.model, list(self.run.optimizers.values())
@@ -41,16 +46,24 @@ class ModelSummary:
 
     def before_step(self, samples: int) -> None:
         self.hooks.close()
+        if self.books and samples:
+            self.books, self.held = False, torch.cuda.memory_allocated(self.device)
         if self.watches and samples:
             self.watches = False
             self.saved = Saved(self.run.model, self.hooks)
 
     def on_backward(self, loss: torch.Tensor) -> None:
-        if self.saved is None:
-            return
-        self.hooks.close()
-        logger.info("%s", self.saved.told())
-        self.saved = None
+        if self.held is not None:
+            # The allocator's own books: no call to the device.
+            more, self.held = torch.cuda.memory_allocated(self.device) - self.held, None
+            words = (
+                "batches and what is kept for the first backward pass take %s of the GPU's memory"
+            )
+            logger.info(words, size(more))
+        if self.saved is not None:
+            self.hooks.close()
+            logger.info("%s", self.saved.told())
+            self.saved = None
 
     def on_step(self) -> None:
         if self.state is None:

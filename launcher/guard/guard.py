@@ -375,7 +375,7 @@ class Guard:
                     log.write(words)
             beside = [r for r in first.silent if r != self.rank and self._members[r].is_beside()]
             states = {r: process_state(self._members[r].pid) for r in beside}
-            file = self.directory.flight(self.rank) if self._margin is not None else None
+            file = self.directory.logs / f"flight/rank{self.rank}" if self._margin else None
             self.board.post("collectives", flight.dump(file))  # the others wait for the stacks
             self.board.post("stacks", {**states, self.rank: stacks()})
             if not agreed:

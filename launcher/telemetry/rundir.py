@@ -63,10 +63,6 @@ class RunDirectory:
         """What a rank has written on stderr, native code included, while it lives."""
         return self.logs / f"rank{rank}.stderr"
 
-    def flight(self, rank: int) -> Path:
-        """What torch's flight recorder had on a rank when the run hung."""
-        return self.logs / "flight" / f"rank{rank}"
-
     def holds_run(self) -> bool:
         """Whether a run has begun here; an empty directory, or one with other files, holds none."""
         return any(p.exists() for p in (self.config, self.status, self.metrics, self.checkpoints))

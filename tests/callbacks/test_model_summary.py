@@ -165,6 +165,22 @@ def test_it_leaves_no_trace_and_is_told_once(caplog: pytest.LogCaptureFixture) -
     assert caplog.text.count("the optimiser keeps") == 2
 
 
+def test_the_memory_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the allocator's books, once: before a step with samples, and after its forward pass."""
+    caplog.set_level(logging.INFO, "launcher")
+    taken = iter([100 << 20, 350 << 20])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(taken))
+    told = ModelSummary(view(device=torch.device("cuda", 0)))
+    for samples in (0, 4, 4):
+        told.before_step(samples)
+        for _ in range(2):
+            told.on_backward(torch.zeros(()))
+    (line,) = caplog.messages
+    assert line.endswith("take 250.00 MiB of the GPU's memory")
+
+
 def test_a_run_that_goes_on_tells_what_is_there(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "launcher")
     model = nn.Linear(4, 1)

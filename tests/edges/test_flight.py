@@ -132,10 +132,8 @@ def test_a_hang_is_told_with_each_ranks_last_collective(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = Ranks(tmp_path, [HERE, HERE])
-    told = {
-        path: {"name": f"nccl:{path.name}"}
-        for path in map(ranks.guards[0].directory.flight, (0, 1))
-    }
+    files = [ranks.run / f"logs/flight/rank{rank}" for rank in range(2)]
+    told = {file: {"name": f"nccl:{file.name}"} for file in files}
     monkeypatch.setattr(guard.flight, "dump", told.get)
     ranks.stall()
     assert ranks.told["collectives"] == {"0": {"name": "nccl:rank0"}, "1": {"name": "nccl:rank1"}}
