@@ -99,12 +99,15 @@ class Run:
         """Steps, epochs and samples done."""
         return self.recorder.progress
 
-    def is_due(self, every: Every) -> bool:
-        """Whether a period ends with the step under way, unless it is skipped."""
+    def is_due(self, every: Every, ahead: int = 0) -> bool:
+        """Whether a period ends with the step under way, or so many steps later, if none of them is
+        skipped."""
         plan, after = self.data.train_plan, self.progress.copy()
-        start, stop = plan.batch(plan.batches_in(after.samples) % plan.steps_per_epoch)
-        after.advance(stop - start, plan.samples_per_epoch, skipped=False)
-        return every.due(self.progress, after)
+        for _ in range(ahead + 1):
+            before = after.copy()
+            start, stop = plan.batch(plan.batches_in(after.samples) % plan.steps_per_epoch)
+            after.advance(stop - start, plan.samples_per_epoch, skipped=False)
+        return every.due(before, after)
 
 
 class Callbacks:
@@ -296,6 +299,18 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
         from launcher.callbacks.tensorboard import TensorBoard
 
         classes.append(TensorBoard)
+    if runtime.is_main and cfg.LOG.MODEL_SUMMARY:
+        from launcher.callbacks.model_summary import ModelSummary
+
+        classes.append(ModelSummary)
+    if cfg.DEBUG.MEMORY:
+        from launcher.callbacks.memory_history import MemoryHistory
+
+        classes.append(MemoryHistory)
+    if cfg.DEBUG.PROFILE:
+        from launcher.callbacks.profile import Profile
+
+        classes.append(Profile)  # after the others, whose work is not the step's
     if cfg.LOG.PROGRESS_BAR and runtime.is_main and sys.stderr.isatty():
         from launcher.callbacks.progress_bar import ProgressBar
 

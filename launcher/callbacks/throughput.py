@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from launcher.callbacks import Run
+from launcher.callbacks.model_summary import flops
 from launcher.log import get_logger
 
 logger = get_logger(__name__)
@@ -56,6 +57,7 @@ class Throughput:
 
     def __init__(self, run: Run) -> None:
         log, told = run.cfg.LOG, getattr(run.task, "flops", None)
+        self.model, self.tells = run.model, log.MODEL_SUMMARY and run.runtime.is_main
         self.per_sample = float(told()) if told is not None else None
         self.counting = self.per_sample is None and log.COUNT_FLOPS
         one = peak(run.runtime.device, run.cfg.TRAIN.PRECISION, log.PEAK_TFLOPS)
@@ -76,8 +78,11 @@ class Throughput:
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
             self.per_sample = self.counter.get_total_flops() / self.samples
-            self.counter = None
             logger.info("%.4g FLOPs a sample, forward and backward, counted", self.per_sample)
+            if self.tells:
+                counts = self.counter.get_flop_counts()
+                logger.info("%s", flops(counts, self.model, self.samples))
+            self.counter = None
 
     def figures(self, record: Mapping[str, Any], ranks: Sequence[Any]) -> dict[str, float]:
         if not self.per_sample:

@@ -20,7 +20,11 @@ DATA = "DATASET_LENGTH"
 # not depend on them.
 FREE = (
     *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
-    *(f"DEBUG.{name}" for name in ("NONFINITE", "DETECT_ANOMALY", "BREAK_RANK")),
+    # And PROFILE_STEPS. What is overfitted is another data set.
+    *(
+        f"DEBUG.{name}"
+        for name in ("NONFINITE", "DETECT_ANOMALY", "BREAK_RANK", "PROFILE", "MEMORY")
+    ),
     *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
 

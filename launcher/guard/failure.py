@@ -31,6 +31,8 @@ class Failure:
     told_by: int  # the rank that tells of it
     traceback: str = ""  # or the stack of a rank that hangs, or the state of its process
     silent: list[int] = field(default_factory=list)  # ranks that gave no sign of life
+    # What NCCL was at on each rank, in a hang.
+    collectives: dict[str, dict[str, Any]] = field(default_factory=dict)
     time: float = field(default_factory=time.time)  # Unix seconds
     log: list[str] = field(default_factory=list)  # the end of that rank's log
 

@@ -29,6 +29,7 @@ import psutil
 import torch.distributed as dist
 
 from launcher.config import CfgNode, seconds
+from launcher.edges import flight
 from launcher.edges.native import Stderr, last_words
 from launcher.errors import Ended, RunError, UsageError
 from launcher.guard import stop
@@ -376,11 +377,14 @@ class Guard:
                     log.write(words)
             beside = [r for r in first.silent if r != self.rank and self._members[r].is_beside()]
             states = {r: process_state(self._members[r].pid) for r in beside}
+            file = self.directory.logs / f"flight/rank{self.rank}" if self._margin else None
+            self.board.post("collectives", flight.dump(file))  # the others wait for the stacks
             self.board.post("stacks", {**states, self.rank: stacks()})
             if not agreed:
                 first = self._others_word() or first
             if first.told_by == self.rank and not first.traceback:
-                first = replace(first, traceback=self._stack_of(first))
+                stack = self._stack_of(first)
+                first = replace(first, traceback=stack, collectives=self._collectives())
             self._tell(first)
             self.board.close()
             for member in (self._members[r] for r in beside):
@@ -462,6 +466,11 @@ class Guard:
         with contextlib.suppress(Unreachable):
             return str(ChainMap(*self.board.read("stacks").values()).get(str(first.rank), ""))
         return ""
+
+    def _collectives(self) -> dict[str, Any]:
+        with contextlib.suppress(Unreachable):
+            return {str(r): told for r, told in self.board.read("collectives").items() if told}
+        return {}
 
     def _failure(self, rank: int, exception: str, **details: Any) -> Failure:
         """A failure of a rank, of whichever kind, that this rank tells of."""

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import CfgNode, seconds
+from launcher.edges import flight
 from launcher.edges.batch import is_dense, map_tensors
 from launcher.errors import RunError, UsageError
 from launcher.runtime.cpu import CpuBudget, cpu_budget
@@ -205,10 +206,12 @@ def _join_group(
             for keeps in (True, False)
         )
         attempt = _meet(dist.PrefixStore("launcher/meet", store), topology, deadline)
+        backend = cfg.DIST.BACKEND or ("nccl" if cuda else "gloo")
+        flight.switch_on(backend)
         # NCCL's communicator is made on the named device at once, not on whatever device is
         # current at the first collective.
         dist.init_process_group(
-            backend=cfg.DIST.BACKEND or ("nccl" if cuda else "gloo"),
+            backend=backend,
             store=dist.PrefixStore(f"launcher/{attempt}/group", store),
             rank=topology.rank,
             world_size=topology.world_size,

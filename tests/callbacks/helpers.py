@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from launcher.callbacks import Run
 from launcher.config import defaults
@@ -34,5 +35,5 @@ def view(
     recorder: Any = SimpleNamespace(progress=Progress(), writer=SimpleNamespace(show=show))
     data: Any = SimpleNamespace(train_plan=plan, size=SimpleNamespace(reason="the reason"))
     runtime = Runtime(topology or Topology(), device, CpuBudget(1, 1, 1, ""))
-    optimizer: Any = None
-    return Run(cfg, task, model, optimizer, recorder, data, runtime, directory)
+    model = nn.Identity() if model is None else model
+    return Run(cfg, task, model, {}, recorder, data, runtime, directory)

@@ -1,4 +1,4 @@
-"""A step of a run once more: the same bits, on as many ranks; what is looked at; nothing changed."""
+"""A step of a run once more: the same bits, as many ranks; what is looked at; nothing changed."""
 
 from __future__ import annotations
 
