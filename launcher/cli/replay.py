@@ -97,7 +97,8 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     )
 
     from launcher.callbacks import resolve
-    from launcher.config import load_config
+    from launcher.config import CfgNode, load_config
+    from launcher.config.keys import put
     from launcher.config.units import parse_duration
     from launcher.debug.replay import Comparison, Replay, Replayed
     from launcher.engine.run import Job
@@ -114,7 +115,13 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     settings += ["LOG.LEVEL", "WARNING", "LOG.PROGRESS_BAR", "False", "DEBUG.BREAK_RANK", "-1"]
     if how == "pdb":
         settings += NO_LIMITS
-    config = load_config(str(path / "config.yaml"), settings, resolve_task)
+    folder.mkdir(exist_ok=True)
+    file = folder / f"config.{os.getpid()}.yaml"
+    tree = CfgNode()
+    for key, value in plan.config.items():
+        put(tree, key, value)
+    file.write_text(tree.dump(), encoding="utf-8")
+    config = load_config(str(file), settings, resolve_task)
     cfg, task_class = config.cfg, config.task
     assert task_class is not None
     duration = parse_duration(cfg.LOG.EVERY)

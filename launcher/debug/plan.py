@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import re
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ class ReplayPlan:
     checkpoint: Path | None  # to start from; None: from the start
     begin: int  # its step
     allow: frozenset[str]  # keys that were changed between it and the step
+    config: dict[str, Any]  # key -> value, as the attempt had it
 
 
 def plan_replay(run: Run, step: int) -> ReplayPlan:
@@ -54,11 +57,28 @@ def plan_replay(run: Run, step: int) -> ReplayPlan:
             f"{path}: step {step} cannot be replayed: {why}. No checkpoint before it is kept that "
             "would do: CHECKPOINT.KEEP_EVERY keeps some for good."
         )
-    differs = (text for e in attempts if e["step"] >= begin for text in e.get("differs", ()))
-    allow = {match[1] for text in differs if (match := re.match(r"([A-Z_.]+): ", text))}
-    return ReplayPlan(
-        step, last["world_size"], found[1] if found else None, begin, frozenset(allow)
-    )
+    allow = {key for e in attempts if e["step"] >= begin for key, _, _ in changes(e)}
+    config = dict(run.config)
+    since = [i for i in run.attempts if i > run.history.index(last)]
+    for place in reversed(since):  # config.yaml is that of the last attempt
+        config |= {key: before for key, before, _ in changes(run.history[place]) if key in config}
+    checkpoint = found[1] if found else None
+    return ReplayPlan(step, last["world_size"], checkpoint, begin, frozenset(allow), config)
+
+
+def changes(event: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Key, value before and value after of what a resume has changed (config/changes.py)."""
+    found = []
+    for text in event.get("differs", ()):
+        if (match := re.match(r"([A-Z][\w.]*): (.*)", text, re.DOTALL)) is None:
+            continue
+        parts = match[2].split(" -> ")
+        for cut in range(1, len(parts)):
+            with contextlib.suppress(ValueError, SyntaxError):
+                before, after = " -> ".join(parts[:cut]), " -> ".join(parts[cut:])
+                found.append((match[1], ast.literal_eval(before), ast.literal_eval(after)))
+                break
+    return found
 
 
 def _checkpoint(run: Path, step: int) -> tuple[int, Path] | None:
