@@ -7,9 +7,7 @@ import socket
 import sys
 
 from launcher.callbacks import Run
-from launcher.log import get_logger
-
-logger = get_logger(__name__)
+from launcher.guard.stop import say
 
 
 class BreakRank:
@@ -20,27 +18,21 @@ class BreakRank:
         self.run = run
 
     def on_start(self) -> None:
-        rank, model, optimizers, task = (
-            self.run.runtime.rank,
-            self.run.model,
-            self.run.optimizers,
-            self.run.task,
-        )
+        rank, task, model = self.run.runtime.rank, self.run.task, self.run.model
+        optimizers = self.run.optimizers
         if sys.stdin is not None and sys.stdin.isatty():
-            print(f"rank {rank}: DEBUG.BREAK_RANK", file=sys.stderr, flush=True)
+            say(f"rank {rank}: DEBUG.BREAK_RANK")
             debugger = pdb.Pdb()
         else:
             with socket.socket() as server:
                 server.bind(("127.0.0.1", 0))
                 server.listen(1)
-                logger.warning(
-                    "DEBUG.BREAK_RANK: rank %d waits for a debugger on its host: nc 127.0.0.1 %d",
-                    *(rank, server.getsockname()[1]),
-                )
+                # On the console, where only rank 0 logs.
+                port = server.getsockname()[1]
+                say(f"rank {rank} waits for a debugger, on its own host: nc 127.0.0.1 {port}")
                 connection, _ = server.accept()
             file = connection.makefile("rw", buffering=1)
             debugger = pdb.Pdb(stdin=file, stdout=file)
             debugger.use_rawinput = False
         debugger.set_trace()
-        # `task`, `model` and `optimizers` are at hand.
-        del model, optimizers, task
+        del task, model, optimizers  # which were at hand

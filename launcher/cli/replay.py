@@ -84,7 +84,7 @@ def _with_others(options: argparse.Namespace, argv: list[str], run: Any, plan: R
 
 def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Path) -> int:
     """This rank's part."""
-    path, theirs = run.path.resolve(), recorded(run.path)
+    theirs = recorded(run.path)
     ranks = run.environment.get("ranks") or [{}]
     if plan.checkpoint is None and "threads" in ranks[0]:  # else the checkpoint tells
         os.environ.setdefault("OMP_NUM_THREADS", str(ranks[0]["threads"]))

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import select
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +13,7 @@ import pytest
 from tests.system import jobs
 from tests.system.exact import COMMON, TASK
 from tests.system.jobs import slow
+from tests.system.terminal import Terminal
 
 # Dropout, augmentation and workers, a kill on the way, batches that ranks do not share evenly.
 WORDS = [*COMMON, "LOG.DIGEST", "1step", "CHECKPOINT.KEEP_EVERY", "4step", "TRAIN.DURATION", "5ep"]
@@ -103,59 +98,6 @@ def test_stats_are_those_of_the_step(run: Path) -> None:
                 rf"weight weight .* {re.escape(least)} +{re.escape(greatest)}", ended.out
             )
     assert "gradient weight" in ended.out and "output" in ended.out
-
-
-class Terminal:
-    """`launcher ...` with a terminal as its standard streams."""
-
-    def __init__(self, *words: object) -> None:
-        self.ours, theirs = os.openpty()
-        command = [sys.executable, "-m", "launcher", *map(str, words)]
-        self.process = subprocess.Popen(
-            command,
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=jobs.clean_environment({}),
-            cwd=jobs.ROOT,
-            start_new_session=True,
-        )
-        os.close(theirs)
-        self.seen = ""
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jobs.kill_family(self.process.pid)
-        self.process.wait()
-        os.close(self.ours)
-
-    def _read(self) -> Iterator[str]:
-        if select.select([self.ours], [], [], 0.5)[0]:
-            try:
-                yield os.read(self.ours, 1 << 16).decode(errors="replace")
-            except OSError:  # the other side is closed
-                time.sleep(0.1)
-
-    def until(self, words: str, timeout: float = 120) -> str:
-        """What comes up to these words, which are taken with it."""
-        deadline = time.monotonic() + timeout
-        while words not in self.seen:
-            assert time.monotonic() < deadline, self.seen
-            self.seen += "".join(self._read())
-        before, _, self.seen = self.seen.partition(words)
-        return before
-
-    def type(self, line: str) -> None:
-        os.write(self.ours, f"{line}\n".encode())
-
-    def end(self) -> int:
-        deadline = time.monotonic() + 60
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, self.seen
-            self.seen += "".join(self._read())
-        return self.process.returncode
 
 
 def test_the_debugger_stops_in_the_step_of_that_rank(run: Path) -> None:
