@@ -17,9 +17,13 @@ from launcher.config.problem import Mistake
 from launcher.errors import RunError, UsageError
 from launcher.guard.stop import STOPPED, Signals
 from launcher.log import get_logger
+from launcher.provenance.check import check_code
+from launcher.provenance.code import Code
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology, read_topology
 from launcher.tasks import overrides, resolve_task
+from launcher.tasks.resolve import BUILTIN
+from launcher.tasks.sources import modules_of
 from launcher.telemetry.rundir import RunDirectory
 
 logger = get_logger(__name__)
@@ -75,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="accept these differences to the checkpoint at --resume (also DATASET_LENGTH, "
-        "TASK_STATE)",
+        "TASK_STATE, CODE)",
     )
     p.add_argument(
         "--check",
@@ -131,18 +135,28 @@ def _train(argv: list[str], signals: Signals) -> int:
         except UsageError as error:
             # What a restart finds in its way may be gone at the next: a rank that still ends, say.
             raise (RunError(str(error)) if restarted else error) from None
+    allow = frozenset(key for text in options.allow for key in text.split(","))
+    code, changed = None, ""
+    if topology.is_main and not options.eval_only:
+        code = Code(modules_of(cfg.TASK.NAME, task_class, BUILTIN))
+        changed = check_code(code, directory.path, resume, options.resume_from, allow, restarted)
 
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # where native code ends this process, its stacks are told
 
     # From here on torch is needed, which takes seconds to import.
-    from launcher.callbacks import resolve
+    from launcher.callbacks import BUILTIN as CALLBACKS
+    from launcher.callbacks import parse, resolve
     from launcher.cli.evaluate import evaluate_only
     from launcher.engine.run import Job, run
     from launcher.guard.guard import Guard
     from launcher.telemetry.logs import Logs
 
     search = [Path(options.config_file).parent] if options.config_file else []
+    callbacks = resolve(cfg.CALLBACKS, [*search, Path.cwd()])
+    for entry, (made, _) in zip(cfg.CALLBACKS if code else (), callbacks, strict=False):
+        assert code is not None
+        code.modules += modules_of(parse(entry)[0], made, CALLBACKS)
     job = Job(
         cfg,
         task_class,
@@ -150,10 +164,11 @@ def _train(argv: list[str], signals: Signals) -> int:
         argv=sys.argv,
         resume=resume,
         resume_from=options.resume_from,
-        allow=frozenset(key for text in options.allow for key in text.split(",")),
-        callbacks=resolve(cfg.CALLBACKS, [*search, Path.cwd()]),
+        allow=allow,
+        callbacks=callbacks,
         checkpoint=options.checkpoint,
         splits=splits,
+        code=code,
     )
     log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
     with (
@@ -166,6 +181,8 @@ def _train(argv: list[str], signals: Signals) -> int:
         else:
             if restarted and topology.is_main:
                 logger.info("a restart: going on with the run in %s", directory.path)
+            if changed:
+                logger.warning("%s", changed)
             logger.info("%s on %s", topology, runtime.device)
             done = run(job, runtime, guard, logs)
     # torchrun takes any other code for a failure, and starts the ranks again.
