@@ -58,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     c = command("compare", "config keys that differ, metrics side by side", "+", "tables")
     c.add_argument("--key", action="append", default=[], help="compare this metric alone")
 
+    c = command("samples", "the samples of one step, by rank and micro-batch", 1, "a table")
+    c.add_argument("--step", type=_count, required=True, metavar="N", help="counted from 1")
+    c.add_argument("--rank", type=_count, metavar="R", help="of this rank alone")
+
     c = command("plot", "curves as a picture (needs the extra `plot`)")
     c.add_argument("--key", action="append", default=[], help="a metric; a panel each")
     c.add_argument("--x", choices=("step", "samples", "time"), default="step")

@@ -19,6 +19,7 @@ from launcher.runs.export import export
 from launcher.runs.plot import plot
 from launcher.runs.report import report
 from launcher.runs.run import Run, find, load_summaries, open_runs, printable
+from launcher.runs.samples import samples
 from launcher.runs.status import read_status
 from launcher.runs.tail import tail
 from launcher.runs.verify import verify
@@ -118,6 +119,15 @@ def _compare(runs: Sequence[Run], options: Namespace) -> int:
     return 0
 
 
+def _samples(runs: Sequence[Run], options: Namespace) -> int:
+    found = samples(runs[0], options.step, options.rank)
+    if options.json:
+        _print_json(found)
+    else:
+        _print(terminal.samples_table(found))
+    return 0
+
+
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
     plot(runs, options.key or [runs[0].metric], options.x, options.smooth, options.output)
     return 0
@@ -151,6 +161,7 @@ COMMANDS: dict[str, Callable[[Sequence[Run], Namespace], int]] = {
     "show": _show,
     "tail": _tail,
     "compare": _compare,
+    "samples": _samples,
     "plot": _plot,
     "export": _export,
     "verify": _verify,

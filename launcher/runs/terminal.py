@@ -178,6 +178,21 @@ def compare_tables(found: dict[str, Any]) -> Group:
     return Group(config if found["config"] else Text("the configs are equal"), Text(), metrics)
 
 
+def samples_table(found: dict[str, Any]) -> Group:
+    """The table of `samples.samples`'s outcome."""
+    head = f"step {found['step']}: batch {found['batch']} of epoch {found['epoch']}, "
+    head += f"{found['samples']} samples on {found['world_size']} rank"
+    table = _table("rank", "micro-batch", found["are"])
+    table.columns[2].justify, table.columns[2].no_wrap = "left", False
+    for one in found["ranks"]:
+        for number, batch in enumerate(one["micro_batches"]):
+            table.add_row(str(one["rank"]), str(number), " ".join(map(str, batch)))
+        if not one["micro_batches"]:
+            table.add_row(str(one["rank"]), "-", "")
+    notes = [_text(f"note: {note}") for note in found["notes"]]
+    return Group(Text(head + "s" * (found["world_size"] > 1)), table, *notes)
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
