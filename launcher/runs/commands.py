@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console, RenderableType
 
 from launcher.errors import RunError, UsageError
-from launcher.runs import select, terminal
+from launcher.runs import answers, select, terminal
 from launcher.runs.again import again
 from launcher.runs.compare import compare
 from launcher.runs.export import export
@@ -23,6 +23,7 @@ from launcher.runs.samples import samples
 from launcher.runs.status import read_status
 from launcher.runs.tail import tail
 from launcher.runs.verify import verify
+from launcher.runs.why import why
 from launcher.runtime.cpu import cpu_budget
 
 
@@ -124,8 +125,17 @@ def _samples(runs: Sequence[Run], options: Namespace) -> int:
     if options.json:
         _print_json(found)
     else:
-        _print(terminal.samples_table(found))
+        _print(answers.samples_table(found))
     return 0
+
+
+def _why(runs: Sequence[Run], options: Namespace) -> int:
+    found = why(*runs)
+    if options.json:
+        _print_json(found)
+    else:
+        _print(answers.why_text(found))
+    return 0 if found["records"]["first"] is None else 1
 
 
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
@@ -162,6 +172,7 @@ COMMANDS: dict[str, Callable[[Sequence[Run], Namespace], int]] = {
     "tail": _tail,
     "compare": _compare,
     "samples": _samples,
+    "why": _why,
     "plot": _plot,
     "export": _export,
     "verify": _verify,

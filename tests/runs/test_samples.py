@@ -17,7 +17,16 @@ from launcher.runs.samples import samples
 from tests.runs.made import append, event, lines, make_run, record
 from tests.system import jobs
 
-ARGS = ("DATALOADER.NUM_WORKERS", "0", "TASK.NAME", "tests.system.tasks:Noted", "EVAL.EVERY", "", "LOG.TENSORBOARD", "False")
+ARGS = (
+    "DATALOADER.NUM_WORKERS",
+    "0",
+    "TASK.NAME",
+    "tests.system.tasks:Noted",
+    "EVAL.EVERY",
+    "",
+    "LOG.TENSORBOARD",
+    "False",
+)
 KEYS = ("TRAIN.BATCH_SIZE", "8", "TRAIN.MICRO_BATCH_SIZE", "3", "LOG.EVERY", "100step")
 
 
