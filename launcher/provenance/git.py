@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 TIMEOUT_S = 20.0
+UNKNOWN = "# git did not tell the difference\n"
 CUT = "\n# cut here: the difference goes on\n"
 
 
@@ -33,8 +34,10 @@ def commit(folder: Path) -> str:
 
 
 def difference(folder: Path, most: int) -> str:
-    """How the tracked files of that repository differ from its commit; "" where they do not."""
+    """How the tracked files of that repository differ from its commit; "" where they do not, and a
+    line that says so where git does not tell it, or not in time."""
     words = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
     # From the root: of the whole repository, wherever in it the folder lies.
     top = ask(folder, "rev-parse", "--show-toplevel")
-    return (top and ask(Path(top.rstrip("\n")), *words, most=most)) or ""
+    told = ask(Path(top.rstrip("\n")), *words, most=most) if top else None
+    return UNKNOWN if told is None else told

@@ -27,6 +27,13 @@ class Version:
         """The SHA-256 of each file by its name, also of those that were too large to keep."""
         return {name: str(one["sha256"]) for name, one in self.manifest["files"].items()}
 
+    @property
+    def main(self) -> str:
+        """The name of the task's own file; "" where that is not known."""
+        modules = self.manifest.get("modules") or [""]
+        name = str(modules[0]).replace(".", "/")
+        return next((one for one in self.digests if one == f"{name}.py"), "")
+
     def file(self, name: str) -> Path:
         return self.path / "files" / name
 

@@ -100,9 +100,12 @@ def code(pair: Pair) -> None:
         sides = of(0, ours), of(1, theirs)
         if sides[0] is None or sides[1] is None:
             return {}
-        told: dict[str, Any] = {
-            change.name: change for change in changes(contents(sides[0]), contents(sides[1]))
-        }
+        files, main = contents(sides[1]), sides[0].main
+        # A copy of the task's file under another name is compared with it all the same.
+        renamed = sides[1].main not in sides[0].digests and main not in files
+        if main and sides[1].main and renamed:
+            files[main] = files.pop(sides[1].main)
+        told: dict[str, Any] = {c.name: c for c in changes(contents(sides[0]), files)}
         for key in ("commit", "diff"):
             values = [side.manifest.get(key) for side in sides if side is not None]
             if values[0] != values[1]:

@@ -191,6 +191,14 @@ def test_a_line(file: str, old: str, new: str, base: Path, task: Path, tmp_path:
     assert [line[0] for line in hunk if old in line or new in line] == ["-", "+"]
 
 
+@pytest.mark.slow
+def test_a_line_of_a_copy_under_another_name(base: Path, task: Path, tmp_path: Path) -> None:
+    edit(task / "planted.py", ".square().mean()", ".abs().mean()")
+    (task / "planted.py").rename(task / "copied.py")
+    found = asked(base, train(task, tmp_path / "run", "TASK.NAME", task / "copied.py:Planted"))
+    assert causes(found) == ["TASK.NAME", "planted.py +1 -1"]
+
+
 def test_comments_explain_nothing(base: Path, task: Path, tmp_path: Path) -> None:
     edit(task / "planted_helper.py", "FACTOR", "# Of the loss.\nFACTOR")
     found = asked(base, train(task, tmp_path / "run", "SEED", "1"))
