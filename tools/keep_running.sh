@@ -19,7 +19,7 @@ run=$1
 shift
 python=${PYTHON:-python}
 folder=$(mktemp -d)
-child='' asked='' allow=''
+child='' asked='' edited=''
 
 again() { "$python" -m launcher runs status "$run" --again "$folder/attempts"; }
 
@@ -34,7 +34,7 @@ again
 code=$?
 while [ "$code" -eq 75 ] && [ -z "$asked" ]; do
     # In the background, since a shell's traps wait for what is in front.
-    "$@" OUTPUT_DIR "$run" --resume $allow &
+    "$@" OUTPUT_DIR "$run" --resume ${edited:+--allow CODE} &
     child=$!
     [ -z "$asked" ] || stop # it came just before
     while kill -0 "$child" 2>/dev/null; do
@@ -42,7 +42,7 @@ while [ "$code" -eq 75 ] && [ -z "$asked" ]; do
         code=$?
     done
     child=''
-    allow='--allow CODE' # nobody is there to say so: an author who edits ends no run at night
+    edited=allowed # nobody is there to say so: an author who edits ends no run at night
     [ "$code" -ne 2 ] || exit 2
     [ -n "$asked" ] && break
     again

@@ -110,7 +110,9 @@ def _cause(cause: dict[str, Any]) -> str:
     values = cause["values"]
     told = cause["what"] + ("" if values is None else f": {' | '.join(map(_side, values))}")
     steps = cause["steps"]
-    told += f" (steps {steps[0]} to {steps[1]})" if steps else ""
+    if steps:
+        last = f"s {steps[0]} to {steps[1]}" if steps[0] != steps[1] else f" {steps[0]}"
+        told += f" (step{last})"
     return told + (f" ({cause['note']})" if cause["note"] else "")
 
 
