@@ -33,8 +33,12 @@ def check_code(
         found = _newest(run) if _goes_on(run, allow) else None
     elif resume_from is not None:
         found = _of_checkpoint(resume_from.resolve())
-    changes = code.changes(found) if found is not None else []
-    if found is None or not changes:
+    if found is None:
+        return ""
+    # A new file that nothing imports does not stop it: what is loaded may depend on the script that
+    # starts the launcher.
+    changes = [c for c in code.changes(found) if c.what != "new" or c.name in code.own.imported]
+    if not changes:
         return ""
     told = "\n".join(f"  {change}" for change in changes[:TOLD])
     told += f"\n  and {len(changes) - TOLD} more" if len(changes) > TOLD else ""

@@ -38,7 +38,8 @@ class Code:
 
     def __init__(self, modules: Sequence[str]) -> None:
         self.modules = list(modules)
-        self.root, self.places = own_files(self.modules)
+        self.own = own_files(self.modules)
+        self.root = self.own.root
         self._read: dict[Path, bytes] = {}
         self.files()
         self.commit = git.commit(self.root)
@@ -47,7 +48,7 @@ class Code:
     def files(self, version: Version | None = None) -> dict[str, bytes | str]:
         """The own files by name, as they were when they were loaded; with those of a `version` that
         are not loaded, or not yet: some modules are imported where they are used."""
-        self.places = own_files(self.modules)[1]
+        self.own = own_files(self.modules)
         found: dict[str, bytes | str] = {}
         kept = version.manifest["files"] if version is not None else {}
         moved = version is not None and version.manifest.get("root") != str(self.root)
@@ -56,7 +57,7 @@ class Code:
             place = [Path(one.get("path", name)), self.root / name]
             # Where the files lay elsewhere then, they are sought below the root of now first.
             places[name] = place[::-1] if moved else place[:1]
-        places |= {name: [path] for name, path in self.places.items()}
+        places |= {name: [path] for name, path in self.own.files.items()}
         for name, paths in places.items():
             for one in paths:
                 if one not in self._read:
@@ -69,7 +70,7 @@ class Code:
 
     def place(self, name: str) -> Path:
         """Where a file lies."""
-        return self.places.get(name, self.root / name)
+        return self.own.files.get(name, self.root / name)
 
     def changes(self, version: Version) -> list[Change]:
         """How these files differ from those of a version."""
@@ -142,6 +143,7 @@ class Code:
                 "sha256": digest(content),
                 "bytes": len(content),
                 "kept": kept,
+                "imported": name in self.own.imported,
             }
         (folder / "commit.txt").write_text(self.commit + "\n" * bool(self.commit), encoding="utf-8")
         (folder / "diff.patch").write_text(self.diff, encoding="utf-8")

@@ -34,6 +34,10 @@ class Version:
         name = str(modules[0]).replace(".", "/")
         return next((one for one in self.digests if one == f"{name}.py"), "")
 
+    def imports(self, name: str) -> bool:
+        """Whether import statements lead to a file from the task's; others were only loaded."""
+        return bool(self.manifest["files"].get(name, {}).get("imported", True))
+
     def file(self, name: str) -> Path:
         return self.path / "files" / name
 

@@ -106,6 +106,9 @@ def code(pair: Pair) -> None:
         if main and sides[1].main and renamed:
             files[main] = files.pop(sides[1].main)
         told: dict[str, Any] = {c.name: c for c in changes(contents(sides[0]), files)}
+        for name in [name for name, change in told.items() if change.what != "changed"]:
+            if not all(side.imports(name) for side in sides if side is not None):
+                told[f"*{name}"] = told.pop(name)
         for key in ("commit", "diff"):
             values = [side.manifest.get(key) for side in sides if side is not None]
             if values[0] != values[1]:
@@ -125,12 +128,12 @@ def code(pair: Pair) -> None:
             note = "comments and layout alone"
             found.harmless.append(Cause("", str(change), None, note, steps))
         else:
-            sides = {"new": 1, "gone": 0}
-            note = (
-                f"only {pair.runs[sides[change.what]].name} has it" if change.what in sides else ""
-            )
-            hunks = list(change.hunks()) if change.what == "changed" else []
-            found.causes.append(Cause("code", str(change), None, note, steps, hunks))
+            kind, note, hunks = "code", "", list(change.hunks())
+            if change.what != "changed":
+                note, hunks = f"only {pair.runs[change.what == 'new'].name} has it", []
+            if name.startswith("*"):
+                kind, note = "weak", f"{note}: loaded, but no import statement leads to it"
+            found.causes.append(Cause(kind, str(change), None, note, steps, hunks))
     if not missing and not any(cause.kind == "code" for cause in found.causes):
         _same_task(found)
     for run in sorted(missing):

@@ -13,7 +13,8 @@ import ast
 import functools
 import sys
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 # Folders of Python itself and of what was installed, wherever they lie below a task's folder.
@@ -32,16 +33,29 @@ def modules_of(name: str, found: type, builtin: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys([named, found.__module__]))
 
 
-def own_files(modules: Sequence[str]) -> tuple[Path, dict[str, Path]]:
-    """The root of the first module, and the own files of all by name: relative to that root, or
-    where they do not lie below it, to the root of their own module. Sorted. With a folder of these
-    files on sys.path the modules can be imported."""
-    roots, found = list[Path](), dict[str, Path]()
+@dataclass(frozen=True)
+class Own:
+    """The root of the first of some modules, and the own files of all by name: relative to that
+    root, or where they do not lie below it, to the root of their own module. Sorted. With a folder
+    of these files on sys.path the modules can be imported.
+
+    `imported` are those that the modules' import statements lead to. Others are only loaded: by a
+    registry that imports whatever it finds, say, or by the script that started the launcher.
+    """
+
+    root: Path
+    files: dict[str, Path]
+    imported: frozenset[str]
+
+
+def own_files(modules: Sequence[str]) -> Own:
+    """The own files of some loaded modules."""
+    roots, found, imported = list[Path](), dict[str, Path](), set[str]()
     for module in modules:
         file = _file(module)
         if file is None:
             continue
-        root, files = _of(module, file)
+        root, files, reached = _of(module, file)
         roots.append(root)
         for path in files:
             base = roots[0] if path.is_relative_to(roots[0]) else root
@@ -49,16 +63,18 @@ def own_files(modules: Sequence[str]) -> tuple[Path, dict[str, Path]]:
             if found.get(name, path) != path:  # of two roots; no two modules can have one name
                 name = path.as_posix()
             found[name.lstrip("/")] = path
-    return roots[0] if roots else Path.cwd(), dict(sorted(found.items()))
+            imported |= {name.lstrip("/")} if path in reached else set()
+    root = roots[0] if roots else Path.cwd()
+    return Own(root, dict(sorted(found.items())), frozenset(imported))
 
 
-def _of(module: str, file: Path) -> tuple[Path, Iterable[Path]]:
-    """The root of a module, and the own files that come with it."""
+def _of(module: str, file: Path) -> tuple[Path, set[Path], set[Path]]:
+    """The root of a module, the own files that come with it, and those of them that it imports."""
     top, *below = module.split(".")
     depth = len(below) + (file.name == "__init__.py")
     root = file.parents[min(depth, len(file.parents) - 1)]
     if top == "launcher":
-        return root, [file]
+        return root, {file}, {file}
     package = depth > 0
     files = {file}
     for name in list(sys.modules):
@@ -68,13 +84,19 @@ def _of(module: str, file: Path) -> tuple[Path, Iterable[Path]]:
             continue
         if (package and ours == top) or (not package and _is_own(path, root)):
             files.add(path)
-    left = list(files)
-    while left:  # a module that a function imports is not loaded before that is called
-        near = root / top if package else root
-        new = {path for path in _imported(left.pop(), root) if _is_own(path, near)} - files
-        files |= new
+    near = root / top if package else root
+    return root, _reached(files, root, near), _reached({file}, root, near)
+
+
+def _reached(files: set[Path], root: Path, near: Path) -> set[Path]:
+    """These files and, from import to import, what they import from below `near`: a module that a
+    function imports is not loaded before that is called."""
+    found, left = set(files), list(files)
+    while left:
+        new = {path for path in _imported(left.pop(), root) if _is_own(path, near)} - found
+        found |= new
         left += new
-    return root, files
+    return found
 
 
 @functools.cache

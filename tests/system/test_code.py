@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,11 +197,27 @@ def test_the_folder_of_the_task_may_move(task: Path, tmp_path: Path) -> None:
     assert stopped.code == 2 and "code_late.py +0 -1 (gone)" in stopped.err
 
 
+def test_a_file_that_is_only_loaded_does_not_stop_a_resume(task: Path, tmp_path: Path) -> None:
+    """As where another script starts the launcher; one that an unchanged import leads to does."""
+    run, more = tmp_path / "run", ("--resume", "--allow", "TRAIN.DURATION")
+    helper = "FACTOR = 1.0\ntry:\n    import code_more\nexcept ImportError: ...\n"
+    (task / "code_helper.py").write_text(helper)
+    train(task, run, 2).ok()
+    script = task / "script.py"
+    script.write_text("import sys, code_loaded, launcher.cli\nsys.exit(launcher.cli.main())\n")
+    (task / "code_loaded.py").write_text("")
+    command = [sys.executable, script, *words(task, run, 3, *more)]
+    with jobs.Job(command) as job:
+        job.wait().ok()
+    assert "code_loaded.py" in kept(run)["step_2"]
+    (task / "code_more.py").write_text("")
+    stopped = train(task, run, 4, *more)
+    assert stopped.code == 2 and "code_more.py +0 -0 (new)" in stopped.err
+
+
 def test_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is left out is named, and a change of it is still found; a long difference ends
     in a line that says so."""
-    import sys
-
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "code_large.py").write_text("X = 1\n" + "#" * MOST_FILES)
     __import__("code_large")

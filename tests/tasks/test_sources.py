@@ -33,9 +33,9 @@ def write(folder: Path, **files: str) -> Path:
 
 def own(name: str, search: Path) -> tuple[Path, list[str]]:
     found = resolve_class(name, BUILTIN, "task", [search])
-    root, files = own_files(modules_of(name, found, BUILTIN))
-    assert all((root / one).resolve() == path for one, path in files.items())
-    return root, list(files)
+    own = own_files(modules_of(name, found, BUILTIN))
+    assert all((own.root / one).resolve() == path for one, path in own.files.items())
+    return own.root, list(own.files)
 
 
 def test_of_a_file(tmp_path: Path) -> None:
@@ -102,6 +102,22 @@ def test_of_a_class_that_the_named_file_has_imported(tmp_path: Path) -> None:
     write(tmp_path / "b", src_callback="class Called: ...\n")
     called = resolve_class("src_callback.py:Called", {}, "callback", [tmp_path / "b"])
     modules = ["src_named", *modules_of("src_callback.py:Called", called, {})]
-    root, files = own_files(modules)
-    assert root == folder
-    assert files["src_callback.py"] == tmp_path / "b/src_callback.py"
+    found = own_files(modules)
+    assert found.root == folder
+    assert found.files["src_callback.py"] == tmp_path / "b/src_callback.py"
+
+
+def test_what_is_loaded_but_not_imported(tmp_path: Path) -> None:
+    """By a registry that imports what it finds, say: its own, and known to be so."""
+    write(
+        tmp_path,
+        src_mine="import src_near\nimport importlib\nimportlib.import_module('src_found')\n\n"
+        "class Mine: ...\n",
+        src_near="",
+        src_found="import src_further\n",
+        src_further="",
+    )
+    resolve_class("src_mine.py:Mine", {}, "task", [tmp_path])
+    found = own_files(["src_mine"])
+    assert list(found.files) == [f"src_{n}.py" for n in ("found", "further", "mine", "near")]
+    assert found.imported == {"src_mine.py", "src_near.py"}
