@@ -5,9 +5,10 @@
 #     tools/keep_running.sh runs/mine torchrun --standalone --nproc-per-node=8 tools/train.py \
 #         --config-file configs/digits.yaml
 #
-# COMMAND gets `OUTPUT_DIR RUN --resume` at its end. It is not started again after bad usage (exit
-# code 2), where a person left a file RUN/STOP, or when two attempts in a row made no progress.
-# Ctrl-C, or SIGTERM, stops the run and the loop.
+# COMMAND gets `OUTPUT_DIR RUN --resume` at its end, and from the second attempt on `--allow CODE`:
+# only the first stops where the task's files have changed. It is not started again after bad usage
+# (exit code 2), where a person left a file RUN/STOP, or when two attempts in a row made no
+# progress. Ctrl-C, or SIGTERM, stops the run and the loop.
 
 set -u
 if [ $# -lt 2 ]; then
@@ -18,7 +19,7 @@ run=$1
 shift
 python=${PYTHON:-python}
 folder=$(mktemp -d)
-child='' asked=''
+child='' asked='' edited=''
 
 again() { "$python" -m launcher runs status "$run" --again "$folder/attempts"; }
 
@@ -33,7 +34,7 @@ again
 code=$?
 while [ "$code" -eq 75 ] && [ -z "$asked" ]; do
     # In the background, since a shell's traps wait for what is in front.
-    "$@" OUTPUT_DIR "$run" --resume &
+    "$@" OUTPUT_DIR "$run" --resume ${edited:+--allow CODE} &
     child=$!
     [ -z "$asked" ] || stop # it came just before
     while kill -0 "$child" 2>/dev/null; do
@@ -41,6 +42,7 @@ while [ "$code" -eq 75 ] && [ -z "$asked" ]; do
         code=$?
     done
     child=''
+    edited=allowed # nobody is there to say so: an author who edits ends no run at night
     [ "$code" -ne 2 ] || exit 2
     [ -n "$asked" ] && break
     again

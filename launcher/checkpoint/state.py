@@ -27,9 +27,9 @@ from launcher.edges.optimizer import (
 )
 from launcher.edges.state import load_state_of, state_of
 from launcher.models.freezing import Freezing
+from launcher.provenance.environment import versions
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
-from launcher.telemetry.environment import versions
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict

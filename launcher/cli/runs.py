@@ -16,7 +16,8 @@ AGAIN = (
 
 
 def main(argv: list[str]) -> int:
-    """Run the command. `verify` exits 1 where something is wrong, `status` by the run's state."""
+    """Run the command. `verify` exits 1 where something is wrong, `why` where two runs differ,
+    `status` by the run's state."""
     options = _parser().parse_args(argv)
     # Imported when there is something to do: --help needs neither numpy nor rich.
     from launcher.runs import commands
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
     c = command("compare", "config keys that differ, metrics side by side", "+", "tables")
     c.add_argument("--key", action="append", default=[], help="compare this metric alone")
+
+    c = command("samples", "the samples of one step, by rank and micro-batch", 1, "a table")
+    c.add_argument("--step", type=_count, required=True, metavar="N", help="counted from 1")
+    c.add_argument("--rank", type=_count, metavar="R", help="of this rank alone")
+
+    command("why", "the first record at which two differ, and why; exits 1 if one does", 2, "text")
 
     c = command("plot", "curves as a picture (needs the extra `plot`)")
     c.add_argument("--key", action="append", default=[], help="a metric; a panel each")

@@ -20,9 +20,13 @@ from launcher.debug.preset import PRESET, added, folder_of
 from launcher.errors import RunError, UsageError
 from launcher.guard.stop import STOPPED, Signals
 from launcher.log import get_logger
+from launcher.provenance.check import check_code
+from launcher.provenance.code import Code
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology, read_topology
 from launcher.tasks import overrides, resolve_task
+from launcher.tasks.resolve import BUILTIN
+from launcher.tasks.sources import modules_of
 from launcher.telemetry.rundir import RunDirectory
 
 logger = get_logger(__name__)
@@ -78,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="accept these differences to the checkpoint at --resume (also DATASET_LENGTH, "
-        "TASK_STATE)",
+        "TASK_STATE, CODE)",
     )
     p.add_argument(
         "--check",
@@ -155,12 +159,18 @@ def _train(argv: list[str], signals: Signals) -> int:
         except UsageError as error:
             # What a restart finds in its way may be gone at the next: a rank that still ends, say.
             raise (RunError(str(error)) if restarted else error) from None
+    allow = frozenset(key for text in options.allow for key in text.split(","))
+    code, changed = None, ""
+    if topology.is_main and not options.eval_only:
+        code = Code(modules_of(cfg.TASK.NAME, task_class, BUILTIN))
+        changed = check_code(code, directory.path, resume, options.resume_from, allow, restarted)
 
     if not faulthandler.is_enabled():
         faulthandler.enable(2)  # where native code ends this process, its stacks are told
 
     # From here on torch is needed, which takes seconds to import.
-    from launcher.callbacks import resolve
+    from launcher.callbacks import BUILTIN as CALLBACKS
+    from launcher.callbacks import parse, resolve
     from launcher.cli.evaluate import evaluate_only
     from launcher.debug.dry_run import dry_run
     from launcher.debug.explain import debugging
@@ -169,6 +179,10 @@ def _train(argv: list[str], signals: Signals) -> int:
     from launcher.telemetry.logs import Logs
 
     search = [Path(options.config_file).parent] if options.config_file else []
+    callbacks = resolve(cfg.CALLBACKS, [*search, Path.cwd()])
+    for entry, (made, _) in zip(cfg.CALLBACKS if code else (), callbacks, strict=False):
+        assert code is not None
+        code.modules += modules_of(parse(entry)[0], made, CALLBACKS)
     job = Job(
         cfg,
         task_class,
@@ -176,10 +190,11 @@ def _train(argv: list[str], signals: Signals) -> int:
         argv=sys.argv,
         resume=resume,
         resume_from=options.resume_from,
-        allow=frozenset(key for text in options.allow for key in text.split(",")),
-        callbacks=resolve(cfg.CALLBACKS, [*search, Path.cwd()]),
+        allow=allow,
+        callbacks=callbacks,
         checkpoint=options.checkpoint,
         splits=splits,
+        code=code,
     )
     log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
     with (
@@ -192,6 +207,8 @@ def _train(argv: list[str], signals: Signals) -> int:
         else:
             if restarted and topology.is_main:
                 logger.info("a restart: going on with the run in %s", directory.path)
+            if changed:
+                logger.warning("%s", changed)
             logger.info("%s on %s", topology, runtime.device)
             with debugging() if options.debug else contextlib.nullcontext():
                 train = dry_run if options.dry_run else run

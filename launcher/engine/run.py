@@ -40,11 +40,12 @@ from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.models.freezing import Freezing
 from launcher.models.weights import load_weights
+from launcher.provenance.code import Code
+from launcher.provenance.environment import describe, this_rank
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 from launcher.tasks import make_task
 from launcher.tasks.run import LiveRun
-from launcher.telemetry.environment import describe, this_rank
 from launcher.telemetry.logs import Logs
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory, replace_json
@@ -69,6 +70,7 @@ class Job:
     checkpoint: str = "last"  # "last", "best" or a path; for --eval-only
     splits: Sequence[str] = ()  # for --eval-only: others than EVAL.SPLITS
     saves: bool = True  # checkpoints; a replay leaves none
+    code: Code | None = None  # what is to be kept of the task's own files; on rank 0
 
 
 def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
@@ -222,11 +224,11 @@ def open_directory(
         replace_json(
             directory.environment,
             {
-                **describe(job.argv),
+                **describe(job.argv, job.code),
                 "job": runtime.topology.job_id,
                 "launched_by": runtime.topology.launched_by,
                 "total_steps": data.total_steps,
-                "ranks": ranks,
+                **{"lengths": data.lengths, "kinds": data.kinds, "ranks": ranks},
                 "cpu": {**vars(runtime.cpu), "loader": vars(data.size)},
             },
         )
@@ -237,6 +239,7 @@ def open_directory(
             world_size=runtime.world_size,
             **({"from": str(job.resume_from)} if job.resume_from and not resumed else {}),
             **({"differs": differs} if differs else {}),
+            **(job.code.keep(directory.path, progress.step, cfg.MODEL.WEIGHTS) if job.code else {}),
         )
     runtime.broadcast()  # a collective: the others wait for the directory
 

@@ -12,9 +12,9 @@ from typing import Any
 import launcher
 from launcher.config import CfgNode, flatten
 from launcher.errors import UsageError
+from launcher.provenance.environment import versions
 from launcher.runtime.member import Member
 from launcher.runtime.process import Runtime
-from launcher.telemetry.environment import versions
 
 
 def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:

@@ -12,16 +12,18 @@ import orjson
 from rich.console import Console, RenderableType
 
 from launcher.errors import RunError, UsageError
-from launcher.runs import select, terminal
+from launcher.runs import answers, select, terminal
 from launcher.runs.again import again
 from launcher.runs.compare import compare
 from launcher.runs.export import export
 from launcher.runs.plot import plot
 from launcher.runs.report import report
 from launcher.runs.run import Run, find, load_summaries, open_runs, printable
+from launcher.runs.samples import samples
 from launcher.runs.status import read_status
 from launcher.runs.tail import tail
 from launcher.runs.verify import verify
+from launcher.runs.why import why
 from launcher.runtime.cpu import cpu_budget
 
 
@@ -118,6 +120,24 @@ def _compare(runs: Sequence[Run], options: Namespace) -> int:
     return 0
 
 
+def _samples(runs: Sequence[Run], options: Namespace) -> int:
+    found = samples(runs[0], options.step, options.rank)
+    if options.json:
+        _print_json(found)
+    else:
+        _print(answers.samples_table(found))
+    return 0
+
+
+def _why(runs: Sequence[Run], options: Namespace) -> int:
+    found = why(*runs)
+    if options.json:
+        _print_json(found)
+    else:
+        _print(answers.why_text(found))
+    return 0 if found["records"]["first"] is None else 1
+
+
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
     plot(runs, options.key or [runs[0].metric], options.x, options.smooth, options.output)
     return 0
@@ -151,6 +171,8 @@ COMMANDS: dict[str, Callable[[Sequence[Run], Namespace], int]] = {
     "show": _show,
     "tail": _tail,
     "compare": _compare,
+    "samples": _samples,
+    "why": _why,
     "plot": _plot,
     "export": _export,
     "verify": _verify,

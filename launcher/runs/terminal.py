@@ -60,13 +60,15 @@ def cell(column: str, run: Run) -> str:
 
 
 def list_table(runs: Sequence[Run], columns: Sequence[str]) -> Table:
-    table = _table()
+    table = plain_table()
     for place, column in enumerate(columns):
         numeric = column in RIGHT or any(isinstance(run.value(column), float) for run in runs)
         _add_column(table, column, numeric, place == 0)
     for run in runs:
         styles = {"state": STYLES.get(run.state, "")}
-        table.add_row(*(_text(cell(column, run), styles.get(column, "")) for column in columns))
+        table.add_row(
+            *(plain_text(cell(column, run), styles.get(column, "")) for column in columns)
+        )
     return table
 
 
@@ -77,28 +79,28 @@ def show(run: Run, keys: Sequence[str], width: int) -> Group:
     losses = [key for key in series if key == "train/loss" or key.startswith("train/loss/")]
     for key in dict.fromkeys(keys or (run.metric, *losses)):
         if key in series and series[key].count > 1:
-            parts += [Text(), _text(key, "bold"), *map(Text, plot(series[key], width))]
+            parts += [Text(), plain_text(key, "bold"), *map(Text, plot(series[key], width))]
     if series:
         parts += [Text(), _metrics(series, width)]
     if run.history:
         parts += [Text("\nwhat happened", "bold"), _history(run)]
     for title, lines in (("failure", failure_lines(run)), ("environment", environment_lines(run))):
         if lines:
-            parts += [Text(f"\n{title}", "bold"), *(_text(f"  {line}") for line in lines)]
+            parts += [Text(f"\n{title}", "bold"), *(plain_text(f"  {line}") for line in lines)]
     return Group(*parts)
 
 
 def _metrics(series: dict[str, Series], width: int) -> Table:
-    table = _table("metric", "", "last", "min", "max")
+    table = plain_table("metric", "", "last", "min", "max")
     room = width - 43 - max(map(len, series))
     for key, one in sorted(series.items()):
         known = [point[1] if point else None for point in (one.last, one.min, one.max)]
-        table.add_row(_text(key), sparkline(one, max(4, min(24, room))), *map(number, known))
+        table.add_row(plain_text(key), sparkline(one, max(4, min(24, room))), *map(number, known))
     return table
 
 
 def _headline(run: Run) -> list[Text]:
-    head = _text(run.path, "bold").append("  ").append(run.state, STYLES.get(run.state, ""))
+    head = plain_text(run.path, "bold").append("  ").append(run.state, STYLES.get(run.state, ""))
     if run.status is not None and run.status.reason:
         head.append(f" ({printable(run.status.reason)})")
     if not run.ours:
@@ -112,7 +114,7 @@ def _headline(run: Run) -> list[Text]:
     if run.updated:
         lines.append(Text(f"  last sign of life {moment(run.updated)}"))
     if best := run.best(run.metric):
-        lines.append(_text(f"  best {run.metric} {number(best[1])} at step {best[0]:.0f}"))
+        lines.append(plain_text(f"  best {run.metric} {number(best[1])} at step {best[0]:.0f}"))
     return lines
 
 
@@ -133,7 +135,7 @@ def _history(run: Run, most: int = 20) -> Table:
     if len(told) > most:
         table.add_row("", f"... {len(told) - most} earlier")
     for event in told[-most:]:
-        table.add_row("", *map(_text, event))
+        table.add_row("", *map(plain_text, event))
     return table
 
 
@@ -165,20 +167,20 @@ def _inline(value: Any) -> str:
 
 def compare_tables(found: dict[str, Any]) -> Group:
     """The tables of `compare.compare`'s outcome."""
-    config = _table("config", *found["runs"])
+    config = plain_table("config", *found["runs"])
     for key, values in found["config"].items():
-        config.add_row(_text(key), *(_text("-" if v is None else v) for v in values))
-    metrics = _table("metric", "", *found["runs"])
+        config.add_row(plain_text(key), *(plain_text("-" if v is None else v) for v in values))
+    metrics = plain_table("metric", "", *found["runs"])
     for row in found["metrics"]:
-        cells = [_text(number(value)) for value in row["values"]]
+        cells = [plain_text(number(value)) for value in row["values"]]
         for place in row["best"]:
             cells[place] = cells[place].append(" *")
             cells[place].stylize("bold")
-        metrics.add_row(_text(row["key"]), row["which"], *cells)
+        metrics.add_row(plain_text(row["key"]), row["which"], *cells)
     return Group(config if found["config"] else Text("the configs are equal"), Text(), metrics)
 
 
-def _table(*columns: str) -> Table:
+def plain_table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         _add_column(table, column, place > 1, place == 0)
@@ -188,10 +190,10 @@ def _table(*columns: str) -> Table:
 def _add_column(table: Table, name: str, numeric: bool, foldable: bool) -> None:
     """Where there is no room, names are folded; numbers never are."""
     justify: Any = "right" if numeric else "left"
-    table.add_column(_text(name), justify=justify, overflow="fold", no_wrap=not foldable)
+    table.add_column(plain_text(name), justify=justify, overflow="fold", no_wrap=not foldable)
 
 
-def _text(value: Any, style: str = "") -> Text:
+def plain_text(value: Any, style: str = "") -> Text:
     """As it stands: no markup, and nothing that moves a terminal's cursor."""
     return Text(printable(str(value)), style)
 

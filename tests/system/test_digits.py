@@ -55,6 +55,8 @@ def test_the_run_directory(digits: Digits) -> None:
     events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
     small = {"config.yaml", "environment.json", "status.json", "metrics.jsonl", "history.jsonl"}
     small.add(".lock")  # the claim of one live job
+    code = {f"code/step_0/{f}" for f in ("commit.txt", "diff.patch", "manifest.json")}
+    small |= {*code, "code/step_0/files/launcher/tasks/digits.py"}
     steps = checkpoint_steps(digits.run)
     kept = {f"checkpoints/step_{n}/{f}" for n in steps for f in ("state.pt", "manifest.json")}
     assert len(events) == 1

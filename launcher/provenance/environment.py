@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import platform
 import socket
@@ -11,10 +12,22 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+import launcher
+from launcher.provenance.code import Code
+
+# What changes numbers: how many threads share a sum, which algorithms are taken.
+VARIABLES = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR"),
+    *("CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "CUDA_VISIBLE_DEVICES"),
+    *("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "PYTHONHASHSEED"),
+)
+PREFIXES = ("TORCH_", "PYTORCH_", "NCCL_", "GLOO_")
 
 
 def this_rank(device: torch.device) -> dict[str, Any]:
@@ -29,23 +42,39 @@ def this_rank(device: torch.device) -> dict[str, Any]:
     }
 
 
-def describe(argv: Sequence[str]) -> dict[str, Any]:
-    """Command line, versions and git state, for environment.json."""
+def describe(argv: Sequence[str], code: Code | None = None) -> dict[str, Any]:
+    """Command line, versions, git state and what else may change bits, for environment.json. The
+    versions are also those of what the task's `code` imports."""
+    known = versions()
     return {
         "command": [sys.executable, *argv],
         "directory": os.getcwd(),
         "platform": platform.platform(),
-        "versions": versions(),
+        "versions": {**known, **(code.packages(known) if code is not None else {})},
+        "launcher_source": _source(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if matters(name)},
         "git": _git(),
     }
+
+
+def matters(name: str) -> bool:
+    """Whether an environment variable of this name can change what is computed."""
+    return name in VARIABLES or name.startswith(PREFIXES)
+
+
+def _source() -> str:
+    """The SHA-256 over the launcher's own files: two checkouts of one version may differ."""
+    folder, found = Path(launcher.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python, the launcher and the packages that a run depends on."""
-    from launcher import __version__
-
-    found = {"launcher": __version__, "python": platform.python_version()}
+    found = {"launcher": launcher.__version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "yacs", "tensorboard", "psutil", "rich"):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)

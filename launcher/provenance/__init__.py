@@ -1,0 +1,1 @@
+"""With which code, packages and machines a run was made: what it keeps of them in its directory."""

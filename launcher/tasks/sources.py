@@ -1,0 +1,143 @@
+"""Which files are a task's own: the code that a run is made of besides the launcher and packages
+that were installed. Imports no torch.
+
+Of a task in a file, and of one in a module that stands in no package, these are the loaded modules
+in its folder and below; of "package.module:Class" the loaded modules of its top-level package; with
+what these import there later, inside a function. Of one that ships with the launcher it is its
+module's file alone. Callbacks likewise.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Folders of Python itself and of what was installed, wherever they lie below a task's folder.
+INSTALLED = ("site-packages", "dist-packages")
+PYTHON = tuple(
+    Path(sysconfig.get_path(name)).resolve()
+    for name in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+
+
+def modules_of(name: str, found: type, builtin: Mapping[str, str]) -> list[str]:
+    """The modules that a name stands for, and the class found under it: they are two where the
+    named module has imported the class."""
+    place = builtin.get(name, name).rpartition(":")[0]
+    named = Path(place).stem if place.endswith(".py") else place
+    return list(dict.fromkeys([named, found.__module__]))
+
+
+@dataclass(frozen=True)
+class Own:
+    """The root of the first of some modules, and the own files of all by name: relative to that
+    root, or where they do not lie below it, to the root of their own module. Sorted. With a folder
+    of these files on sys.path the modules can be imported.
+
+    `imported` are those that the modules' import statements lead to. Others are only loaded: by a
+    registry that imports whatever it finds, say, or by the script that started the launcher.
+    """
+
+    root: Path
+    files: dict[str, Path]
+    imported: frozenset[str]
+
+
+def own_files(modules: Sequence[str]) -> Own:
+    """The own files of some loaded modules."""
+    roots, found, imported = list[Path](), dict[str, Path](), set[str]()
+    for module in modules:
+        file = _file(module)
+        if file is None:
+            continue
+        root, files, reached = _of(module, file)
+        roots.append(root)
+        for path in files:
+            base = roots[0] if path.is_relative_to(roots[0]) else root
+            name = (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+            if found.get(name, path) != path:  # of two roots; no two modules can have one name
+                name = path.as_posix()
+            found[name.lstrip("/")] = path
+            imported |= {name.lstrip("/")} if path in reached else set()
+    root = roots[0] if roots else Path.cwd()
+    return Own(root, dict(sorted(found.items())), frozenset(imported))
+
+
+def _of(module: str, file: Path) -> tuple[Path, set[Path], set[Path]]:
+    """The root of a module, the own files that come with it, and those of them that it imports."""
+    top, *below = module.split(".")
+    depth = len(below) + (file.name == "__init__.py")
+    root = file.parents[min(depth, len(file.parents) - 1)]
+    if top == "launcher":
+        return root, {file}, {file}
+    package = depth > 0
+    files = {file}
+    for name in list(sys.modules):
+        ours = name.partition(".")[0]
+        path = _file(name) if ours != "launcher" and name != "__main__" else None
+        if path is None:
+            continue
+        if (package and ours == top) or (not package and _is_own(path, root)):
+            files.add(path)
+    near = root / top if package else root
+    return root, _reached(files, root, near), _reached({file}, root, near)
+
+
+def _reached(files: set[Path], root: Path, near: Path) -> set[Path]:
+    """These files and, from import to import, what they import from below `near`: a module that a
+    function imports is not loaded before that is called."""
+    found, left = set(files), list(files)
+    while left:
+        new = {path for path in _imported(left.pop(), root) if _is_own(path, near)} - found
+        found |= new
+        left += new
+    return found
+
+
+@functools.cache
+def _imported(file: Path, root: Path) -> frozenset[Path]:
+    """The files below a root that a file's import statements name, wherever they stand."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # no Python, or not ours to read
+        return frozenset()
+    found: set[Path] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            named = [(root, alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = file.parents[node.level - 1] if node.level else root
+            module = node.module.split(".") if node.module else []
+            named = [(base, [*module, alias.name]) for alias in node.names]
+        else:
+            continue
+        for base, parts in named:
+            for count in range(1, len(parts) + 1):  # a package's own file comes with its modules
+                place = base.joinpath(*parts[:count])
+                found |= {place.with_name(f"{place.name}.py"), place / "__init__.py"}
+    return frozenset(path.resolve() for path in found if path.is_file())
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Whether a file lies below a folder, and was not installed there."""
+    if not path.is_relative_to(folder) or set(INSTALLED) & {*path.relative_to(folder).parts}:
+        return False
+    between = [p for p in path.parents if p.is_relative_to(folder) and p != folder]
+    if any((p / "pyvenv.cfg").exists() for p in between):
+        return False
+    # Where Python itself lies below the folder, as in somebody's home.
+    return not any(p.is_relative_to(folder) and path.is_relative_to(p) for p in PYTHON)
+
+
+def _file(module: str) -> Path | None:
+    """The file of a loaded module. Its attributes are not asked for: some are made on demand."""
+    file = getattr(sys.modules.get(module), "__dict__", {}).get("__file__")
+    if not isinstance(file, str):
+        return None
+    path = Path(file).resolve()
+    return path if path.is_file() else None
