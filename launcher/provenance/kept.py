@@ -73,8 +73,13 @@ class Change:
     after: bytes | None
     what: str  # "changed", "new" or "gone"
 
+    @property
+    def untold(self) -> bool:
+        """Whether what has changed cannot be shown, since a side was not kept."""
+        return self.what == "changed" and (self.before is None or self.after is None)
+
     def __str__(self) -> str:
-        if self.what == "changed" and (self.before is None or self.after is None):
+        if self.untold:
             return f"{self.name} (changed; it was too large to keep)"
         lines = [line for hunk in self.hunks() for line in hunk[1:]]
         counts = [sum(line.startswith(sign) for line in lines) for sign in "+-"]
@@ -83,6 +88,8 @@ class Change:
 
     def hunks(self) -> Iterator[list[str]]:
         """The parts of a unified diff, each a list of lines that begins with its @@ line."""
+        if self.untold:
+            return
         hunk: list[str] = []
         for line in list(
             difflib.unified_diff(_lines(self.before), _lines(self.after), lineterm="")
@@ -120,8 +127,11 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]
 
 def contents(version: Version) -> dict[str, bytes | str]:
     """A version's files, as `changes` takes them."""
-    digests = version.digests.items()
-    return {name: version.content(name) or sha256 for name, sha256 in digests}
+    found: dict[str, bytes | str] = {}
+    for name, sha256 in version.digests.items():
+        content = version.content(name)
+        found[name] = sha256 if content is None else content
+    return found
 
 
 def digest(content: bytes | str) -> str:

@@ -24,6 +24,7 @@ RATE = (
 )
 BATCHES = ("TRAIN.BATCH_SIZE", "TRAIN.DROP_LAST", DATA, "TRAIN.DURATION")
 START = ("SEED", "TASK.", "MODEL.")  # what weights begin from
+LATER = ("OPTIM.", "TRAIN.")  # what the launcher uses from the first step on
 # Packages that nothing is computed with.
 BESIDE = ("yacs", "tensorboard", "psutil", "rich")
 
@@ -73,10 +74,10 @@ def _effect(pair: Pair, key: str) -> tuple[str, str]:
     )
     if any(name.startswith(shown) and key in keys for name in pair.keys for shown, keys in hinted):
         return "hinted", ""
-    if start is False:
-        if key.startswith(START):
-            return "hinted", "the weights differ at step 0 already"
-        return "weak", "it does not change the weights at step 0, which differ already"
+    if start is False and key.startswith(START):
+        return "hinted", "the weights differ at step 0 already"
+    if start is False and key.startswith(LATER):
+        return "weak", "the weights differ at step 0 already, before it is used"
     constant = all(one.get("OPTIM.SCHEDULE") == "constant" for one in settings)
     if key == "TRAIN.DURATION" and constant:
         return "weak", "with OPTIM.SCHEDULE constant it matters where the task's own code uses it"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.provenance.code import MOST_FILES, Code
-from launcher.provenance.git import CUT, difference
+from launcher.provenance.git import CUT, commit, difference
 from launcher.provenance.kept import versions
 from tests.system import jobs
 
@@ -215,7 +215,9 @@ def test_a_file_that_is_only_loaded_does_not_stop_a_resume(task: Path, tmp_path:
     assert stopped.code == 2 and "code_more.py +0 -0 (new)" in stopped.err
 
 
-def test_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_too_large_and_what_git_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that is left out is named, and a change of it is still found; a long difference ends
     in a line that says so."""
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -237,5 +239,10 @@ def test_what_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "text").write_text("a\n")
     for command in (["init", "-q"], ["add", "text"], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
+    assert commit(tmp_path) != "" and difference(tmp_path, 50) == ""
+    # An environment inside a repository, which ignores it, is not of its commit.
+    (tmp_path / ".gitignore").write_text("ignored\n")
+    (tmp_path / "ignored/site-packages").mkdir(parents=True)
+    assert commit(tmp_path / "ignored/site-packages") == ""
     (tmp_path / "text").write_text("b\n" * 100)
     assert difference(tmp_path, 50).endswith(CUT) and len(difference(tmp_path, 50)) < 150
