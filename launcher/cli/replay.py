@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -18,6 +19,10 @@ from launcher.errors import UsageError
 
 # What another rank of a replay is told by the one that starts it: the folder to write to.
 MEMBER = "LAUNCHER_REPLAY"
+NOTHING_KNOWN = (
+    "nothing that is known differs between then and now: what remains is the content of the data, "
+    "and operations that give other bits each time (launcher doctor --config-file finds these)"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +40,19 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--pdb", action="store_true", help="stop in train_step of that step")
     how.add_argument("--stats", action="store_true", help="print what goes through each module")
     how.add_argument("--profile", action="store_true", help="trace that step with torch.profiler")
+    how.add_argument("--trace", type=Path, help=argparse.SUPPRESS)  # for `runs why --replay`
     how.add_argument("--anomaly", action="store_true", help="detect anomalies in that step")
+    p.add_argument(
+        "--code",
+        choices=("now", "run"),
+        default="now",
+        help="the task's files as they are now, or as the run kept them in code/",
+    )
+    # For `runs why --replay`: another run's values of some keys, and its records to compare with;
+    # the last step at which a checkpoint may lie.
+    p.add_argument("--with", dest="changed", type=json.loads, default={}, help=argparse.SUPPRESS)
+    p.add_argument("--against", type=Path, help=argparse.SUPPRESS)
+    p.add_argument("--before", type=int, help=argparse.SUPPRESS)
     return p
 
 
@@ -44,8 +61,8 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     from launcher.runs.run import open_run
 
-    run = open_run(options.run)
-    plan = plan_replay(run, options.step)
+    run = open_run(options.run.resolve())
+    plan = plan_replay(run, options.step, options.before, options.changed)
     if not 0 <= options.rank < plan.world_size:
         raise UsageError(f"--rank {options.rank}: the run had ranks 0 to {plan.world_size - 1}")
     if MEMBER in os.environ or plan.world_size == 1:
@@ -84,7 +101,8 @@ def _with_others(options: argparse.Namespace, argv: list[str], run: Any, plan: R
 
 def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Path) -> int:
     """This rank's part."""
-    theirs = recorded(run.path)
+    theirs = recorded((options.against or run.path).resolve())
+    trace = options.trace and options.trace.resolve()
     ranks = run.environment.get("ranks") or [{}]
     if plan.checkpoint is None and "threads" in ranks[0]:  # else the checkpoint tells
         os.environ.setdefault("OMP_NUM_THREADS", str(ranks[0]["threads"]))
@@ -92,9 +110,8 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         os.chdir(there)  # where TASK.NAME and other paths are sought from
         if there not in sys.path:
             sys.path.insert(0, there)
-    how = next(
-        (name for name in ("pdb", "stats", "profile", "anomaly") if getattr(options, name)), ""
-    )
+    ways = ("pdb", "stats", "profile", "anomaly", "trace")
+    how = next((name for name in ways if getattr(options, name)), "")
 
     from launcher.callbacks import resolve
     from launcher.config import CfgNode, load_config
@@ -105,9 +122,11 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     from launcher.engine.run import run as train
     from launcher.guard.guard import Guard
     from launcher.guard.stop import Signals
+    from launcher.provenance.code import Code
     from launcher.runtime.progress import Progress
     from launcher.runtime.topology import read_topology
-    from launcher.tasks import resolve_task
+    from launcher.tasks import BUILTIN, resolve_task
+    from launcher.tasks.sources import modules_of
     from launcher.telemetry.logs import Logs
     from launcher.telemetry.rundir import RunDirectory
 
@@ -120,6 +139,9 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     tree = CfgNode()
     for key, value in plan.config.items():
         put(tree, key, value)
+    search = [Path.cwd()]
+    if options.code == "run":
+        search = [use_kept_code(run, plan, tree)]
     file.write_text(tree.dump(), encoding="utf-8")
     config = load_config(str(file), settings, resolve_task)
     cfg, task_class = config.cfg, config.task
@@ -127,8 +149,12 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     duration = parse_duration(cfg.LOG.EVERY)
     comparison = Comparison(theirs, duration is not None and duration.unit == "s")
     made = (Replay, {"plan": plan, "comparison": comparison, "rank": options.rank, "how": how})
-    made[1]["out"] = Path(tempfile.gettempdir())
+    made[1]["out"] = trace or Path(tempfile.gettempdir())
     topology, directory = read_topology(os.environ), RunDirectory(cfg.OUTPUT_DIR)
+    code = None
+    if topology.is_main:
+        code = Code(modules_of(cfg.TASK.NAME, task_class, BUILTIN))
+        tell_changed_code(run, plan, code)
     job = Job(
         cfg,
         task_class,
@@ -136,8 +162,9 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         argv=sys.argv,
         resume_from=plan.checkpoint,
         allow=plan.allow,
-        callbacks=[*resolve(cfg.CALLBACKS, [Path.cwd()]), made],
+        callbacks=[*resolve(cfg.CALLBACKS, [*search, Path.cwd()]), made],
         saves=False,
+        code=code,
     )
     log, own = cfg.LOG, [task_class.__module__.split(".")[0]]
     with (
@@ -148,11 +175,46 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         runtime = guard.join(task_class)
         with contextlib.suppress(Replayed):
             train(job, runtime, guard, logs)
-    return told(run, plan, comparison) if topology.is_main else 0
+    if not topology.is_main or how == "trace":
+        return 0
+    return told(run, plan, comparison, directory.path)
 
 
-def told(run: Any, plan: ReplayPlan, comparison: Any) -> int:
-    """Say what was the same and what not; the exit code."""
+def use_kept_code(run: Any, plan: ReplayPlan, tree: Any) -> Path:
+    """Have the task, and what it imports, come from the run's own version of it; the folder."""
+    from launcher.provenance.kept import versions
+
+    version = next((v for v in versions(run.path) if v.name == plan.code), None)
+    if version is None:
+        raise UsageError(f"--code run: {run.path} keeps no code of the attempt that did that step")
+    folder = (version.path / "files").resolve()
+    place, _, name = tree.TASK.NAME.rpartition(":")
+    if place.endswith(".py"):
+        tree.TASK.NAME = f"{folder / version.main}:{name}"
+    sys.path.insert(0, str(folder))
+    return folder
+
+
+def tell_changed_code(run: Any, plan: ReplayPlan, code: Any) -> None:
+    """Say so where the task's files are not those that did the step."""
+    from launcher.provenance.kept import changes, contents, versions
+
+    version = next((v for v in versions(run.path) if v.name == plan.code), None)
+    if version is None:
+        return
+    changed = [str(c) for c in changes(contents(version), code.files(version))]
+    if changed:
+        print(
+            f"launcher: the task's files are not those that did this step ({', '.join(changed)}); "
+            "--code run takes those",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def told(run: Any, plan: ReplayPlan, comparison: Any, now: Path) -> int:
+    """Say what was the same and what not, and what differs between then and `now`, the directory of
+    this replay; the exit code."""
     ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
     print(f"replayed steps {plan.begin + 1} to {plan.step} of {run.path} on {ranks}", flush=True)
     if not comparison.differing:
@@ -174,4 +236,17 @@ def told(run: Any, plan: ReplayPlan, comparison: Any) -> int:
     more = len(comparison.differing) - 1
     if more:
         print(f"and {more} more value{'s' * (more > 1)} of {comparison.same + more + 1}")
+    from launcher.runs.answers import cause_line
+    from launcher.runs.run import open_run
+    from launcher.runs.why import why
+
+    then, again = open_run(run.path), open_run(now)
+    then.name, again.name = "then", "now"
+    # It begins from a checkpoint by design.
+    causes = [cause for cause in why(then, again)["causes"] if cause["kind"] != "lineage"]
+    print("what differs between then and now:" if causes else NOTHING_KNOWN)
+    for cause in causes:
+        print(f"  {cause_line(cause)}")
+        for hunk in cause["hunks"]:
+            print("\n".join(f"    {line}" for line in hunk))
     return 1

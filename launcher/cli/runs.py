@@ -22,6 +22,10 @@ def main(argv: list[str]) -> int:
     # Imported when there is something to do: --help needs neither numpy nor rich.
     from launcher.runs import commands
 
+    if getattr(options, "replay", False):
+        from launcher.debug.bisect import by_replay  # the one that needs torch
+
+        options.by_replay = by_replay
     return commands.call(options)
 
 
@@ -63,7 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("--step", type=_count, required=True, metavar="N", help="counted from 1")
     c.add_argument("--rank", type=_count, metavar="R", help="of this rank alone")
 
-    command("why", "the first record at which two differ, and why; exits 1 if one does", 2, "text")
+    c = command("why", "the first record at which two differ, and why; exits 1 then", 2, "text")
+    c.add_argument(
+        "--replay",
+        action="store_true",
+        help="run both again around that step: the first module that differs, the keys that do it",
+    )
+
+    c.set_defaults(by_replay=None)
 
     c = command("plot", "curves as a picture (needs the extra `plot`)")
     c.add_argument("--key", action="append", default=[], help="a metric; a panel each")

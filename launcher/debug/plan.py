@@ -1,94 +1,89 @@
-"""What a replay of a step needs to know of a run, from its directory alone; imports no torch."""
+"""How to come to a step of a run once more, from its directory alone; imports no torch."""
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import json
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.config.changes import DATA
 from launcher.errors import UsageError
+from launcher.runs.attempts import Attempt, attempt_of, attempts
+from launcher.runs.difference import FREE
 from launcher.runs.run import Run
-
-# What differs between two runs of the same bits.
-FREE = ("time", "perf/", "system/")
 
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """How to come to a step once more."""
+    """What a replay starts from, and as what."""
 
     step: int
     world_size: int  # of the attempt that did it
     checkpoint: Path | None  # to start from; None: from the start
     begin: int  # its step
     allow: frozenset[str]  # keys that were changed between it and the step
-    config: dict[str, Any]  # key -> value, as the attempt had it
+    config: dict[str, Any]  # key -> value, as that attempt had it
+    code: str  # the name of its version in code/; "" where none is kept
 
 
-def plan_replay(run: Run, step: int) -> ReplayPlan:
-    """Raises UsageError where the run has not done the step, or nothing can lead to it."""
+def plan_replay(
+    run: Run, step: int, before: int | None = None, changed: Mapping[str, Any] | None = None
+) -> ReplayPlan:
+    """From the newest checkpoint of at most the step `before`, if given; with these values of some
+    keys instead of the run's own.
+
+    Raises UsageError where the run has not done the step, or no kept checkpoint leads to it.
+    """
     path = run.path
-    if not run.ours or not run.attempts:
-        raise UsageError(f"{path} is no run of the launcher's that can be replayed")
+    found = attempts(run) if run.ours else []
     if not 1 <= step <= run.step:
         raise UsageError(
             f"{path} has done the steps 1 to {run.step}; --step {step} is none of them"
         )
-    # Those that led to the step; one that went back before it did it anew.
-    attempts = [e for e in (run.history[i] for i in run.attempts) if e["step"] < step]
-    last = attempts[-1]
-    found, why = _checkpoint(path, step), ""
-    begin = found[0] if found else 0
-    if found is None and attempts[0].get("from"):
-        first = Path(attempts[0]["from"])
-        begin, found = attempts[0]["step"], (attempts[0]["step"], first)
-        if not first.exists():
-            why = f"it began from {first}, which is gone"
-    crossed = [e for e in attempts if e["step"] > begin or e is last]
-    if len({e["world_size"] for e in crossed if e["step"] >= begin} | {last["world_size"]}) > 1:
-        sizes = ", ".join(f"{e['world_size']} from step {e['step']}" for e in crossed)
-        why = f"between step {begin} and step {step} it had other numbers of ranks ({sizes})"
-    if why:
+    if (last := attempt_of(found, step)) is None or last.world_size is None:
+        raise UsageError(f"{path}: its history.jsonl does not tell which attempt did step {step}")
+    most = step - 1 if before is None else min(before, step - 1)
+    begin, checkpoint = _start(run, most, found[0])
+    # Those that did the steps on the way.
+    way = [a for a in found if a.begin < step and (a.end is None or a.end > begin)]
+    sizes = [a.world_size for a in way]
+    if len(set(sizes)) > 1:
         raise UsageError(
-            f"{path}: step {step} cannot be replayed: {why}. No checkpoint before it is kept that "
-            "would do: CHECKPOINT.KEEP_EVERY keeps some for good."
+            f"{path}: step {step} cannot be replayed. The newest checkpoint before it that is kept "
+            f"is of step {begin}, and on the way the run had {', then '.join(map(str, sizes))} "
+            "ranks. CHECKPOINT.KEEP_EVERY keeps more of them."
         )
-    allow = {key for e in attempts if e["step"] >= begin for key, _, _ in changes(e)}
-    config = dict(run.config)
-    since = [i for i in run.attempts if i > run.history.index(last)]
-    for place in reversed(since):  # config.yaml is that of the last attempt
-        config |= {key: before for key, before, _ in changes(run.history[place]) if key in config}
-    checkpoint = found[1] if found else None
-    return ReplayPlan(step, last["world_size"], checkpoint, begin, frozenset(allow), config)
+    changed = changed or {}
+    config = {k: v for k, v in {**last.settings, **changed}.items() if k != DATA}
+    allow = {key for a in way for key in a.settings if a.settings[key] != last.settings.get(key)}
+    allow |= _changed(found, begin, last) | set(changed)
+    return ReplayPlan(step, last.world_size, checkpoint, begin, frozenset(allow), config, last.code)
 
 
-def changes(event: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, value before and value after of what a resume has changed (config/changes.py)."""
-    found = []
-    for text in event.get("differs", ()):
-        if (match := re.match(r"([A-Z][\w.]*): (.*)", text, re.DOTALL)) is None:
-            continue
-        parts = match[2].split(" -> ")
-        for cut in range(1, len(parts)):
-            with contextlib.suppress(ValueError, SyntaxError):
-                before, after = " -> ".join(parts[:cut]), " -> ".join(parts[cut:])
-                found.append((match[1], ast.literal_eval(before), ast.literal_eval(after)))
-                break
-    return found
+def _changed(found: list[Attempt], begin: int, last: Attempt) -> set[str]:
+    """The keys in which the attempt that saved the checkpoint of step `begin` had other values."""
+    saved = attempt_of(found, begin) if begin else None
+    if saved is None:
+        return set()
+    return {key for key, value in saved.settings.items() if value != last.settings.get(key)}
 
 
-def _checkpoint(run: Path, step: int) -> tuple[int, Path] | None:
-    """The newest whole checkpoint before a step."""
+def _start(run: Run, most: int, first: Attempt) -> tuple[int, Path | None]:
+    """The newest checkpoint of at most a step, and its step; else what the run itself began
+    from."""
     steps = []
-    for manifest in (run / "checkpoints").glob("step_*/manifest.json"):
+    for manifest in run.directory.checkpoints.glob("step_*/manifest.json"):
         number = manifest.parent.name.removeprefix("step_")
-        if number.isdigit() and int(number) < step:
+        if number.isdigit() and int(number) <= most:
             steps.append((int(number), manifest.parent))
-    return max(steps, default=None)
+    if steps:
+        return max(steps)
+    origin = first.record.get("from")
+    if origin is not None and not Path(origin).exists():
+        raise UsageError(f"{run.path} began from {origin}, which is gone, and keeps no checkpoint")
+    return first.begin, Path(origin) if origin is not None else None
 
 
 def recorded(run: Path) -> dict[int, dict[str, Any]]:
@@ -102,9 +97,5 @@ def recorded(run: Path) -> dict[int, dict[str, Any]]:
             except ValueError:  # a torn last line, of a live run
                 continue
             kept = {k: v for k, v in record.items() if not k.startswith(FREE)}
-            nonfinite = found.get(record["step"], {}).get("nonfinite", [])
-            nonfinite = sorted({*nonfinite, *kept.get("nonfinite", [])})
             found.setdefault(record["step"], {}).update(kept)
-            if nonfinite:
-                found[record["step"]]["nonfinite"] = nonfinite
     return found

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 from launcher.callbacks import Run
-from launcher.debug.plan import FREE, ReplayPlan
+from launcher.debug.plan import ReplayPlan
 from launcher.debug.stats import Stats
+from launcher.debug.trace import Trace
+from launcher.runs.difference import FREE
 from launcher.telemetry.media import Media
 from launcher.telemetry.rundir import POSITION
 from launcher.telemetry.sinks import Record, Sink, strict
@@ -64,15 +66,18 @@ class Comparison(Sink):
 class Replay:
     """A callback: looks into one step on one rank, and ends the run after it.
 
-    `how` is "" (compare alone), "pdb", "stats", "profile" or "anomaly".
+    `how` is "" (compare alone), "pdb", "stats", "profile" or "anomaly"; or "trace", on all ranks
+    and in all steps.
     """
 
     def __init__(
         self, run: Run, plan: ReplayPlan, comparison: Comparison, rank: int, how: str, out: Path
     ) -> None:
         self.run, self.plan, self.comparison = run, plan, comparison
-        self.how = how if run.runtime.rank == rank else ""
-        self.rank, self.out = rank, out
+        self.how = how if run.runtime.rank == rank or how == "trace" else ""
+        self.out, self.trace = out, None
+        if how == "trace":
+            self.trace = Trace(run, Path(f"{out}.rank{run.runtime.rank}"), self._indices)
         self.inside = contextlib.ExitStack()  # the step, while it is looked into
 
     def sink(self) -> Sink:
@@ -83,7 +88,9 @@ class Replay:
         step = self.run.progress.step
         if step >= self.plan.step:
             raise Replayed
-        if step == self.plan.step - 1 and self.how:
+        if self.trace is not None:
+            self.inside.enter_context(self.trace.step())
+        elif step == self.plan.step - 1 and self.how:
             getattr(self, f"_{self.how}")()
 
     def on_step(self) -> None:

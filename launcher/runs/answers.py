@@ -52,11 +52,23 @@ def why_text(found: dict[str, Any]) -> Group:
     elif differs:
         parts.append(Text("\nall that is known of both is equal: none of it is why", "bold"))
     for number, cause in enumerate(found["causes"], 1):
-        parts.append(plain_text(f"  {number}. {_cause(cause)}"))
+        parts.append(plain_text(f"  {number}. {cause_line(cause)}"))
         lines = [line for hunk in cause["hunks"] for line in hunk]
         parts += [plain_text(f"       {line}") for line in lines[:LINES]]
         if len(lines) > LINES:
             parts.append(Text(f"       and {len(lines) - LINES} lines more"))
+    if replayed := found.get("replay"):
+        parts.append(Text("\nboth run again", "bold"))
+        where, keys = replayed["where"], replayed["keys"]
+        parts.append(plain_text(f"  {where or 'their steps are equal: the difference is gone'}"))
+        if keys:
+            parts.append(
+                plain_text(f"  the smallest set of keys that explains it: {', '.join(keys)}")
+            )
+        elif replayed["tried"]:
+            parts.append(
+                plain_text(f"  of the keys none explains it: {', '.join(replayed['tried'])}")
+            )
     for title, told in (
         ("differs, and cannot change bits unless the task's own code reads it", found["harmless"]),
         ("not known", found["unknown"]),
@@ -66,7 +78,7 @@ def why_text(found: dict[str, Any]) -> Group:
         if told:
             parts.append(Text(f"\n{title}", "bold"))
         for one in told:
-            parts.append(plain_text(f"  {one if isinstance(one, str) else _cause(one)}"))
+            parts.append(plain_text(f"  {one if isinstance(one, str) else cause_line(one)}"))
     return Group(*parts)
 
 
@@ -105,7 +117,7 @@ def _digests(records: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cause(cause: dict[str, Any]) -> str:
+def cause_line(cause: dict[str, Any]) -> str:
     """A cause on one line."""
     values = cause["values"]
     told = cause["what"] + ("" if values is None else f": {' | '.join(map(_side, values))}")

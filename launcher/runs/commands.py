@@ -131,6 +131,9 @@ def _samples(runs: Sequence[Run], options: Namespace) -> int:
 
 def _why(runs: Sequence[Run], options: Namespace) -> int:
     found = why(*runs)
+    if options.by_replay is not None:
+        found["replay"] = options.by_replay(runs[0], runs[1], found)
+        found["next"] = [line for line in found["next"] if "--replay" not in line]
     if options.json:
         _print_json(found)
     else:

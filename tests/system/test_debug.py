@@ -59,8 +59,10 @@ def test_the_debugger_opens_on_an_exception(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("tools/train.py",), ("-m", "pdb", "-c", "continue", "tools/train.py")],
-    ids=["breakpoint", "python -m pdb"],
+    [
+        jobs.slow(("tools/train.py",), id="breakpoint"),
+        pytest.param(("-m", "pdb", "-c", "continue", "tools/train.py"), id="python -m pdb"),
+    ],
 )
 def test_a_breakpoint_of_the_tasks_own(command: Any, tmp_path: Path) -> None:
     """The guard takes nobody who looks around for one that hangs."""
@@ -119,14 +121,16 @@ def test_a_dry_run_goes_through_everything(ranks: int | None, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["eval_step", "summarize"])
+@pytest.mark.parametrize("what", [jobs.slow("eval_step"), "summarize"])
 def test_a_dry_run_finds_what_would_fail_late(what: str, tmp_path: Path) -> None:
     ended = jobs.train("--dry-run", *WORDS, env=wrong(what))
     assert ended.code == 1 and "as planted" in ended.err
     assert re.search(r"^  evaluate val", ended.out, re.M)  # it came so far
 
 
-@pytest.mark.parametrize(("labels", "verdict"), [("True", "near zero: the task"), ("False", "no ")])
+@pytest.mark.parametrize(
+    ("labels", "verdict"), [("True", "near zero: the task"), jobs.slow("False", "no ")]
+)
 def test_overfitting_says_how_it_went(labels: str, verdict: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = [*WORDS, "OUTPUT_DIR", run, "DEBUG.OVERFIT_BATCHES", "2", "TASK.LABELS", labels]

@@ -87,6 +87,7 @@ def test_what_cannot_be_is_refused(run: Path, step: int, more: Any, told: str) -
     assert ended.code == 2 and told in ended.err
 
 
+@pytest.mark.slow
 def test_stats_are_those_of_the_step(run: Path) -> None:
     """Of the weights before the step, taken from the checkpoint that it begins from."""
     ended = replay(run, 9, "--rank", "2", "--stats").ok()
@@ -122,6 +123,7 @@ def test_the_debugger_stops_in_the_step_of_that_rank(run: Path) -> None:
     assert listed == jobs.metrics(run)
 
 
+@pytest.mark.slow
 def test_a_run_on_another_number_of_ranks_is_replayed_on_its_own(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other, symlinks=True)
