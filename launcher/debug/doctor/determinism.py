@@ -215,5 +215,5 @@ def _cause(a: Event | None, b: Event | None, device: str, deterministic: bool) -
 
 
 def _generators(event: Event) -> list[Any]:
-    """The digests of generators' states among what it takes: each stands behind a word."""
-    return [b for a, b in zip(event.takes, event.takes[1:], strict=False) if a == "generator"]
+    """The digests of generators' states among what it takes."""
+    return [one for one in event.takes if isinstance(one, tuple) and one[0] == "generator"]

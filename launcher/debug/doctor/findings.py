@@ -86,7 +86,7 @@ class Machine:
 def driver(path: Path = DRIVER) -> str:
     """The version of NVIDIA's kernel driver, "" where there is none."""
     try:
-        found = re.search(r"Kernel Module\D*?\s(\d+(\.\d+)+)", path.read_text())
+        found = re.search(r"Kernel Module.*?\s(\d+\.\d+(\.\d+)?)\s", path.read_text())
     except OSError:
         return ""
     return found[1] if found else "of unknown version"

@@ -49,9 +49,8 @@ class Loaders:
         return self.workers * self.prefetch * self.tensors
 
     def __str__(self) -> str:
-        return (
-            f"{self.split}: {self.workers} workers x {self.prefetch} batches of {size(self.batch)}"
-        )
+        workers = f"{self.workers} worker{'s' * (self.workers > 1)}"
+        return f"{self.split}: {workers} x {self.prefetch} batches of {size(self.batch)}"
 
 
 def needs(job: Job, runtime: Runtime, machine: Machine) -> Iterator[Finding]:

@@ -70,7 +70,7 @@ def differences(told: Sequence[Told]) -> Iterator[Finding]:
                 f"the least counts for all: free some on {least}, or leave that node out",
             )
     if len(told) > 1:
-        yield TOPIC.ok("compared", f"{len(told)} ranks on {_hosts(told)}")
+        yield TOPIC.ok("compared", f"{len(told)} ranks, on {_hosts(told)}")
 
 
 def clocks(told: Sequence[Told], offsets: Sequence[float]) -> Iterator[Finding]:
