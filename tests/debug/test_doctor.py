@@ -273,7 +273,7 @@ def test_how_many_checkpoints_lie_side_by_side(words: Any, count: int) -> None:
 @pytest.mark.parametrize(("optimizer", "copies"), [("adamw", 3), ("sgd", 2)])
 def test_a_checkpoint_holds_weights_and_states(optimizer: str, copies: int) -> None:
     one = job(planted.Steady, "OPTIM.NAME", optimizer)
-    found = list(needs.needs(one, ALONE, HERE))
+    found = list(needs.needs(one, ALONE, HERE, Path()))
     weights = sum(p.numel() for p in planted.Steady(one.cfg).build_model().parameters()) * 4
     match = re.search(r"for 4 of (\d+) bytes", only(found, "disk for checkpoints").found)
     assert match is not None
@@ -285,7 +285,7 @@ def test_what_cannot_be_built_is_a_problem() -> None:
         def build_dataset(self, split: str) -> Any:
             raise FileNotFoundError(f"no images of {split}")
 
-    (found,) = needs.needs(job(Broken), ALONE, HERE)
+    (found,) = needs.needs(job(Broken), ALONE, HERE, Path())
     assert (found.state, found.found) == ("problem", "FileNotFoundError: no images of train")
 
 
@@ -356,7 +356,7 @@ def test_a_port_that_is_taken() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "state", "told"),
     [
-        ("OMP_NUM_THREADS", "2", "ok", "2 threads a rank"),
+        ("OMP_NUM_THREADS", "2", "ok", "2: threads of a rank"),
         ("OMP_NUM_THREADS", "64", "warning", "has 4 CPUs"),
         ("OMP_NUM_THREADS", "many", "problem", "no number"),
         ("CUDA_VISIBLE_DEVICES", "", "warning", "hides all GPUs"),
@@ -483,14 +483,28 @@ def test_clocks_that_are_apart_are_named_by_host() -> None:
     assert not list(ranks.clocks(everyone, [0.0, 0.9, 0.9, -0.4]))
 
 
+class Writes:
+    """A callback with files of its own in the run directory."""
+
+    def __init__(self, run: Any) -> None:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        self.file = run.directory / "mine"
+        self.file.write_text("begun")
+
+    def on_step(self) -> None:
+        self.file.write_text("stepped")
+
+
 def test_a_machine_with_a_config_is_examined_and_left_as_it_was(tmp_path: Path) -> None:
     little = MemoryBudget(8 * GIB, 2**10, False, "free memory")
     machine = dataclasses.replace(HERE, memory=little, free=lambda folder: 100)
     one = job(planted.Steady, "DATALOADER.NUM_WORKERS", 1, directory=str(tmp_path / "run"))
-    page = examine(Topology(), one.cfg, one, 0, machine)
+    one = dataclasses.replace(one, callbacks=[(Writes, {})])
+    page = examine(Topology(), one.cfg, one, 1, machine)
     assert page is not None
     states = {f.name: f.state for f, _ in page}
     assert states["disk for checkpoints"] == "problem"
     assert states["/dev/shm for loaders"] == "problem"
     assert states["gloo all-reduce"] != "problem"
+    assert states["first steps"] == "ok"
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from launcher.engine.run import Job
 from launcher.errors import UsageError
 from launcher.runtime.process import Runtime, choose_device, end, start
 from launcher.runtime.topology import Topology
+from launcher.telemetry.rundir import RunDirectory
 
 Page = list[tuple[Finding, list[int]]]  # findings with the ranks that have made them
 
@@ -27,12 +29,24 @@ def examine(
 ) -> Page | None:
     """Check this machine, and with a `job` whether it can do that; the page on rank 0, None on the
     others. Called by every rank. Writes nothing."""
+    with tempfile.TemporaryDirectory(prefix="doctor-") as spare:
+        return _examine(topology, cfg, job, steps, machine, Path(spare))
+
+
+def _examine(
+    topology: Topology,
+    cfg: CfgNode,
+    job: Job | None,
+    steps: int,
+    machine: Machine | None,
+    spare: Path,
+) -> Page | None:
     try:
         # What ranks tell each other goes over gloo: a broken NCCL is to be found, not waited for.
         runtime = start(topology, _on_cpu(cfg))
         machine = machine or Machine.here(topology.local_world_size)
         device = _device(topology, cfg)
-        page = _page(runtime, cfg, job, device, machine)
+        page = _page(runtime, cfg, job, device, machine, spare)
     finally:
         end()
     if page is None or job is None or device is None or steps == 0:
@@ -40,11 +54,17 @@ def examine(
     # The group is gone: nothing in the user's code can wait for ranks that are no longer there.
     share = dataclasses.replace(topology, launched_by="python")
     alone = Runtime(share, device, machine.cpu)
-    return page + [(finding, [0]) for finding in determinism(job, alone, steps)]
+    elsewhere = dataclasses.replace(job, directory=RunDirectory(spare))
+    return page + [(finding, [0]) for finding in determinism(elsewhere, alone, steps)]
 
 
 def _page(
-    runtime: Runtime, cfg: CfgNode, job: Job | None, device: torch.device | None, machine: Machine
+    runtime: Runtime,
+    cfg: CfgNode,
+    job: Job | None,
+    device: torch.device | None,
+    machine: Machine,
+    spare: Path,
 ) -> Page | None:
     topology = runtime.topology
     # First of all: it forks, and nothing here has begun threads of its own yet.
@@ -68,7 +88,9 @@ def _page(
     needed: Sequence[Finding] = ()
     if job is not None and device is not None:
         on_device = dataclasses.replace(runtime, device=device)
-        needed = list(needs(job, on_device, machine))
+        # The user's callbacks are made, too, and may write into what they take for the run's.
+        elsewhere = dataclasses.replace(job, directory=RunDirectory(spare))
+        needed = list(needs(elsewhere, on_device, machine, output))
     # What is a node's is told by its first rank alone.
     if topology.local_rank == 0:
         found += of_node
@@ -77,7 +99,7 @@ def _page(
         found += needed
     told = ranks.Told(
         host=os.uname().nodename,
-        findings=[*found, *exchanged],
+        findings=found,
         versions=builds.versions(),
         facts={
             "NVIDIA driver": machine.driver,
@@ -91,7 +113,7 @@ def _page(
     everyone = runtime.gather(told)  # a collective
     if everyone is None:
         return None
-    page = ranks.merged(everyone)
+    page = ranks.merged(everyone) + [(finding, []) for finding in exchanged]
     if runtime.distributed:
         page += [(finding, []) for finding in ranks.differences(everyone)]
         page += [(finding, []) for finding in ranks.clocks(everyone, clocks or [])]

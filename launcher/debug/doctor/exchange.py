@@ -21,6 +21,7 @@ TOPIC = Topic("exchange")
 BYTES, ROUNDS = 16 * 2**20, 4
 SLOW_MB_S = 10.0  # less than the slowest network that anybody trains over
 PAIR_S, GROUP_S = 30.0, 60.0
+BLOCKING = "TORCH_NCCL_BLOCKING_WAIT"
 ADVICE = (
     "set GLOO_SOCKET_IFNAME to the network interface that the ranks are to use (lo for one host), "
     "and see that the host's own name can be resolved"
@@ -75,18 +76,30 @@ def between_ranks(runtime: Runtime, device: torch.device | None) -> Iterator[Fin
     everywhere = all(runtime.broadcast(runtime.gather(cuda)))
     for backend in ("gloo", "nccl") if everywhere else ("gloo",):
         here = device if backend == "nccl" and device is not None else torch.device("cpu")
-        found: float | str
-        try:
-            # A group of its own, whose timeout is short: a dead network must not hold up the page.
-            group = dist.new_group(timeout=timedelta(seconds=GROUP_S), backend=backend)
-            found = measure(group, here)
-        except RuntimeError as error:
-            found = str(error).splitlines()[0]
+        found = _of_group(backend, here)
         slowest = runtime.gather(found)  # a collective
         if slowest is not None:
             failed = [f"rank {r}: {one}" for r, one in enumerate(slowest) if isinstance(one, str)]
             told = failed[0] if failed else min(slowest)
             yield _judged(f"{backend} all-reduce", f"{runtime.world_size} ranks", told)
+
+
+def _of_group(backend: str, device: torch.device) -> float | str:
+    """The speed of a new group of all ranks, or what went wrong. Its timeout is short: a dead
+    network must not hold up the page. Collectives."""
+    # Read when the group is made: what takes too long is raised here, in place of the watchdog's
+    # end of the whole process.
+    before = os.environ.get(BLOCKING)
+    os.environ[BLOCKING] = "1"
+    try:
+        group = dist.new_group(timeout=timedelta(seconds=GROUP_S), backend=backend)
+        return measure(group, device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        os.environ.pop(BLOCKING)
+        if before is not None:
+            os.environ[BLOCKING] = before
 
 
 def measure(group: dist.ProcessGroup | None, device: torch.device) -> float:

@@ -78,7 +78,8 @@ class Machine:
             memory=memory_budget(),
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
             interfaces=frozenset(psutil.net_if_addrs()),
-            temporary=Path(tempfile.gettempdir()),
+            # Python passes silently over a TMPDIR that cannot be written.
+            temporary=Path(os.environ.get("TMPDIR") or tempfile.gettempdir()),
             driver=driver(),
         )
 

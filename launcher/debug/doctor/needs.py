@@ -53,9 +53,9 @@ class Loaders:
         return f"{self.split}: {workers} x {self.prefetch} batches of {size(self.batch)}"
 
 
-def needs(job: Job, runtime: Runtime, machine: Machine) -> Iterator[Finding]:
-    """Build what the config names, as every rank of a run does, and judge the machine by it. What
-    cannot be built is a finding too; writes nothing."""
+def needs(job: Job, runtime: Runtime, machine: Machine, output: Path) -> Iterator[Finding]:
+    """Build what the config names, as every rank of a run does, and judge the machine by it, with
+    checkpoints that go to `output`. What cannot be built is a finding too."""
     seed_everything(job.cfg.SEED, runtime.rank)
     recorder = Recorder(runtime, Progress(), Writer())
     told = LiveRun(recorder)
@@ -75,7 +75,7 @@ def needs(job: Job, runtime: Runtime, machine: Machine) -> Iterator[Finding]:
     yield files(found, machine)
     bytes_ = checkpoint_bytes(state)
     kept = checkpoints_kept(job.cfg, data)
-    yield disk(job.directory.path, bytes_, kept, machine)
+    yield disk(output, bytes_, kept, machine)
 
 
 def failed(name: str, error: Exception) -> Finding:

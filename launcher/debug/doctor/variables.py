@@ -56,7 +56,7 @@ def _threads(machine: Machine) -> Finding:
             f"{value} threads a rank, which has {budget} CPUs: they wait for each other",
             f"unset it, or set it to at most {budget}",
         )
-    return TOPIC.ok(name, f"{value} threads a rank, in place of what its {budget} CPUs give")
+    return TOPIC.ok(name, f"{value}: threads of a rank, in place of what its {budget} CPUs give")
 
 
 def _variable(name: str, value: str, machine: Machine, deterministic: bool) -> Finding:
@@ -88,7 +88,7 @@ def _variable(name: str, value: str, machine: Machine, deterministic: bool) -> F
     if name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         return TOPIC.ok(name, f"{value}: read by that library; the CPU budget does not know of it")
     reader = "NCCL" if name.startswith("NCCL_") else "torch"
-    return TOPIC.ok(name, f"{value}: {reader} reads it, the launcher does not")
+    return TOPIC.ok(name, f"{value}: {reader} reads it")
 
 
 def _interface(name: str, value: str, machine: Machine) -> Finding:
