@@ -144,6 +144,13 @@ class ReadsEmpty(Steady):
         return Uninitialised()
 
 
+class ReadsAfterFilling(Steady):
+    """The same, behind a piece of memory that is filled as it should be."""
+
+    def middle(self) -> nn.Module:
+        return nn.Sequential(Pieces(), Uninitialised())
+
+
 class NoisyGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

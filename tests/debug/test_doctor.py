@@ -132,11 +132,14 @@ def test_the_line_of_the_forward_pass_is_told_of_a_backward_operator() -> None:
     assert "in the backward pass" in repeated(Task).found
 
 
-def test_memory_that_is_read_before_it_is_written() -> None:
-    found = repeated(planted.ReadsEmpty)
+@pytest.mark.parametrize(
+    ("task", "module"), [(planted.ReadsEmpty, "2"), (planted.ReadsAfterFilling, "2.1")]
+)
+def test_memory_that_is_read_before_it_is_written(task: type, module: str) -> None:
+    found = repeated(task)
     assert found.state == "problem"
     assert "torch.empty" in found.found
-    assert "aten.nan_to_num.default in the forward pass of 2 (Uninitialised)" in found.found
+    assert f"aten.nan_to_num.default in the forward pass of {module} (Uninit" in found.found
     assert line_with("return x + left.nan_to_num") in found.found
 
 
@@ -280,6 +283,16 @@ def test_a_checkpoint_holds_weights_and_states(optimizer: str, copies: int) -> N
     assert copies * weights <= int(match[1]) <= copies * weights + 64  # AdamW counts its steps
 
 
+def test_workers_that_memory_takes_away_are_a_warning() -> None:
+    """Where a run chooses them, it takes as many as fit: that is no problem, but slow."""
+    little = dataclasses.replace(HERE, memory=MemoryBudget(8 * GIB, 600, False, ""))
+    one = job(planted.Steady, "DATALOADER.NUM_WORKERS", -1)
+    found = list(needs.needs(one, ALONE, little, Path()))
+    assert only(found, "loaders").state == "warning"
+    assert "by its CPUs it would be 2" in only(found, "loaders").found
+    assert only(found, "/dev/shm for loaders").state == "ok"
+
+
 def test_what_cannot_be_built_is_a_problem() -> None:
     class Broken(planted.Steady):
         def build_dataset(self, split: str) -> Any:
@@ -333,6 +346,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     machine = dataclasses.replace(HERE, modified=refuses)
     found = only(limits.folders(machine, tmp_path, "OUTPUT_DIR"), "OUTPUT_DIR")
     assert found.state == "problem" and "Permission denied" in found.found
+    gone = dataclasses.replace(HERE, temporary=tmp_path / "gone")
+    found = only(limits.folders(gone, tmp_path, "OUTPUT_DIR"), "temporary files")
+    assert found.state == "problem" and "does not exist" in found.found
     (tmp_path / "file").touch()
     found = only(limits.folders(HERE, tmp_path / "file", "OUTPUT_DIR"), "OUTPUT_DIR")
     assert found.state == "problem" and "is a file" in found.found
@@ -505,6 +521,7 @@ def test_a_machine_with_a_config_is_examined_and_left_as_it_was(tmp_path: Path) 
     states = {f.name: f.state for f, _ in page}
     assert states["disk for checkpoints"] == "problem"
     assert states["/dev/shm for loaders"] == "problem"
+    assert states["loaders"] == "ok"
     assert states["gloo all-reduce"] != "problem"
     assert states["first steps"] == "ok"
     assert not (tmp_path / "run").exists()

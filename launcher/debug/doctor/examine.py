@@ -41,12 +41,16 @@ def _examine(
     machine: Machine | None,
     spare: Path,
 ) -> Page | None:
+    # First of all: it forks, and nothing here has begun threads of its own yet, or taken a GPU.
+    exchanged = [] if topology.distributed else list(exchange.pair())
     try:
         # What ranks tell each other goes over gloo: a broken NCCL is to be found, not waited for.
         runtime = start(topology, _on_cpu(cfg))
         machine = machine or Machine.here(topology.local_world_size)
         device = _device(topology, cfg)
-        page = _page(runtime, cfg, job, device, machine, spare)
+        if runtime.distributed:
+            exchanged = list(exchange.between_ranks(runtime, device))
+        page = _page(runtime, cfg, job, device, machine, spare, exchanged)
     finally:
         end()
     if page is None or job is None or device is None or steps == 0:
@@ -65,13 +69,9 @@ def _page(
     device: torch.device | None,
     machine: Machine,
     spare: Path,
+    exchanged: Sequence[Finding],
 ) -> Page | None:
     topology = runtime.topology
-    # First of all: it forks, and nothing here has begun threads of its own yet.
-    if runtime.distributed:
-        exchanged = list(exchange.between_ranks(runtime, device))
-    else:
-        exchanged = list(exchange.pair())
     output, named = (job.directory.path, "OUTPUT_DIR") if job else (Path.cwd(), "working directory")
     found = [*builds.builds(machine)]
     of_node = [

@@ -82,6 +82,11 @@ def folders(machine: Machine, output: Path, named: str) -> Iterator[Finding]:
             if not here.is_dir():
                 yield TOPIC.problem(name, f"{here} is a file, no folder", "choose another folder")
                 continue
+            if name != named and here != path.absolute():  # a run's own folder it makes itself
+                yield TOPIC.problem(
+                    name, f"{path} does not exist", "make it, or choose another folder"
+                )
+                continue
             # Trying is the only test that holds for root, read-only mounts and full quotas alike.
             written = machine.modified(here)
         except OSError as error:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
-from launcher.config.checks import evaluates
+from launcher.config.checks import evaluates, recorded_as
 from launcher.data.plan import Request, train_requests
+from launcher.data.sizing import size_loader
 from launcher.data.splits import Data
 from launcher.debug.doctor.findings import Finding, Machine, Topic, existing, size
 from launcher.edges.batch import map_tensors, nbytes
@@ -39,6 +41,7 @@ class Loaders:
     prefetch: int
     batch: int  # bytes
     tensors: int  # of a batch
+    reason: str = ""  # for the number of workers
 
     @property
     def shm(self) -> int:
@@ -63,14 +66,14 @@ def needs(job: Job, runtime: Runtime, machine: Machine, output: Path) -> Iterato
         task = make_task(job.task_class, job.cfg, recorder, told)
         data = Data(job.cfg, task, runtime, lambda phase: None)
         told.begin(data)
-        found = [loaders(data, "train")]
-        found += [loaders(data, s) for s in job.cfg.EVAL.SPLITS if evaluates(job.cfg)]
+        splits = map(recorded_as, job.cfg.EVAL.SPLITS if evaluates(job.cfg) else ())
+        found = [loaders(data, split, machine) for split in ("train", *splits)]
         state = build_state(job, task, data, recorder, runtime)
     except Exception as error:  # the user's own code
         yield failed("build", error)
         return
     ranks = runtime.topology.local_world_size
-    yield TOPIC.ok("loaders", data.size.reason)
+    yield enough_workers(data, found[0])
     yield shared_memory(found, machine, ranks)
     yield files(found, machine)
     bytes_ = checkpoint_bytes(state)
@@ -86,7 +89,7 @@ def failed(name: str, error: Exception) -> Finding:
     )
 
 
-def loaders(data: Data, split: str) -> Loaders:
+def loaders(data: Data, split: str, machine: Machine) -> Loaders:
     """Fetch one batch of a split, in this process, to know how large it is."""
     if split == "train":
         plan = data.train_plan
@@ -96,10 +99,24 @@ def loaders(data: Data, split: str) -> Loaders:
     batch = data.fetcher(split)[request]
     tensors: list[torch.Tensor] = []
     map_tensors(batch, tensors.append)
-    # As many as the training has: an evaluation's are sized by the same rule.
-    workers = data.size.workers if data.kinds.get(split) != "tensors" else 0
-    prefetch = data.cfg.DATALOADER.PREFETCH_FACTOR
-    return Loaders(split, workers, prefetch, nbytes(batch), max(1, len(tensors)))
+    # As many as a run takes, which knows a batch's size from its first one.
+    keys, of_batch = data.cfg.DATALOADER, nbytes(batch)
+    own = psutil.Process().memory_full_info().uss
+    size = size_loader(keys, data.runtime, data.kinds[split], machine.memory, own, of_batch)
+    args = size.workers, keys.PREFETCH_FACTOR, of_batch, max(1, len(tensors))
+    return Loaders(split, *args, size.reason)
+
+
+def enough_workers(data: Data, train: Loaders) -> Finding:
+    """Whether memory or /dev/shm leave the training fewer workers than its CPUs would."""
+    if train.workers < data.size.workers:
+        return TOPIC.warning(
+            "loaders",
+            f"{train.reason}; by its CPUs it would be {data.size.workers}",
+            "enlarge what limits them (docker run --shm-size, or --ipc=host, for /dev/shm), or "
+            "take smaller micro-batches",
+        )
+    return TOPIC.ok("loaders", train.reason)
 
 
 def shared_memory(found: list[Loaders], machine: Machine, ranks: int) -> Finding:

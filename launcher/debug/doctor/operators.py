@@ -108,13 +108,13 @@ class Operators(TorchDispatchMode):
                 given.fill_(self.fill)
             gives: tuple[Any, ...] = ()
         else:
-            # What is written in place is given as well, where the operator returns nothing.
+            # What is written in place is given as well, whether or not it is returned.
             written = [
                 args[i] if i < len(args) else kwargs.get(a.name)
                 for i, a in enumerate(schema.arguments)
                 if a.alias_info is not None and a.alias_info.is_write
             ]
-            gives = tuple(digests([given, *(written if given is None else ())]))
+            gives = tuple(digests([given, *(one for one in written if one is not given)]))
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
         node = torch._C._current_autograd_node()
         line = written_at(sys._getframe(1))
