@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.cli.arguments import split_overrides
+from launcher.cli.train import check_task
 from launcher.config import load_config
+from launcher.config.checks import evaluates
 from launcher.config.keys import defaults
 from launcher.errors import UsageError
 from launcher.runtime.topology import read_topology
@@ -56,6 +58,8 @@ def main(argv: list[str]) -> int:
     given = options.config_file is not None or bool(overrides)
     config = load_config(options.config_file, overrides, resolve_task) if given else None
     cfg = config.cfg if config else defaults()
+    if config is not None:
+        check_task(config, evaluates(cfg))
 
     # From here on torch is needed, which takes seconds to import.
     from launcher.callbacks import resolve

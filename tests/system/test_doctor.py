@@ -52,6 +52,19 @@ def test_a_problem_exits_with_1(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_that_its_task_cannot_follow(tmp_path: Path) -> None:
+    file = tmp_path / "task.py"
+    file.write_text(
+        "class Bare:\n"
+        "    def __init__(self, cfg): ...\n"
+        "    def build_model(self): ...\n"
+        "    def build_dataset(self, split): ...\n"
+        "    def train_step(self, model, batch): ...\n"
+    )
+    ended = launch("doctor", "TASK.NAME", f"{file}:Bare")
+    assert ended.code == 2 and "has no eval_step" in ended.err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -95,8 +95,7 @@ def _page(
     if topology.local_rank == 0:
         found += of_node
     found += of_rank
-    if topology.local_rank == 0:
-        found += needed
+    found += [one for one in needed if topology.local_rank == 0 or one.name == "build"]
     told = ranks.Told(
         host=os.uname().nodename,
         findings=found,
