@@ -112,4 +112,4 @@ def _print(page: Sequence[tuple[Finding, list[int]]], world_size: int) -> None:
     lines = [line.rstrip() for line in text.get().splitlines()]
     counts = [sum(f.state == state for f, _ in page) for state in ("problem", "warning", "ok")]
     print("\n".join(lines))
-    print("\n{} problems, {} warnings, {} ok".format(*counts), flush=True)
+    print("\nproblems: {}, warnings: {}, ok: {}".format(*counts), flush=True)
