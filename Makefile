@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/digits.yaml
 ARGS ?=
-# Processes that run tests at the same time; a system test starts up to 4 ranks of its own.
-JOBS ?= 2
+# Processes that run tests at the same time; a system test starts up to 4 ranks of its own, but
+# most of its time goes by in waiting.
+JOBS ?= 3
 
 BIN = $(VENV)/bin
 # One rank for every GPU that torch can use, else 2 on the CPU.

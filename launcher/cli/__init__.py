@@ -18,6 +18,7 @@ COMMANDS = {
     "replay": "a step of a run once more, with the proof that it is the same",
     "config": "list a config's keys and where their values come from; compare two configs",
     "tune-loader": "measure loader workers, prefetch and pinning on a config's data",
+    "doctor": "what this machine, and a config on it, will let a run do; is it repeatable",
 }
 # How long another rank lets rank 0 speak and leave first: torchrun ends the rest at the first exit.
 GRACE_S = 5.0
@@ -68,6 +69,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.tune_loader import main as tune_loader
 
         return tune_loader
+    if name == "doctor":
+        from launcher.cli.doctor import main as doctor
+
+        return doctor
     from launcher.cli.config import main as config
 
     return config

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
-from launcher.config import load_config
+from launcher.config import Config, load_config
 from launcher.config.checks import evaluates
 from launcher.config.coerce import expand
 from launcher.config.problem import Mistake
@@ -135,17 +135,7 @@ def _train(argv: list[str], signals: Signals) -> int:
         raise UsageError("--split is for --eval-only; EVAL.SPLITS says what a run evaluates.")
     if options.eval_only and not (splits or cfg.EVAL.SPLITS):
         raise UsageError("EVAL.SPLITS names nothing to evaluate: give --split NAME.")
-    asked = options.eval_only or evaluates(cfg)
-    if config.task and asked and not overrides(config.task, "eval_step"):
-        raise UsageError(
-            f"{cfg.TASK.NAME} has no eval_step, which an evaluation needs. Give it one, or set "
-            'EVAL.EVERY "".'
-        )
-    if callable(getattr(config.task, "schedule", None)) and cfg.OPTIM.SCHEDULE != "constant":
-        raise UsageError(
-            f"{cfg.TASK.NAME} has a schedule, and OPTIM.SCHEDULE is {cfg.OPTIM.SCHEDULE}: one of "
-            "them has to go. With OPTIM.SCHEDULE constant the task's counts, after OPTIM.WARMUP."
-        )
+    check_task(config, options.eval_only or evaluates(cfg))
     if options.check:
         print(cfg.dump(), end="")
         return 0
@@ -219,6 +209,21 @@ def _train(argv: list[str], signals: Signals) -> int:
         return 0
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
+
+
+def check_task(config: Config, evaluated: bool) -> None:
+    """Raise UsageError where the task cannot do what its config asks for."""
+    cfg = config.cfg
+    if config.task and evaluated and not overrides(config.task, "eval_step"):
+        raise UsageError(
+            f"{cfg.TASK.NAME} has no eval_step, which an evaluation needs. Give it one, or set "
+            'EVAL.EVERY "".'
+        )
+    if callable(getattr(config.task, "schedule", None)) and cfg.OPTIM.SCHEDULE != "constant":
+        raise UsageError(
+            f"{cfg.TASK.NAME} has a schedule, and OPTIM.SCHEDULE is {cfg.OPTIM.SCHEDULE}: one of "
+            "them has to go. With OPTIM.SCHEDULE constant the task's counts, after OPTIM.WARMUP."
+        )
 
 
 def _path(text: str) -> str:
