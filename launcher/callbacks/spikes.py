@@ -13,8 +13,8 @@ from launcher.log import get_logger
 
 logger = get_logger(__name__)
 # Records that make the recent spread, and the fewest that do; a norm is far beyond it where it is
-# so many times the median, and so many median deviations above it.
-RECENT, FEWEST, TIMES, DEVIATIONS = 50, 10, 4.0, 20.0
+# so many times the median, and its logarithm so many median deviations above the median's.
+RECENT, FEWEST, TIMES, DEVIATIONS = 50, 10, 4.0, 8.0
 
 
 class Spikes:
@@ -30,8 +30,9 @@ class Spikes:
             recent = self.recent.setdefault(key, deque(maxlen=RECENT))
             if len(recent) >= FEWEST:
                 median = statistics.median(recent)
-                spread = statistics.median(abs(other - median) for other in recent)
-                if norm > max(TIMES * median, median + DEVIATIONS * spread):
+                logs = [math.log(max(other, 1e-300) / max(median, 1e-300)) for other in recent]
+                spread = statistics.median(map(abs, logs))
+                if norm > median * max(TIMES, math.exp(min(DEVIATIONS * spread, 700))) > 0:
                     logger.warning(
                         "%s is %.4g at step %d; in the %d records before the median was %.4g. To "
                         "look at such a step: launcher replay %s --step %d --stats",

@@ -25,6 +25,7 @@ RATE = (
 BATCHES = ("TRAIN.BATCH_SIZE", "TRAIN.DROP_LAST", DATA, "TRAIN.DURATION")
 START = ("SEED", "TASK.", "MODEL.")  # what weights begin from
 LATER = ("OPTIM.", "TRAIN.")  # what the launcher uses from the first step on
+AT_START = "the weights at step 0"
 # Packages that nothing is computed with.
 BESIDE = ("yacs", "tensorboard", "psutil", "rich")
 
@@ -207,7 +208,7 @@ def weights(pair: Pair) -> None:
     """The file of MODEL.WEIGHTS, as it was at the start."""
     found, start = pair.found, pair.differing.digest_start
     if start is False:
-        found.causes.append(Cause("weights", "the weights at step 0", None, "their digests differ"))
+        found.causes.append(Cause("weights", AT_START, None, "their digests differ"))
     told = [one[0].record.get("weights") if one else None for one in pair.attempts]
     named = [one[0].settings.get("MODEL.WEIGHTS") if one else "" for one in pair.attempts]
     if not all(named):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.errors import UsageError
-from launcher.runs.causes import ALL, of_ranks
+from launcher.runs.causes import ALL, AT_START, of_ranks
 from launcher.runs.difference import difference
 from launcher.runs.pair import KINDS, Pair
 from launcher.runs.run import Run
@@ -28,6 +28,9 @@ def why(one: Run, other: Run) -> dict[str, Any]:
         compare(pair)
     _what_is_not_told(pair)
     found = pair.found
+    strong = [c for c in found.causes if KINDS.index(c.kind) < KINDS.index("weak")]
+    if any(cause.what != AT_START for cause in strong):  # what it comes of
+        found.causes = [cause for cause in found.causes if cause.what != AT_START]
     found.causes.sort(key=lambda cause: KINDS.index(cause.kind))
     return {
         "runs": [one.name, other.name],
