@@ -16,7 +16,7 @@ from tests.system.jobs import slow
 from tests.system.terminal import Terminal
 
 # Dropout, augmentation and workers, a kill on the way, batches that ranks do not share evenly.
-WORDS = [*COMMON, "LOG.DIGEST", "1step", "CHECKPOINT.KEEP_EVERY", "4step", "TRAIN.DURATION", "5ep"]
+WORDS = [*COMMON, "LOG.DIGEST", "1step", "CHECKPOINT.KEEP_EVERY", "4step", "TRAIN.DURATION", "8ep"]
 RANKS = 3
 
 
@@ -129,7 +129,7 @@ def test_a_run_on_another_number_of_ranks_is_replayed_on_its_own(run: Path, tmp_
     shutil.copytree(run, other, symlinks=True)
     last = max(jobs.values(run, "digest"))
     words = ["train", *WORDS, "OUTPUT_DIR", other, "TRAIN.MICRO_BATCH_SIZE", "2", "--resume"]
-    words += ["TRAIN.DURATION", "6ep", "--allow", "TRAIN.DURATION"]
+    words += ["TRAIN.DURATION", "9ep", "--allow", "TRAIN.DURATION"]
     with jobs.Group(words, 2) as job:
         job.wait().ok()
     ended = replay(other, last + 2).ok()
