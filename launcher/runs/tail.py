@@ -35,7 +35,7 @@ def tail(run: Run, lines: int, follow: bool, as_json: bool = False) -> Iterator[
         # and a resume tells of itself before it cuts them.
         now = Run(run.path, run.kind, file, run.name)
         begun = [now.history[attempt].get("step") for attempt in now.attempts]
-        status, after = now.status, 0
+        status, after = now.status, -1
         if place.end and not place.stands(file):
             new = begun[known:] or begun[-1:]
             after = min((step for step in new if isinstance(step, int)), default=0)
@@ -88,7 +88,7 @@ def _from(path: Path, place: Place) -> Iterator[bytes]:
         return
 
 
-def _told(lines: list[bytes], as_json: bool, after: int = 0) -> Iterator[str]:
+def _told(lines: list[bytes], as_json: bool, after: int = -1) -> Iterator[str]:
     """Lines as they are printed, but for records up to a step."""
     for number, found in objects(lines, orjson.loads):
         text = lines[number - 1].decode(errors="replace").rstrip("\n")

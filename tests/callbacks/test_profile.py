@@ -47,7 +47,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "phases"), [(1, False), (1, True), (2, False), jobs.slow(2, True)]
+    ("ranks", "phases"),
+    [(1, True), *(jobs.slow(*row) for row in ((1, False), (2, False), (2, True)))],
 )
 def test_the_parts_are_where_the_time_went(ranks: int, phases: bool, tmp_path: Path) -> None:
     """Two micro-batches a rank. Their sum is what another clock found, rank 0 waits for rank 1 in

@@ -26,6 +26,11 @@ from launcher.data.plan import Request
 from launcher.edges.sending import Parcel, explained
 from launcher.edges.sending import told as sending_told
 
+
+def slow(value: str) -> Any:
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 ROOT = Path(__file__).parents[2]
 HOUR = 3600.0
 # A worker has an open file for each of them, or more; so has the main process.
@@ -142,7 +147,7 @@ def outcome(script: str, *words: str, folder: Path, **env: str) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
+@pytest.mark.parametrize("how", ["fork", slow("spawn")])
 @pytest.mark.parametrize("kind", TOLD)
 def test_an_error_between_two_processes_is_told_at_once(
     kind: str, how: str, tmp_path: Path
@@ -153,7 +158,7 @@ def test_an_error_between_two_processes_is_told_at_once(
         assert words in last
 
 
-@pytest.mark.parametrize("how", ["spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["spawn", slow("forkserver")])
 def test_a_data_set_that_cannot_be_sent_to_its_workers_is_named(how: str, tmp_path: Path) -> None:
     told = outcome(RUN, "unpicklable", how, folder=tmp_path)
     assert told.startswith("RunError data set Faulty could not be sent")
@@ -189,7 +194,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["fork", slow("spawn"), slow("forkserver")])
 def test_batches_of_many_tensors_have_as_many_open_files_as_the_hard_limit_allows(
     how: str, tmp_path: Path
 ) -> None:
@@ -209,7 +214,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("how", ["fork", slow("spawn"), slow("forkserver")])
 def test_a_long_path_of_temporary_files_is_no_hindrance(how: str, tmp_path: Path) -> None:
     long = tmp_path / ("t" * (120 - len(str(tmp_path)) - 1))
     long.mkdir()

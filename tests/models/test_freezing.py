@@ -156,7 +156,9 @@ WORDS = (
 
 
 @pytest.mark.parametrize("ranks", [1, jobs.slow(2)])
-@pytest.mark.parametrize("fails", [4, 5, 6])  # resumed before, at and after the switch
+@pytest.mark.parametrize(
+    "fails", [jobs.slow(4), 5, jobs.slow(6)]
+)  # resumed before, at and after the switch
 def test_a_resume_around_the_switch_is_exact(ranks: int, fails: int, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
 

@@ -416,4 +416,4 @@ def test_weights_that_do_not_fit(exported: Path, whole: Path, tmp_path: Path) ->
     trained = [name for name in theirs if not name.endswith("mean")]
     fitting = {name for name in trained if torch.equal(ours[name], theirs[name])}
     assert fitting == set(trained) - {"0.weight", "8.weight", "8.bias"}
-    assert jobs.metrics(run)[0]["step"] == 1
+    assert min(jobs.values(run, "train/loss")) == 1

@@ -111,7 +111,7 @@ def test_one_rank_waits_for_a_debugger_and_the_others_for_it(tmp_path: Path) -> 
     assert ended.code == 2 and "the last rank is 0" in ended.err
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
+@pytest.mark.parametrize("ranks", [jobs.slow(None), 2])
 def test_a_dry_run_goes_through_everything(ranks: int | None, tmp_path: Path) -> None:
     words = ["--dry-run", *WORDS, "OUTPUT_DIR", tmp_path / "run", "EVAL.SPLITS", "[val, train]"]
     ended = jobs.train(*words, ranks=ranks).ok()

@@ -36,11 +36,11 @@ def needs(name: str) -> None:
         pytest.importorskip(module)
 
 
-# These take half a minute or more: `make test` sees that they train at all, and dcgan below.
-LONG = ("dcgan", "detection", "images", "moco", "nanogpt", "simclr", "timm_recipe")
+# Of the others, which take a quarter of a minute and more, `make test` sees that they train.
+QUICK = ("vae",)
 
 
-@pytest.mark.parametrize("name", [jobs.slow(n) if n in LONG else n for n in NAMES])
+@pytest.mark.parametrize("name", [n if n in QUICK else jobs.slow(n) for n in NAMES])
 def test_it_reaches_what_it_states_also_over_a_kill(name: str, tmp_path: Path) -> None:
     needs(name)
     run = tmp_path / "run"
@@ -53,7 +53,7 @@ def test_it_reaches_what_it_states_also_over_a_kill(name: str, tmp_path: Path) -
     assert_reached(name, run)
 
 
-@pytest.mark.parametrize("name", [name for name in LONG if name != "dcgan"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
 def test_it_trains(name: str, tmp_path: Path) -> None:
     needs(name)
     short = ("TRAIN.DURATION", "6step", "LOG.EVERY", "2step", "EVAL.EVERY", "3step")
@@ -69,30 +69,21 @@ def assert_reached(name: str, run: Path) -> None:
     assert reached > float(bound) if sign == ">" else reached < float(bound)
 
 
-# The whole run takes a minute on 2 ranks that share 2 cores: of one the first epochs always.
-SHORT = ("TRAIN.DURATION", "2ep")
-ROWS = [
-    ("dcgan", 2, SHORT),
-    *(jobs.slow(name, ranks, ()) for name in NAMES for ranks in (1, 2)),
-]
-
-
-@pytest.mark.parametrize(("name", "ranks", "more"), ROWS)
-def test_it_goes_on_exactly_where_it_was_killed(
-    name: str, ranks: int, more: tuple[str, ...], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_it_goes_on_exactly_where_it_was_killed(name: str, ranks: int, tmp_path: Path) -> None:
     needs(name)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    with begin(name, whole, ranks, *more) as job:
+    with begin(name, whole, ranks) as job:
         job.wait().ok()
-    if not more:
-        assert_reached(name, whole)
+    assert_reached(name, whole)
     steps = jobs.checkpoint_steps(whole)
-    with begin(name, broken, ranks, *more) as job:
+    with begin(name, broken, ranks) as job:
         jobs.wait_for_save(broken, _first_save(whole), job)
         job.kill()
     assert jobs.status(broken)["state"] == "running"
-    with begin(name, broken, ranks, "--resume", *more) as job:
+    with begin(name, broken, ranks, "--resume") as job:
         job.wait().ok()
     assert records(broken) == records(whole) and jobs.checkpoint_steps(broken) == steps
     ours, theirs = jobs.state(broken), jobs.state(whole)

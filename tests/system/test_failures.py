@@ -98,7 +98,7 @@ def test_short_device_memory_names_the_key_to_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "rank", "ranks"),
     [
-        *(("freeze", 1, 2), ("freeze", 0, 2), slow("freeze", 2, 4)),
+        *(slow("freeze", 1, 2), ("freeze", 0, 2), slow("freeze", 2, 4)),
         *(("hang", 0, None), slow("hang", 1, 2), slow("hang", 0, 2)),
         *(("gil", 1, 2), slow("gil", 0, 2)),
     ],
@@ -120,6 +120,7 @@ def test_a_hang_names_its_rank(what: str, rank: int, ranks: int | None, tmp_path
             assert "Timeout" in log and "in _fail" in log  # its stack is written by a timer
 
 
+@pytest.mark.slow
 def test_a_hang_in_eval_only_names_its_rank(tmp_path: Path) -> None:
     """On the console; the run's own status and failure.json are not those of an evaluation."""
     run = tmp_path / "run"
@@ -168,7 +169,8 @@ def test_a_killed_rank_and_max_restarts(tmp_path: Path) -> None:
     jobs.train(*COMMON, "OUTPUT_DIR", whole, ranks=2).ok()
     ours, theirs = (jobs.state(path)["model"] for path in (run, whole))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
-    assert [record["step"] for record in jobs.metrics(run)] == list(range(1, 21))
+    steps = [record["step"] for record in jobs.metrics(run) if "train/loss" in record]
+    assert steps == list(range(1, 21))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ on_nodes = partial(pytest.mark.parametrize, indirect=["cluster"])
 @on_nodes(
     ("cluster", "ranks", "store"),
     [
-        pytest.param(2, 1, 0, id="2 nodes"),
+        slow(2, 1, 0, id="2 nodes"),
         slow(3, 1, 2, id="3 nodes"),
         slow(2, 2, 1, id="2 nodes of 2 ranks"),
     ],

@@ -17,6 +17,7 @@ from tests.system.test_failures import COMMON as FAILING
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_whatever_looks_at_a_run_changes_no_bit_of_it(tmp_path: Path) -> None:
     """Neither weights nor records; and a run that goes on may begin to look."""
     plain, run, again = (tmp_path / name for name in ("plain", "run", "again"))

@@ -106,6 +106,7 @@ def slurm(tmp_path: Path) -> Slurm:
     return Slurm(tmp_path / "slurm")
 
 
+@pytest.mark.slow
 def test_a_job_that_outlives_its_limits(slurm: Slurm, tmp_path: Path) -> None:
     """A time limit, a failed node and a preemption later it is complete, exactly."""
     run, reference = tmp_path / "run", tmp_path / "reference"
@@ -194,7 +195,8 @@ def test_the_loop_goes_on_until_the_run_is_complete(tmp_path: Path) -> None:
     once = ["TASK.FAILURE", "kill", "TASK.ONCE", tmp_path / "killed", "TASK.AT", "8"]
     assert "lost at step 6, to go on" in looped(run, *once).ok().out
     assert len(jobs.history(run, "resume")) == 1
-    assert [record["step"] for record in jobs.metrics(run)] == list(range(1, 21))
+    steps = [record["step"] for record in jobs.metrics(run) if "train/loss" in record]
+    assert steps == list(range(1, 21))
 
 
 def test_the_loop_ends_where_it_gets_nowhere(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_any_step_is_the_same_once_more(run: Path, count: int) -> None:
         assert f"on {RANKS} ranks" in ended.out
 
 
+@pytest.mark.slow
 def test_what_differs_is_said_with_the_first_step(run: Path, tmp_path: Path) -> None:
     other = tmp_path / "run"
     shutil.copytree(run, other, symlinks=True)
