@@ -22,11 +22,13 @@ class Digests:
     def __init__(self, run: Run) -> None:
         self.run, self.digest = run, Digest(run.model)
         self.periods = [Every(run.cfg.LOG.DIGEST), Every(run.cfg.CHECKPOINT.EVERY)]
-        self.due, self.recorded = False, -1  # the last step that it was recorded at
+        self.before = run.progress.copy()  # at the step before
+        self.recorded = -1  # the last step that it was recorded at
         self.saved: dict[str, int] = {}  # of the checkpoint that the run goes on from
 
     def on_start(self) -> None:
         progress = self.run.progress
+        self.before = progress.copy()
         if self.saved.get("step") == progress.step:
             now = int(self.digest())  # waits for the device, once an attempt
             if now != self.saved["digest"]:
@@ -39,12 +41,11 @@ class Digests:
         if progress.samples == 0 and self.recorded < 0:
             self._record()
 
-    def before_step(self, samples: int) -> None:
-        last = self.run.progress.step + 1 == self.run.data.total_steps
-        self.due = last or any(map(self.run.is_due, self.periods))
-
     def on_step(self) -> None:
-        if self.due:
+        before, now = self.before, self.run.progress
+        due = any(period.due(before, now) for period in self.periods)
+        before.step, before.epoch = now.step, now.epoch
+        if due or now.step == self.run.data.total_steps:
             self._record()
 
     def on_evaluation(self, metrics: dict[str, float]) -> None:

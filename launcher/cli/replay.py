@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
 
     run = open_run(options.run.resolve())
     plan = plan_replay(run, options.step, options.before, options.changed)
+    if options.pdb and MEMBER not in os.environ and not sys.stdin.isatty():
+        raise UsageError("--pdb needs a terminal")
     if not 0 <= options.rank < plan.world_size:
         raise UsageError(f"--rank {options.rank}: the run had ranks 0 to {plan.world_size - 1}")
     if MEMBER in os.environ or plan.world_size == 1:
@@ -132,6 +134,7 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
 
     settings = ["OUTPUT_DIR", str(folder / "run"), "LOG.TENSORBOARD", "False", "TRAIN.MAX_TIME", ""]
     settings += ["LOG.LEVEL", "WARNING", "LOG.PROGRESS_BAR", "False", "DEBUG.BREAK_RANK", "-1"]
+    settings += ["DEBUG.NONFINITE", ""]  # such a step is to be looked at to its end
     if how == "pdb":
         settings += NO_LIMITS
     folder.mkdir(exist_ok=True)
@@ -139,9 +142,9 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     tree = CfgNode()
     for key, value in plan.config.items():
         put(tree, key, value)
-    search = [Path.cwd()]
+    search = [Path.cwd(), *config_folder(run)]
     if options.code == "run":
-        search = [use_kept_code(run, plan, tree)]
+        search.insert(0, use_kept_code(run, plan, tree))
     file.write_text(tree.dump(), encoding="utf-8")
     config = load_config(str(file), settings, resolve_task)
     cfg, task_class = config.cfg, config.task
@@ -149,7 +152,8 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     duration = parse_duration(cfg.LOG.EVERY)
     comparison = Comparison(theirs, duration is not None and duration.unit == "s")
     made = (Replay, {"plan": plan, "comparison": comparison, "rank": options.rank, "how": how})
-    made[1]["out"] = trace or Path(tempfile.gettempdir())
+    inside = contextlib.ExitStack()
+    made[1].update(out=trace or Path(tempfile.gettempdir()), inside=inside)
     topology, directory = read_topology(os.environ), RunDirectory(cfg.OUTPUT_DIR)
     code = None
     if topology.is_main:
@@ -162,7 +166,7 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         argv=sys.argv,
         resume_from=plan.checkpoint,
         allow=plan.allow,
-        callbacks=[*resolve(cfg.CALLBACKS, [*search, Path.cwd()]), made],
+        callbacks=[*resolve(cfg.CALLBACKS, search), made],
         saves=False,
         code=code,
     )
@@ -173,11 +177,20 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         Guard(cfg, topology, directory, Progress(), signals) as guard,
     ):
         runtime = guard.join(task_class)
-        with contextlib.suppress(Replayed):
+        with contextlib.suppress(Replayed), inside:
             train(job, runtime, guard, logs)
     if not topology.is_main or how == "trace":
         return 0
     return told(run, plan, comparison, directory.path)
+
+
+def config_folder(run: Any) -> list[Path]:
+    """Where the config file lay that the run was started with: files of CALLBACKS are sought there,
+    as well as from the working directory."""
+    command = [str(word) for word in run.environment.get("command") or ()]
+    if "--config-file" in command[:-1]:
+        return [Path(command[command.index("--config-file") + 1]).absolute().parent]
+    return []
 
 
 def use_kept_code(run: Any, plan: ReplayPlan, tree: Any) -> Path:

@@ -118,6 +118,12 @@ def _train(argv: list[str], signals: Signals) -> int:
     options, settings = split_overrides(parser(), argv)
     if options.resume and options.overwrite:
         raise UsageError("--resume goes on with a run, --overwrite starts over: give one of them.")
+    given = (options.resume, options.resume_from, options.overwrite, options.eval_only)
+    if options.dry_run and any(given):
+        raise UsageError(
+            "--dry-run starts a run of its own, in a temporary directory: give it without "
+            "--resume, --resume-from, --overwrite and --eval-only."
+        )
     topology = read_topology(os.environ)
     spare = folder_of(topology, "debug" if options.debug else "dry-run")
     if options.debug:
@@ -203,10 +209,8 @@ def _train(argv: list[str], signals: Signals) -> int:
             with debugging() if options.debug else contextlib.nullcontext():
                 train = dry_run if options.dry_run else run
                 done = train(job, runtime, guard, logs)
-    if options.dry_run:
-        if topology.is_main:
-            shutil.rmtree(spare, ignore_errors=True)
-        return 0
+    if options.dry_run and topology.is_main:
+        shutil.rmtree(spare, ignore_errors=True)
     # torchrun takes any other code for a failure, and starts the ranks again.
     return 0 if done or topology.launched_by == "torchrun" else STOPPED
 

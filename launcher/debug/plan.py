@@ -38,10 +38,10 @@ def plan_replay(
     """
     path = run.path
     found = attempts(run) if run.ours else []
-    if not 1 <= step <= run.step:
-        raise UsageError(
-            f"{path} has done the steps 1 to {run.step}; --step {step} is none of them"
-        )
+    # Of a run that failed, the step after its last one is what it failed in.
+    if not found or not 1 <= step <= run.step + (run.state != "completed"):
+        done = f"{path} has done the steps 1 to {run.step}"
+        raise UsageError(f"{done}; --step {step} is none of them")
     if (last := attempt_of(found, step)) is None or last.world_size is None:
         raise UsageError(f"{path}: its history.jsonl does not tell which attempt did step {step}")
     most = step - 1 if before is None else min(before, step - 1)

@@ -71,14 +71,22 @@ class Replay:
     """
 
     def __init__(
-        self, run: Run, plan: ReplayPlan, comparison: Comparison, rank: int, how: str, out: Path
+        self,
+        run: Run,
+        plan: ReplayPlan,
+        comparison: Comparison,
+        rank: int,
+        how: str,
+        out: Path,
+        inside: contextlib.ExitStack,
     ) -> None:
+        """`inside` is the step, while it is looked into; for the caller to close where it fails."""
         self.run, self.plan, self.comparison = run, plan, comparison
         self.how = how if run.runtime.rank == rank or how == "trace" else ""
         self.out, self.trace = out, None
         if how == "trace":
             self.trace = Trace(run, Path(f"{out}.rank{run.runtime.rank}"), self._indices)
-        self.inside = contextlib.ExitStack()  # the step, while it is looked into
+        self.inside = inside
 
     def sink(self) -> Sink:
         return self.comparison

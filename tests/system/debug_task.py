@@ -39,6 +39,8 @@ class Small(Task):
         return Points(48 if split == "train" else 20)
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        if WRONG == "raise" and self.recorder.step == 5:
+            raise ValueError("as planted")
         if WRONG == "breakpoint" and self.recorder.step == 3:
             breakpoint()
         doubled = batch["x"] * 2

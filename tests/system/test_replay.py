@@ -137,3 +137,19 @@ def test_a_run_on_another_number_of_ranks_is_replayed_on_its_own(run: Path, tmp_
     assert "on 2 ranks" in ended.out and proved(ended)[-1] == last + 2
     ended = replay(other, last - 1).ok()
     assert "on 3 ranks" in ended.out
+
+
+def test_a_step_that_went_wrong_is_looked_at_to_its_end(tmp_path: Path) -> None:
+    """One that DEBUG.NONFINITE has ended, and one that a run has failed in."""
+    run, task = tmp_path / "run", Path(__file__).with_name("debug_task.py")
+    words = ["TASK.NAME", f"{task}:Small", "TRAIN.BATCH_SIZE", "8", "DEBUG.NONFINITE", "stop"]
+    env = {"LAUNCHER_TEST_WRONG": "nan"}
+    ended = jobs.train(*words, "OUTPUT_DIR", run, env=env)
+    told = re.search(r"launcher replay (\S+) --step (\d+) --rank 0 --stats", ended.err)
+    assert told and (told[1], told[2]) == (str(run), "4")
+    with jobs.unchanged(run):
+        ended = jobs.launch("replay", run, "--step", 4, "--stats", env=env).ok()
+    assert "the first that is not finite: gradient" in ended.out
+    with jobs.unchanged(run):
+        ended = jobs.launch("replay", run, "--step", 5, env={"LAUNCHER_TEST_WRONG": "raise"})
+    assert ended.code == 1 and "as planted" in ended.err
