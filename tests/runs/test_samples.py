@@ -53,6 +53,7 @@ def told(run: Path, step: int) -> list[list[list[int]]]:
     return [one["micro_batches"] for one in samples(open_run(run), step)["ranks"]]
 
 
+@pytest.mark.slow
 def test_what_the_data_set_was_asked_for(tmp_path: Path) -> None:
     """Over two ranks, micro-batches, epochs with a small last batch, a resume on one rank, and one
     with another batch size in the middle of an epoch."""

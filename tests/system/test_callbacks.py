@@ -62,6 +62,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_callback_that_stops_a_run_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     args = [*asking("request=stop", "after=6"), "OUTPUT_DIR", run]

@@ -19,6 +19,7 @@ def words(name: str, run: Path, *options: str) -> list[object]:
     return [*COMMON, *LOSS, *task, "OUTPUT_DIR", run, *options]
 
 
+@pytest.mark.slow
 def test_weights_are_those_of_one_rank(tmp_path: Path) -> None:
     """The last batch of an epoch leaves the second rank idle."""
     one, two = tmp_path / "one", tmp_path / "two"
