@@ -21,7 +21,8 @@ class Digests:
 
     def __init__(self, run: Run) -> None:
         self.run, self.digest = run, Digest(run.model)
-        self.periods = [Every(run.cfg.LOG.DIGEST), Every(run.cfg.CHECKPOINT.EVERY)]
+        periods = map(Every, (run.cfg.LOG.DIGEST, run.cfg.CHECKPOINT.EVERY))
+        self.periods = [period for period in periods if period.duration and not period.timed]
         self.before = run.progress.copy()  # at the step before
         self.recorded = -1  # the last step that it was recorded at
         self.saved: dict[str, int] = {}  # of the checkpoint that the run goes on from
@@ -43,9 +44,11 @@ class Digests:
 
     def on_step(self) -> None:
         before, now = self.before, self.run.progress
-        due = any(period.due(before, now) for period in self.periods)
+        due = now.step == self.run.data.total_steps
+        for period in self.periods:
+            due |= period.due(before, now)
         before.step, before.epoch = now.step, now.epoch
-        if due or now.step == self.run.data.total_steps:
+        if due:
             self._record()
 
     def on_evaluation(self, metrics: dict[str, float]) -> None:

@@ -38,13 +38,15 @@ class ModelSummary:
         self.device = run.runtime.device
         self.books = self.device.type == "cuda"  # whether the allocator's are still to be asked
         self.held: int | None = None
+        if self.watches or self.books:  # hooks that cost something in every step
+            self.before_step, self.on_backward = self._before_step, self._on_backward
 
     def on_start(self) -> None:
         model, optimizers = self.run.model, list(self.run.optimizers.values())
         self.state = measured(optimizers)  # of a run that goes on
         logger.info("%s", summary(model, keeps(optimizers, self.state)))
 
-    def before_step(self, samples: int) -> None:
+    def _before_step(self, samples: int) -> None:
         self.hooks.close()
         if self.books and samples:
             self.books, self.held = False, torch.cuda.memory_allocated(self.device)
@@ -52,7 +54,7 @@ class ModelSummary:
             self.watches = False
             self.saved = Saved(self.run.model, self.hooks)
 
-    def on_backward(self, loss: torch.Tensor) -> None:
+    def _on_backward(self, loss: torch.Tensor) -> None:
         if self.held is not None:
             # The allocator's own books: no call to the device.
             more, self.held = torch.cuda.memory_allocated(self.device) - self.held, None

@@ -68,6 +68,7 @@ class Every:
         """Whether a period in epochs or steps ended between two moments."""
         if self.duration is None or self.timed:
             return False
-        name = "epoch" if self.duration.unit == "ep" else "step"
-        first, last = (getattr(at, name) // self.duration.amount for at in (before, after))
-        return last > first
+        amount = self.duration.amount
+        if self.duration.unit == "ep":
+            return after.epoch // amount > before.epoch // amount
+        return after.step // amount > before.step // amount

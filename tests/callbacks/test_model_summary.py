@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.callbacks import shipped
+from launcher.callbacks import Callbacks
 from launcher.callbacks.model_summary import (
     ROWS,
     ModelSummary,
@@ -145,11 +146,12 @@ def trained(count: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
     run.optimizers.update({"": optimizer})
     told = ModelSummary(run)
     told.on_start()
+    hooks = Callbacks([told])
     for _ in range(2):
-        told.before_step(4)
+        hooks.call("before_step", 4)
         for _ in range(2):
             loss = model(torch.randn(2, 4)).square().mean()
-            told.on_backward(loss)
+            hooks.call("on_backward", loss)
             loss.backward()
         optimizer.step()
         told.on_step()
