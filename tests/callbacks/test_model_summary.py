@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.callbacks import shipped
-from launcher.callbacks import Callbacks
+from launcher.callbacks import Callbacks, shipped
 from launcher.callbacks.model_summary import (
     ROWS,
     ModelSummary,
