@@ -106,8 +106,10 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     theirs = recorded((options.against or run.path).resolve())
     trace = options.trace and options.trace.resolve()
     ranks = run.environment.get("ranks") or [{}]
-    if plan.checkpoint is None and "threads" in ranks[0]:  # else the checkpoint tells
-        os.environ.setdefault("OMP_NUM_THREADS", str(ranks[0]["threads"]))
+    # Sums depend on the threads: as many as then, whatever this shell says. A checkpoint tells.
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if plan.checkpoint is None and "threads" in ranks[0]:
+        os.environ["OMP_NUM_THREADS"] = str(ranks[0]["threads"])
     if os.path.isdir(there := run.environment.get("directory", "")):
         os.chdir(there)  # where TASK.NAME and other paths are sought from
         if there not in sys.path:
