@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launcher.debug.plan import ReplayPlan, plan_replay, recorded
+from launcher.debug.plan import ReplayPlan, kept_code, plan_replay, recorded
 from launcher.debug.preset import NO_LIMITS
 from launcher.errors import UsageError
 
@@ -197,9 +197,7 @@ def config_folder(run: Any) -> list[Path]:
 
 def use_kept_code(run: Any, plan: ReplayPlan, tree: Any) -> Path:
     """Have the task, and what it imports, come from the run's own version of it; the folder."""
-    from launcher.provenance.kept import versions
-
-    version = next((v for v in versions(run.path) if v.name == plan.code), None)
+    version = kept_code(run, plan)
     if version is None:
         raise UsageError(f"--code run: {run.path} keeps no code of the attempt that did that step")
     folder = (version.path / "files").resolve()
@@ -212,9 +210,9 @@ def use_kept_code(run: Any, plan: ReplayPlan, tree: Any) -> Path:
 
 def tell_changed_code(run: Any, plan: ReplayPlan, code: Any) -> None:
     """Say so where the task's files are not those that did the step."""
-    from launcher.provenance.kept import changes, contents, versions
+    from launcher.provenance.kept import changes, contents
 
-    version = next((v for v in versions(run.path) if v.name == plan.code), None)
+    version = kept_code(run, plan)
     if version is None:
         return
     changed = [str(c) for c in changes(contents(version), code.files(version))]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.debug.plan import plan_replay
+from launcher.debug.plan import kept_code, plan_replay
 from launcher.debug.trace import first_difference, read_trace
 from launcher.errors import RunError
 from launcher.runs.run import Run
@@ -96,13 +96,9 @@ def _keys(one: Run, other: Run, values: dict[str, Any], step: int, equal: int) -
 
 def _replay(run: Run, step: int, before: int, *more: object, fails: bool = False) -> int:
     command = [sys.executable, "-m", "launcher", "replay", run.path.resolve(), "--step", step]
-    command += ["--before", before, "--code", "run" if _keeps_code(run, step) else "now", *more]
+    kept = kept_code(run, plan_replay(run, step)) is not None
+    command += ["--before", before, "--code", "run" if kept else "now", *more]
     ended = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if ended.returncode and not fails:
         raise RunError(f"{run.path} could not be replayed to step {step}:\n{ended.stderr}")
     return ended.returncode
-
-
-def _keeps_code(run: Run, step: int) -> bool:
-    name = plan_replay(run, step).code
-    return bool(name) and (run.path / "code" / name / "files").is_dir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,12 @@ from typing import Any
 
 from launcher.config.changes import DATA
 from launcher.errors import UsageError
+from launcher.provenance.kept import Version, versions
 from launcher.runs.attempts import Attempt, attempt_of, attempts
 from launcher.runs.difference import FREE
+from launcher.runs.records import read_objects
 from launcher.runs.run import Run
+from launcher.telemetry.rundir import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,11 @@ def plan_replay(
         )
     changed = changed or {}
     config = {k: v for k, v in {**last.settings, **changed}.items() if k != DATA}
-    allow = {key for a in way for key in a.settings if a.settings[key] != last.settings.get(key)}
-    allow |= _changed(found, begin, last) | set(changed)
-    return ReplayPlan(step, last.world_size, checkpoint, begin, frozenset(allow), config, last.code)
-
-
-def _changed(found: list[Attempt], begin: int, last: Attempt) -> set[str]:
-    """The keys in which the attempt that saved the checkpoint of step `begin` had other values."""
+    # The attempt that saved the checkpoint may have had other values, too.
     saved = attempt_of(found, begin) if begin else None
-    if saved is None:
-        return set()
-    return {key for key, value in saved.settings.items() if value != last.settings.get(key)}
+    others = [a.settings for a in (*way, saved) if a is not None]
+    allow = {key for s in others for key in s if s[key] != last.settings.get(key)} | set(changed)
+    return ReplayPlan(step, last.world_size, checkpoint, begin, frozenset(allow), config, last.code)
 
 
 def _start(run: Run, most: int, first: Attempt) -> tuple[int, Path | None]:
@@ -90,12 +86,12 @@ def recorded(run: Path) -> dict[int, dict[str, Any]]:
     """step -> all that a run has recorded of it, but for what differs between two runs of the same
     bits."""
     found: dict[int, dict[str, Any]] = {}
-    with (run / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:  # a torn last line, of a live run
-                continue
-            kept = {k: v for k, v in record.items() if not k.startswith(FREE)}
-            found.setdefault(record["step"], {}).update(kept)
+    for record in read_objects(RunDirectory(run).metrics)[0]:
+        kept = {k: v for k, v in record.items() if not k.startswith(FREE)}
+        found.setdefault(record["step"], {}).update(kept)
     return found
+
+
+def kept_code(run: Run, plan: ReplayPlan) -> Version | None:
+    """The version of the task's files with which the step was done, where the run keeps it."""
+    return next((one for one in versions(run.path) if one.name == plan.code), None)

@@ -113,19 +113,13 @@ def _tail(runs: Sequence[Run], options: Namespace) -> int:
 def _compare(runs: Sequence[Run], options: Namespace) -> int:
     select.check(runs, options.key)
     found = compare(runs, options.key)
-    if options.json:
-        _print_json(found)
-    else:
-        _print(terminal.compare_tables(found))
+    _tell(found, options, terminal.compare_tables)
     return 0
 
 
 def _samples(runs: Sequence[Run], options: Namespace) -> int:
     found = samples(runs[0], options.step, options.rank)
-    if options.json:
-        _print_json(found)
-    else:
-        _print(answers.samples_table(found))
+    _tell(found, options, answers.samples_table)
     return 0
 
 
@@ -134,10 +128,7 @@ def _why(runs: Sequence[Run], options: Namespace) -> int:
     if options.by_replay is not None:
         found["replay"] = options.by_replay(runs[0], runs[1], found)
         found["next"] = [line for line in found["next"] if "--replay" not in line]
-    if options.json:
-        _print_json(found)
-    else:
-        _print(answers.why_text(found))
+    _tell(found, options, answers.why_text)
     return 0 if found["records"]["first"] is None else 1
 
 
@@ -190,6 +181,14 @@ def _console() -> Console:
     fixed = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
     console.width = max(console.width, 80) if fixed else 400
     return console
+
+
+def _tell(found: Any, options: Namespace, told: Callable[[Any], RenderableType]) -> None:
+    """What was found, as JSON or as `told` makes it for people."""
+    if options.json:
+        _print_json(found)
+    else:
+        _print(told(found))
 
 
 def _print(what: RenderableType) -> None:
