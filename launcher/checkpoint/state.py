@@ -83,6 +83,7 @@ class TrainingState:
     task: Any = None
 
     def __post_init__(self) -> None:
+        self.config = self.cfg.dump()  # frozen, and as slow as a small step
         self.whole = ModelState(self.model, self.alike)
         self.made = {phase: made(optimizer) for phase, optimizer in self.optimizers.items()}
 
@@ -127,7 +128,7 @@ class TrainingState:
     def shared(self) -> dict[str, Any]:
         """What is the same on all ranks."""
         return {
-            "config": self.cfg.dump(),
+            "config": self.config,
             "progress": self.progress.as_dict(),
             "model": model_state(self.model),
             "optimizer": flat({k: o.state_dict() for k, o in self.optimizers.items()}),

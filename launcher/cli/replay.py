@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from launcher.cli.imports import imported, resting
 from launcher.debug.plan import ReplayPlan, kept_code, plan_replay, recorded
 from launcher.debug.preset import NO_LIMITS
 from launcher.errors import UsageError
@@ -101,6 +102,7 @@ def _with_others(options: argparse.Namespace, argv: list[str], run: Any, plan: R
                     other.kill()
 
 
+@resting()
 def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Path) -> int:
     """This rank's part."""
     theirs = recorded((options.against or run.path).resolve())
@@ -134,6 +136,7 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
     from launcher.telemetry.logs import Logs
     from launcher.telemetry.rundir import RunDirectory
 
+    imported()
     settings = ["OUTPUT_DIR", str(folder / "run"), "LOG.TENSORBOARD", "False", "TRAIN.MAX_TIME", ""]
     settings += ["LOG.LEVEL", "WARNING", "LOG.PROGRESS_BAR", "False", "DEBUG.BREAK_RANK", "-1"]
     settings += ["DEBUG.NONFINITE", ""]  # such a step is to be looked at to its end

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from launcher.cli.arguments import split_overrides
+from launcher.cli.imports import imported, resting
 from launcher.config import Config, load_config
 from launcher.config.checks import evaluates
 from launcher.config.coerce import expand
@@ -110,7 +111,7 @@ def train(argv: list[str]) -> int:
     """Run the command; the exit code is 0 done, 2 bad usage or config, 75 stopped early on purpose
     (under torchrun 0), 1 anything else. Raises Ended for a failure that has been told of."""
     # First of all: torch is imported with the task, and a signal may come meanwhile.
-    with Signals() as signals:
+    with Signals() as signals, resting():
         return _train(argv, signals)
 
 
@@ -174,6 +175,7 @@ def _train(argv: list[str], signals: Signals) -> int:
     from launcher.guard.guard import Guard
     from launcher.telemetry.logs import Logs
 
+    imported()
     search = [Path(options.config_file).parent] if options.config_file else []
     callbacks = resolve(cfg.CALLBACKS, [*search, Path.cwd()])
     for entry, (made, _) in zip(cfg.CALLBACKS if code else (), callbacks, strict=False):

@@ -220,7 +220,7 @@ def open_directory(
         if not resumed and directory.holds_run():  # --overwrite, or --resume without a checkpoint
             logger.info("the old run directory is now %s", directory.set_aside())
         directory.begin()
-        directory.config.write_text(cfg.dump(), encoding="utf-8")
+        directory.config.write_text(state.config, encoding="utf-8")
         replace_json(
             directory.environment,
             {

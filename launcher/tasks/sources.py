@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -77,12 +78,12 @@ def _of(module: str, file: Path) -> tuple[Path, set[Path], set[Path]]:
         return root, {file}, {file}
     package = depth > 0
     files = {file}
-    for name in list(sys.modules):
+    for name in list(sys.modules):  # thousands: those of torch, for most
         ours = name.partition(".")[0]
-        path = _file(name) if ours != "launcher" and name != "__main__" else None
-        if path is None:
+        if ours == "launcher" or name == "__main__" or (package and ours != top):
             continue
-        if (package and ours == top) or (not package and _is_own(path, root)):
+        path = _file(name)
+        if path is not None and (package or _is_own(path, root)):
             files.add(path)
     near = root / top if package else root
     return root, _reached(files, root, near), _reached({file}, root, near)
@@ -123,6 +124,7 @@ def _imported(file: Path, root: Path) -> frozenset[Path]:
     return frozenset(path.resolve() for path in found if path.is_file())
 
 
+@functools.cache
 def _is_own(path: Path, folder: Path) -> bool:
     """Whether a file lies below a folder, and was not installed there."""
     if not path.is_relative_to(folder) or set(INSTALLED) & {*path.relative_to(folder).parts}:
@@ -137,7 +139,19 @@ def _is_own(path: Path, folder: Path) -> bool:
 def _file(module: str) -> Path | None:
     """The file of a loaded module. Its attributes are not asked for: some are made on demand."""
     file = getattr(sys.modules.get(module), "__dict__", {}).get("__file__")
-    if not isinstance(file, str):
-        return None
-    path = Path(file).resolve()
-    return path if path.is_file() else None
+    return _resolved(file) if isinstance(file, str) else None
+
+
+@functools.cache
+def _resolved(file: str) -> Path | None:
+    """A file without links on the way to it; None where there is none."""
+    folder, name = os.path.split(file)
+    path = os.path.join(_folder(folder), name)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
+    return Path(path) if os.path.isfile(path) else None
+
+
+@functools.cache
+def _folder(path: str) -> str:
+    return os.path.realpath(path)
