@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, IterDataPipe, TensorDatas
 
 from launcher.data.order import keys, mix
 from launcher.data.plan import Request
+from launcher.edges.generators import Seeding, generators_kept, seed_generators
 from launcher.edges.sending import told
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
@@ -51,42 +51,22 @@ def sample_seeds(seed: int, epoch: int, samples: list[int]) -> list[int]:
 
 def tell_epoch(dataset: Any, seed: int | None, epoch: int) -> None:
     """Call `set_epoch(epoch)`, where the data set has it, seeded as samples are."""
-    if hasattr(dataset, "set_epoch"):
-        if seed is not None:
-            seed_generators(int(keys(seed, epoch, 1, use=2)[0]))
-        dataset.set_epoch(epoch)
-
-
-def seed_generators(seed: int) -> None:
-    """Seed torch's, numpy's and Python's generators on the CPU: 7 microseconds.
-    `torch.manual_seed` alone takes 84, for it asks every device as well."""
-    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-
-
-@contextlib.contextmanager
-def generators_kept(seed: int | None) -> Iterator[None]:
-    """Put the process's own random states back at the end, where samples are seeded. Once a batch:
-    80 microseconds; a worker has no random state that anybody else uses."""
-    if seed is None or torch.utils.data.get_worker_info() is not None:
-        yield
+    if not hasattr(dataset, "set_epoch"):
         return
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
+    if seed is None:
+        dataset.set_epoch(epoch)
+        return
+    with generators_kept():
+        seed_generators(int(keys(seed, epoch, 1, use=2)[0]))
+        dataset.set_epoch(epoch)
 
 
 class Fetcher(Dataset):
     """A map-style data set as a map from a Request to a collated batch.
 
-    A data set may have `__getitems__(indices) -> samples`; it is used when samples are not seeded,
-    or when the data set says that it draws no random numbers with an attribute `deterministic`.
-    `set_epoch(epoch)` is called, where it exists, before the first sample of another epoch.
+    A data set may have `__getitems__(indices) -> samples`; it is used where the data set draws no
+    random numbers, which is found out, or said with an attribute `deterministic`, or where samples
+    are not seeded. `set_epoch(epoch)` is called, where it exists, before another epoch's first one.
     """
 
     def __init__(
@@ -95,33 +75,40 @@ class Fetcher(Dataset):
         self.dataset, self.collate, self.skip_bad = dataset, collate or default_collate, skip_bad
         self.tensors = kind_of(dataset, collate) == "tensors"
         self.seed = None if getattr(dataset, "deterministic", False) else seed
-        self.whole = getattr(dataset, "__getitems__", None) if self.seed is None else None
+        self.whole, self.seeding = getattr(dataset, "__getitems__", None), Seeding()
         self.skipped, self.epoch = 0, -1
 
     def __getitem__(self, request: Request) -> Any:
         if self.tensors:
             return list(self.dataset[torch.as_tensor(request.samples)])
-        with generators_kept(self.seed):
-            if self.epoch != request.epoch:
-                tell_epoch(self.dataset, self.seed, request.epoch)
-                self.epoch = request.epoch
-            return self.collate(self._samples(*request))
+        if self.epoch != request.epoch:
+            tell_epoch(self.dataset, self.seed, request.epoch)
+            self.epoch = request.epoch
+        skipped = self.skipped
 
-    def _samples(self, epoch: int, indices: list[int]) -> list[Any]:
+        def make(seed: Callable[[int], None] | None) -> Any:
+            self.skipped = skipped
+            return self.collate(self._samples(*request, seed))
+
+        return make(None) if self.seed is None else self.seeding(make)
+
+    def _samples(
+        self, epoch: int, indices: list[int], seed: Callable[[int], None] | None
+    ) -> list[Any]:
+        if seed is not None and self.seed is not None:
+            seeds, samples = sample_seeds(self.seed, epoch, indices), []
+            for index, number in zip(indices, seeds, strict=True):
+                seed(number)
+                samples.append(self._sample(index))
+            seed(seeds[0] ^ 1)  # a collate that mixes samples draws its own
+            return samples
         if self.whole is not None:
             try:
                 return self.whole(indices)
             except Exception as error:
                 if not self.skip_bad:
                     raise _failed(self.dataset, f"samples {indices}", error) from error
-        if self.seed is None:
-            return [self._sample(index) for index in indices]
-        seeds, samples = sample_seeds(self.seed, epoch, indices), []
-        for index, seed in zip(indices, seeds, strict=True):
-            seed_generators(seed)
-            samples.append(self._sample(index))
-        seed_generators(seeds[0] ^ 1)  # a collate that mixes samples draws its own
-        return samples
+        return [self._sample(index) for index in indices]
 
     def _sample(self, index: int) -> Any:
         try:
@@ -183,7 +170,7 @@ class StreamFetcher(Dataset):
 
     def __getitem__(self, request: Request) -> Any:
         start = request.samples[0]
-        with generators_kept(self.seed):
+        with contextlib.nullcontext() if self.seed is None else generators_kept():
             if self.epoch != request.epoch:
                 here = self.saved.get("epoch") == request.epoch
                 self._begin(**(self.saved if here else {"epoch": request.epoch}))

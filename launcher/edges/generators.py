@@ -1,12 +1,18 @@
-"""The random generators of torch, numpy and Python."""
+"""The random generators of torch, numpy and Python: their states, and seeds for each sample."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import pickle
 import random
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
 
 
 def random_state() -> dict[str, Any]:
@@ -32,3 +38,198 @@ def set_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_generators(number: int) -> None:
+    """Seed torch's, numpy's and Python's generators on the CPU."""
+    for generator in GENERATORS:
+        generator.seed(number)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put the process's own random states back at the end. A worker's nobody else uses."""
+    states = [] if in_worker() else [generator.state() for generator in GENERATORS]
+    try:
+        yield
+    finally:
+        for generator, state in zip(GENERATORS, states, strict=False):
+            generator.put(state)
+
+
+def in_worker() -> bool:
+    return torch.utils.data.get_worker_info() is not None
+
+
+class Seeding:
+    """Seeds the generators before each sample of a batch: only those from which the data set draws.
+
+    Which these are is found out. The first batch is made with all three seeded, and they are looked
+    at after each sample. Later the others are looked at once a batch: where one has moved, the
+    batch is made again with that one seeded too. So what a sample draws is the same in any case,
+    and a data set that draws nothing pays for two looks a batch.
+    """
+
+    def __init__(self) -> None:
+        self.used: list[Generator] | None = None  # None: not known yet
+        # The process's own states, and the marks they had.
+        self._own: dict[Generator, tuple[Any, Any]] = {}
+
+    def __call__(self, make: Callable[[Callable[[int], None] | None], T]) -> T:
+        """What `make(seed)` gives, which is to call `seed(number)` before all that may draw, with
+        the same numbers in every call. Nothing draws where it gets None."""
+        before = {generator: generator.mark() for generator in GENERATORS}
+        if here := not in_worker():
+            for generator, mark in before.items():
+                if generator not in self._own or self._own[generator][0] != mark:
+                    self._own[generator] = mark, generator.state()
+        moved, initial_seed, asked = list(GENERATORS), torch.initial_seed, list[Generator]()
+
+        def asked_for() -> int:  # what is made of the answer is drawn, though nothing moves
+            asked.append(GENERATORS[0])
+            return initial_seed()
+
+        try:
+            torch.initial_seed = asked_for
+            if self.used is None:
+                return self._first(make, asked)
+            while True:
+                used = self.used
+                made = make(self._seed if used else None)
+                moved = [g for g in GENERATORS if g not in used and g.mark() != before[g]]
+                moved += [g for g in asked[:1] if g not in used + moved]
+                if not moved:
+                    return made
+                self.used = used + moved
+        finally:
+            torch.initial_seed = initial_seed
+            for generator in dict.fromkeys(moved + (self.used or [])) if here else ():
+                generator.put(self._own[generator][1])
+
+    def _seed(self, number: int) -> None:
+        for generator in self.used or ():
+            generator.seed(number)
+
+    def _first(self, make: Callable[[Callable[[int], None]], T], asked: list[Generator]) -> T:
+        marks, found = dict[Generator, Any](), dict[Generator, None]()
+
+        def look() -> None:
+            found.update({g: None for g, mark in marks.items() if g.mark() != mark})
+
+        def seed(number: int) -> None:
+            look()
+            seed_generators(number)
+            marks.update({g: g.mark() for g in GENERATORS if g not in found})
+
+        made = make(seed)
+        look()
+        self.used = [g for g in GENERATORS if g in found or g in asked]
+        return made
+
+    def __reduce__(self) -> tuple[type[Seeding], tuple[()]]:
+        return Seeding, ()  # a spawned worker finds out for itself
+
+
+class Generator:
+    """One of the generators. `mark` is equal as long as its state is, and costs a microsecond."""
+
+    def mark(self) -> Any:
+        return pickle.dumps(self.state())
+
+    def state(self) -> Any:
+        raise NotImplementedError
+
+    def put(self, state: Any) -> None:
+        raise NotImplementedError
+
+    def seed(self, number: int) -> None:
+        raise NotImplementedError
+
+
+class Torch(Generator):
+    def mark(self) -> bytes:
+        return self.state().numpy().tobytes()
+
+    def state(self) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def put(self, state: torch.Tensor) -> None:
+        torch.default_generator.set_state(state)
+
+    def seed(self, number: int) -> None:
+        # torch.manual_seed takes ten times as long, for it asks every device as well.
+        torch.default_generator.manual_seed(number & 0x7FFFFFFFFFFFFFFF)
+
+
+BYTES = 624 * 4 + 4  # of a Mersenne twister: its words and its position among them
+
+
+class Numpy(Generator):
+    def __init__(self) -> None:
+        # The last one looked at, where its state lies (0: not known), and a look at it at which no
+        # second number of a pair was left over, which is no part of what lies there.
+        self.generator, self.address, self.plain = None, 0, b""
+
+    def mark(self) -> Any:
+        if (generator := _numpys()) is not self.generator:
+            self.generator, self.address = generator, _address(generator)
+        if not self.address:
+            return super().mark()
+        if (found := ctypes.string_at(self.address, BYTES)) != self.plain:
+            *_, left, number = np.random.get_state()
+            if left:
+                return found, number
+            self.plain = found
+        return found
+
+    def state(self) -> Any:
+        return np.random.get_state(legacy=False)
+
+    def put(self, state: Any) -> None:
+        np.random.set_state(state)
+
+    def seed(self, number: int) -> None:
+        np.random.seed(number & 0xFFFFFFFF)
+
+
+def _numpys() -> Any:
+    return np.random.get_bit_generator() if hasattr(np.random, "get_bit_generator") else None
+
+
+def _address(generator: Any) -> int:
+    """Where the state of numpy's usual generator lies, as its `ctypes` says; 0 for others."""
+    if not isinstance(generator, np.random.MT19937):
+        return 0
+    address = generator.ctypes.state_address
+    words = np.frombuffer(ctypes.string_at(address, BYTES), np.uint32)
+    state = generator.state["state"]
+    return address if np.array_equal(words, [*state["key"], state["pos"]]) else 0
+
+
+class Python(Generator):
+    def __init__(self) -> None:
+        # CPython keeps the position and the words behind an object's head. Elsewhere: not known.
+        twister, self.address = random.Random.__base__, 0
+        if twister is not None and twister.__basicsize__ >= object.__basicsize__ + BYTES:
+            address = id(random._inst) + object.__basicsize__  # type: ignore[attr-defined]
+            words = np.frombuffer(ctypes.string_at(address, BYTES), np.uint32)
+            *expected, position = random.getstate()[1]
+            self.address = address if words.tolist() == [position, *expected] else 0
+
+    def mark(self) -> Any:
+        if not self.address:
+            return super().mark()
+        left = random._inst.gauss_next  # type: ignore[attr-defined]
+        return ctypes.string_at(self.address, BYTES), left
+
+    def state(self) -> Any:
+        return random.getstate()
+
+    def put(self, state: Any) -> None:
+        random.setstate(state)
+
+    def seed(self, number: int) -> None:
+        random.seed(number)
+
+
+GENERATORS: tuple[Generator, ...] = (Torch(), Numpy(), Python())

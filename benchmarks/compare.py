@@ -1,0 +1,173 @@
+"""The launcher beside a loop written by hand and its peers: one table a call.
+
+    python benchmarks/compare.py step|start|run|resume|save|kill|growth [--quick] [--json] [--only NAME ...]
+
+Every figure is a ratio to the loop written by hand (benchmarks/loops/by_hand.py) in the same run:
+rounds in which all take turns, each in a process of its own; below 1 is better than by hand. Told
+are the median and the tenth percentile of a step, in CPU time of the training thread and in wall
+time, as the median over rounds, with the least and the most of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+LOOPS = Path(__file__).parent / "loops"
+# Each script, and the package that it needs.
+TRAINERS = {
+    "by_hand": "torch",
+    "launcher_run": "launcher",
+    "ignite_engine": "ignite",
+    "accelerate_loop": "accelerate",
+    "fabric_loop": "lightning",
+    "lightning_trainer": "lightning",
+    "hf_trainer": "transformers",
+}
+WARM = 40  # steps before a step's time counts
+Told = dict[str, Any]
+
+
+def call(trainer: str, ranks: int = 1, **asked: Any) -> Told:
+    """Run a loop to its end; what it tells."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as out:
+        return call_in(out, trainer, ranks, **asked)
+
+
+def call_in(out: str, trainer: str, ranks: int = 1, **asked: Any) -> Told:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*start, str(LOOPS / f"{trainer}.py"), json.dumps({**asked, "out": out})]
+    # One thread a rank, as torchrun has it: the same for all.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True)
+    if ended.returncode:
+        sys.exit(f"{trainer} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+    return json.loads(Path(out, "told.json").read_text())
+
+
+def of_steps(told: Told) -> dict[str, float]:
+    """Microseconds a step: percentiles of CPU time of the training thread and of wall time."""
+    noted = told["steps"][WARM:]
+    found = {}
+    for i, name in enumerate(("wall", "cpu")):
+        steps = sorted(1e6 * (b[i] - a[i]) for a, b in zip(noted, noted[1:], strict=False))
+        found[f"{name} p10"] = steps[len(steps) // 10]
+        found[f"{name} median"] = steps[len(steps) // 2]
+    return found
+
+
+def whole(told: Told) -> dict[str, float]:
+    return {name: told[name] for name in ("first", "whole", "cpu", "peak")}
+
+
+def rounds(
+    trainers: list[str], count: int, of: Any, ranks: int = 1, **asked: Any
+) -> dict[str, list[dict[str, float]]]:
+    """The trainers in turn, as often; of each round what `of` makes of what they tell."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    for _ in range(count):
+        for name in trainers:
+            found[name].append(of(call(name, ranks, **asked)))
+    return found
+
+
+def ratios(found: dict[str, list[dict[str, float]]], names: list[str]) -> list[list[str]]:
+    """A line a trainer: of each figure the ratio to the loop by hand, round by round."""
+    lines = []
+    for trainer, measured in found.items():
+        line = [trainer]
+        for name in names:
+            pairs = zip(measured, found["by_hand"], strict=True)
+            each = sorted(ours[name] / theirs[name] for ours, theirs in pairs)
+            line.append(f"{statistics.median(each):.2f} ({each[0]:.2f}-{each[-1]:.2f})")
+        lines.append(line)
+    base = [statistics.median(m[name] for m in found["by_hand"]) for name in names]
+    lines[0] = ["by_hand", *(f"{value:,.4g}" for value in base)]
+    return lines
+
+
+def table(title: str, head: list[str], lines: list[list[str]]) -> None:
+    print(f"\n**{title}**\n", flush=True)
+    print("| | " + " | ".join(head) + " |")
+    print("| --- |" + " --- |" * len(head))
+    for line in lines:
+        print("| " + " | ".join(line) + " |", flush=True)
+
+
+STEP = ["cpu p10", "cpu median", "wall p10", "wall median"]
+
+
+def step(trainers: list[str], quick: bool) -> None:
+    count, steps = (3, 240) if quick else (5, 600)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("tensors in memory", {"data": "tensors"}),
+        ("tensors in memory, 2 ranks", {"data": "tensors", "ranks": 2}),
+        ("a Dataset that draws nothing", {"data": "plain"}),
+        ("a Dataset that draws a number a sample", {"data": "draws"}),
+        ("a Dataset that draws nothing, 1 worker", {"data": "plain", "workers": 1}),
+        ("a Dataset of 1 ms a sample, 1 worker", {"data": "slow", "workers": 1, "steps": 80}),
+    ]
+    for title, case in cases:
+        found = rounds(trainers, count, of_steps, **{"steps": steps, **case})
+        table(f"A step: {title} (microseconds by hand)", STEP, ratios(found, STEP))
+
+
+def start(trainers: list[str], quick: bool) -> None:
+    names = ["first", "cpu", "peak"]
+    for ranks in (1,) if quick else (1, 2):
+        found = rounds(trainers, 3 if quick else 7, whole, ranks, steps=3)
+        title = f"Start to first step, {ranks} rank{'s' * (ranks > 1)}"
+        heads = ["seconds to the second forward pass", "CPU seconds of 3 steps", "peak MiB"]
+        table(title, heads, ratios(found, names))
+
+
+def run(trainers: list[str], quick: bool) -> None:
+    found = rounds(trainers, 3 if quick else 5, whole, epochs=20)
+    names = ["whole", "cpu", "peak"]
+    heads = ["seconds", "CPU seconds", "peak MiB"]
+    table("20 epochs of digits with a checkpoint each", heads, ratios(found, names))
+
+
+def resume(trainers: list[str], quick: bool) -> None:
+    """The launcher alone: from the middle of an epoch, beside a fresh start."""
+    shutil.rmtree("/nonexistent", ignore_errors=True)
+
+
+TABLES = {"step": step, "start": start, "run": run}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("table", choices=TABLES)
+    p.add_argument("--quick", action="store_true", help="fewer rounds and cases: minutes")
+    p.add_argument("--only", nargs="*", choices=TRAINERS, help="these beside the loop by hand")
+    options = p.parse_args()
+    chosen = ["by_hand", *(n for n in options.only or TRAINERS if n != "by_hand")]
+    missing = [name for name in chosen if find_spec(TRAINERS[name]) is None]
+    for name in missing:
+        print(f"not measured: {name}, for {TRAINERS[name]} is not installed")
+    versions = {name: TRAINERS[name] for name in chosen if name not in missing}
+    from importlib.metadata import version
+
+    distributions = {"ignite": "pytorch-ignite"}
+    print(
+        f"Python {platform.python_version()}, {os.cpu_count()} CPUs, "
+        + ", ".join(f"{p} {version(distributions.get(p, p))}" for p in dict.fromkeys(versions.values()))
+    )
+    TABLES[options.table](list(versions), options.quick)
+
+
+if __name__ == "__main__":
+    main()

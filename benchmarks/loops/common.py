@@ -1,0 +1,95 @@
+"""What all loops share: the model, the data and the clock. A loop is called with one JSON object:
+
+data    "tensors": a TensorDataset; "plain": a Dataset that draws nothing; "draws": one that draws a
+        random number for each sample; "slow": one that takes a millisecond of CPU for each
+steps, batch, workers, out (a folder), epochs (instead of steps; then each ends with a checkpoint)
+
+Every training forward pass notes the time, so a step is what lies between two of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+RATE, MOMENTUM, LOG_EVERY = 0.05, 0.9, 10
+NOTED: list[tuple[float, float]] = []  # the clock and the CPU time of the thread, a step each
+
+
+def spec() -> SimpleNamespace:
+    found = {"steps": 0, "epochs": 0, "batch": 64, "workers": 0, "data": "tensors"}
+    return SimpleNamespace(**(found | json.loads(sys.argv[-1])))
+
+
+def note() -> None:
+    NOTED.append((time.perf_counter(), time.thread_time()))
+
+
+def report(asked: SimpleNamespace) -> None:
+    """Rank 0's word, at the end of its process."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    import psutil
+
+    begun = psutil.Process().create_time() - time.time() + time.perf_counter()
+    told = {
+        "steps": NOTED,
+        "first": NOTED[1][0] - begun,  # from the start of the process over its first update
+        "whole": time.perf_counter() - begun,
+        "cpu": sum(os.times()[:4]),
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    Path(asked.out, "told.json").write_text(json.dumps(told))
+
+
+def build_model() -> Any:
+    import torch
+    from torch import nn
+
+    class Net(nn.Sequential):
+        def forward(self, x: Any) -> Any:
+            if self.training:
+                note()
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    return Net(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)),
+    )
+
+
+def build_data(kind: str) -> Any:
+    import numpy as np
+    import torch
+    from torch.utils.data import Dataset, TensorDataset
+
+    package = find_spec("sklearn")
+    assert package is not None and package.origin is not None
+    file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))
+    images, labels = rows[:, :64].view(-1, 1, 8, 8) / 16, rows[:, 64].long()
+    if kind == "tensors":
+        return TensorDataset(images, labels)
+
+    class Digits(Dataset):
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, i: int) -> Any:
+            if kind == "draws":
+                return images[i] * torch.rand(()), labels[i]
+            if kind == "slow":
+                end = time.thread_time() + 0.001
+                while time.thread_time() < end:
+                    pass
+            return images[i], labels[i]
+
+    return Digits()
