@@ -1,6 +1,6 @@
 """The launcher beside a loop written by hand and its peers: one table a call.
 
-    python benchmarks/compare.py step|start|run|resume|save|kill|growth [--quick] [--json] [--only NAME ...]
+    python benchmarks/compare.py TABLE [--quick] [--only NAME ...]
 
 Every figure is a ratio to the loop written by hand (benchmarks/loops/by_hand.py) in the same run:
 rounds in which all take turns, each in a process of its own; below 1 is better than by hand. Told
@@ -11,15 +11,16 @@ time, as the median over rounds, with the least and the most of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ LOOPS = Path(__file__).parent / "loops"
 TRAINERS = {
     "by_hand": "torch",
     "launcher_run": "launcher",
-    "ignite_engine": "ignite",
+    "ignite_engine": "pytorch-ignite",
     "accelerate_loop": "accelerate",
     "fabric_loop": "lightning",
     "lightning_trainer": "lightning",
@@ -62,7 +63,7 @@ def of_steps(told: Told) -> dict[str, float]:
     noted = told["steps"][WARM:]
     found = {}
     for i, name in enumerate(("wall", "cpu")):
-        steps = sorted(1e6 * (b[i] - a[i]) for a, b in zip(noted, noted[1:], strict=False))
+        steps = sorted(1e6 * (b[i] - a[i]) for a, b in itertools.pairwise(noted))
         found[f"{name} p10"] = steps[len(steps) // 10]
         found[f"{name} median"] = steps[len(steps) // 2]
     return found
@@ -140,12 +141,13 @@ def run(trainers: list[str], quick: bool) -> None:
     table("20 epochs of digits with a checkpoint each", heads, ratios(found, names))
 
 
-def resume(trainers: list[str], quick: bool) -> None:
-    """The launcher alone: from the middle of an epoch, beside a fresh start."""
-    shutil.rmtree("/nonexistent", ignore_errors=True)
-
-
 TABLES = {"step": step, "start": start, "run": run}
+
+
+def installed(package: str) -> bool:
+    with contextlib.suppress(PackageNotFoundError):
+        return bool(version(package))
+    return False
 
 
 def main() -> None:
@@ -155,17 +157,12 @@ def main() -> None:
     p.add_argument("--only", nargs="*", choices=TRAINERS, help="these beside the loop by hand")
     options = p.parse_args()
     chosen = ["by_hand", *(n for n in options.only or TRAINERS if n != "by_hand")]
-    missing = [name for name in chosen if find_spec(TRAINERS[name]) is None]
+    missing = [name for name in chosen if not installed(TRAINERS[name])]
     for name in missing:
         print(f"not measured: {name}, for {TRAINERS[name]} is not installed")
     versions = {name: TRAINERS[name] for name in chosen if name not in missing}
-    from importlib.metadata import version
-
-    distributions = {"ignite": "pytorch-ignite"}
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} CPUs, "
-        + ", ".join(f"{p} {version(distributions.get(p, p))}" for p in dict.fromkeys(versions.values()))
-    )
+    packages = [f"{name} {version(name)}" for name in dict.fromkeys(versions.values())]
+    print(f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {', '.join(packages)}")
     TABLES[options.table](list(versions), options.quick)
 
 

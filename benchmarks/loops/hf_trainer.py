@@ -47,9 +47,7 @@ def main() -> None:
         ddp_find_unused_parameters=False,
     )
     data = build_data(asked.data)
-    trainer = Trainer(
-        model, arguments, collate, train_dataset=data, optimizers=(optimizer, rates)
-    )
+    trainer = Trainer(model, arguments, collate, train_dataset=data, optimizers=(optimizer, rates))
     trainer.train()
     report(asked)
 

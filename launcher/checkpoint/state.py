@@ -84,6 +84,9 @@ class TrainingState:
 
     def __post_init__(self) -> None:
         self.config = self.cfg.dump()  # frozen, and as slow as a small step
+        duration = parse_duration(self.cfg.TRAIN.DURATION)
+        assert duration is not None  # the config check demands one
+        self.duration = duration
         self.whole = ModelState(self.model, self.alike)
         self.made = {phase: made(optimizer) for phase, optimizer in self.optimizers.items()}
 
@@ -98,9 +101,7 @@ class TrainingState:
 
     def is_finished(self) -> bool:
         """Whether TRAIN.DURATION is over, or a callback has completed the run."""
-        duration = parse_duration(self.cfg.TRAIN.DURATION)
-        assert duration is not None  # the config check demands one
-        return self.progress.reached(duration) or bool(self.finished)
+        return self.progress.reached(self.duration) or bool(self.finished)
 
     def capture(self, runtime: Runtime) -> dict[str, Any] | None:
         """The state as rank 0 saves it; None on the other ranks. Collectives.

@@ -46,6 +46,14 @@ def numbers_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
+def norm_of(numbers: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of them all, as torch.nn.utils.get_total_norm. That sorts them by device and type
+    first, which takes longer than the norm of a small model, and is rarely needed."""
+    if not numbers or len({(n.dtype, n.device) for n in numbers}) > 1:
+        return torch.nn.utils.get_total_norm(numbers, foreach=True)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(numbers)))
+
+
 def clip(numbers: list[torch.Tensor], norm: torch.Tensor, most: float) -> None:
     """Scale gradients down to a norm of `most`, as torch.nn.utils.clip_grads_with_norm_, which
     takes dense gradients alone."""

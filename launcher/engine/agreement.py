@@ -34,7 +34,7 @@ class Agreement:
         what `on_their_way` of an attempt before gave."""
         self.carrier = nn.Parameter(torch.zeros(len(REQUESTS) + 2, device=device))
         self.world_size, self._pending = world_size, pending
-        self._passengers = torch.zeros_like(self.carrier, requires_grad=False)
+        self._nothing = torch.zeros_like(self.carrier, requires_grad=False)
 
     def loss_term(
         self,
@@ -42,17 +42,25 @@ class Agreement:
         weight: torch.Tensor | float,
         weighted: bool,
         watched: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """A term of value 0 whose gradient to the carrier is what this rank has to say; also
-        whether `watched`, of shape (), is finite."""
-        passengers = self._passengers.zero_()
-        for name in requests:
-            passengers[REQUESTS.index(name)] = 1.0
-        passengers[WEIGHTED] = float(weighted)
-        passengers[WEIGHT] = weight
-        if watched is not None:
-            passengers[NONFINITE] = ~watched.detach().isfinite()  # on the device
-        return torch.dot(self.carrier, passengers)
+        whether `watched`, of shape (), is finite. A process alone says it to itself: None."""
+        passengers, alone = self._nothing, self.world_size == 1
+        if requests or weighted or watched is not None:
+            passengers = torch.zeros_like(self._nothing)
+            for name in requests:
+                passengers[REQUESTS.index(name)] = 1.0
+            if weighted:
+                passengers[WEIGHTED], passengers[WEIGHT] = 1.0, weight
+            if watched is not None:
+                passengers[NONFINITE] = ~watched.detach().isfinite()  # on the device
+        elif alone:
+            return None
+        if not alone:
+            return torch.dot(self.carrier, passengers)
+        before = self.carrier.grad
+        self.carrier.grad = passengers if before is None else before + passengers
+        return None
 
     @property
     def total_weight(self) -> torch.Tensor:
@@ -67,20 +75,20 @@ class Agreement:
 
     def watch(self, norm: torch.Tensor) -> None:
         """Say whether the norm of the gradients, the same on all ranks, is finite."""
-        assert self.carrier.grad is not None
+        assert self.carrier.grad is not None  # whoever watches has watched the loss
         self.carrier.grad[NONFINITE] += ~norm.isfinite()
 
     def seen(self) -> frozenset[str]:
         """The requests that every rank sees after this step; call it once a step."""
         grad = self.carrier.grad
-        assert grad is not None
-        if not grad.is_cuda:
-            return _names(grad)
-        host = torch.empty(grad.shape, pin_memory=True)
-        host.copy_(grad, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        self._pending.append((host, done))
+        if not self.carrier.is_cuda:
+            return _names(grad) if grad is not None else frozenset()
+        if grad is not None:
+            host = torch.empty(grad.shape, pin_memory=True)
+            host.copy_(grad, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        self._pending.append((host, done) if grad is not None else ())
         if len(self._pending) <= LAG:
             return frozenset()
         # LAG steps old: waits only where the host is that far ahead.

@@ -75,11 +75,11 @@ class Schedule:
                 "OPTIM.SCHEDULE, OPTIM.WARMUP or the task's schedule set it before each step. To "
                 'set it elsewhere, take OPTIM.SCHEDULE constant, OPTIM.WARMUP "" and no schedule.'
             )
-        factor = self(step)
+        if self.steady:  # whoever sets them may
+            groups = [group for group in groups if "initial_lr" not in group]
         for group in groups:
-            if not self.steady or "initial_lr" not in group:
-                set_rate(group, factor)
-        if not self.steady:  # else whoever sets them may
+            set_rate(group, self(step))
+        if not self.steady:
             self._set = as_left(optimizer)
 
 

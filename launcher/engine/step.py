@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
 from launcher.data.splits import GlobalBatch
-from launcher.edges.gradients import clip, nothing_of, numbers_of
+from launcher.edges.gradients import clip, norm_of, nothing_of, numbers_of
 from launcher.edges.model import own_buffers, switched, unused
 from launcher.edges.optimizer import has_modes, weights_of
 from launcher.edges.returned import calling, scalars
@@ -33,17 +33,17 @@ from launcher.runtime.process import Runtime
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(cfg: CfgNode, device: torch.device) -> torch.autocast:
+def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision for the forward pass; weights stay fp32 (no effect in fp32 and tf32)."""
     dtype = AUTOCAST.get(cfg.TRAIN.PRECISION)
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
 
 
 class MicroBatch(NamedTuple):
     """What the forward pass of one micro-batch gives."""
 
     loss: torch.Tensor  # its part of the global batch's loss, times the number of ranks
-    term: torch.Tensor  # the agreement's passengers, value 0
+    term: torch.Tensor | None  # the agreement's passengers, value 0
     values: dict[str, torch.Tensor]  # scalars to log, the loss among them
     weight: float | torch.Tensor
 
@@ -75,6 +75,7 @@ class StepModule(nn.Module):
         gradient is zero then."""
         if samples == 0:
             term = self.agreement.loss_term(requests, 0.0, False)
+            assert term is not None  # there are other ranks
             # Where DDP looks for unused weights, or some were used before, only those: others have
             # no gradient then, rather than one of zeros, which decay would act on.
             used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
@@ -95,10 +96,12 @@ class StepModule(nn.Module):
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
-        loss = loss * (weight * (self.agreement.world_size / count))
+        share = weight * (self.agreement.world_size / count)
+        if weighted or share != 1.0:
+            loss = loss * share
         watched = values["loss"] if self.watches else None
-        term = self.gather.tie(self.agreement.loss_term(requests, weight, weighted, watched))
-        return MicroBatch(loss, term, values, weight)
+        term = self.agreement.loss_term(requests, weight, weighted, watched)
+        return MicroBatch(loss, None if term is None else self.gather.tie(term), values, weight)
 
 
 class Phase:
@@ -170,6 +173,11 @@ class Phase:
         for p, trains in zip(self.weights, on, strict=True):
             p.requires_grad = trains
 
+    def zero_grad(self) -> None:
+        # Not the module's, which looks for its weights first.
+        for p in (*self.parameters, self.agreement.carrier):
+            p.grad = None
+
     def held_back(self) -> contextlib.AbstractContextManager[None]:
         """Gradients stay on their rank."""
         return self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
@@ -237,7 +245,7 @@ class TrainStep:
             if phase is phases[0] or self.watches:
                 seen |= phase.agreement.seen()
             requests = frozenset()  # which travel with the first phase
-            phase.module.zero_grad()
+            phase.zero_grad()
         self.recorder.phase = ""
         if self.state.ema is not None and not skipped:
             self.state.ema.update_parameters(self.state.model)
@@ -273,7 +281,8 @@ class TrainStep:
                 # Gradients cross the ranks once a step: in the last round.
                 with phase.held_back() if i < rounds - 1 else contextlib.nullcontext():
                     out = phase.forward(micro_batch, samples, batch.count, requests)
-                    loss = phase.scaler.scale(out.loss) + out.term
+                    loss = phase.scaler.scale(out.loss)
+                    loss = loss if out.term is None else loss + out.term
                     self.callbacks.call("on_backward", loss)
                     loss.backward()
                 if batch.full <= i < batch.rounds:
@@ -304,7 +313,7 @@ class TrainStep:
         self.callbacks.call("on_gradients")
         skipped, noted, scaler = False, {}, phase.scaler
         if self.clip > 0 or self.records or self.watches:
-            noted["grad_norm"] = torch.nn.utils.get_total_norm(gradients, foreach=True)
+            noted["grad_norm"] = norm_of(gradients)
         if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
             phase.agreement.watch(noted["grad_norm"])
         if self.clip > 0:

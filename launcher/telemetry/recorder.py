@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from launcher.telemetry.media import Media, OnHost
 from launcher.telemetry.writer import Writer
 
 OF_PHASE = "\x1f"  # between a scalar's name and its phase, until all phases' names are known
+ROWS = 64  # kept apart at most, of values on a device
 # A scalar of an evaluation: name, value, weight.
 Note = tuple[str, Any, Any]
 
@@ -32,10 +33,13 @@ class Recorder(recorder.Recorder):
     def __init__(self, runtime: Runtime, progress: Progress, writer: Writer) -> None:
         self.runtime, self.progress, self.writer = runtime, progress, writer
         self.pid = os.getpid()
-        # For each set of keys that was added together: the means so far in float64, on the device,
-        # and their weight. A mean moves towards each value by its share, so that equal ones give
-        # just that, however large. One small kernel or two an addition.
-        self._means: dict[tuple[str, ...], tuple[torch.Tensor, float | torch.Tensor]] = {}
+        # For each set of keys that was added together: the means so far, and their weight. A mean
+        # moves towards each value by its share, so that equal ones give just that, however large.
+        self._means: dict[tuple[str, ...], tuple[list[float], float]] = {}
+        # On a device a value is read when a record is made. Until then rows of values, in float64,
+        # and their weights; None for those that stand in the row's last column.
+        self.late = runtime.device.type != "cpu"
+        self._rows: dict[tuple[str, ...], tuple[list[torch.Tensor], list[float | None]]] = {}
         self.split = "train"
         # The phase under way, and of each name the phases that have given it; rank 0 counts.
         self.phase, self.phases = "", dict[str, list[str]]()
@@ -118,20 +122,34 @@ class Recorder(recorder.Recorder):
 
     def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
         """Count scalars, means over a batch, with its weight. Never waits for the device."""
-        stacked = torch.stack([value.detach().double() for value in values.values()])
         of = f"{OF_PHASE}{self.phase}" if self.phase else ""
-        self._add(tuple(key + of for key in values) if of else tuple(values), stacked, weight)
+        keys = tuple(key + of for key in values) if of else tuple(values)
+        if not self.late:
+            self._add(keys, [value.item() for value in values.values()], float(weight))
+            return
+        row = list(values.values())
+        if weighs := isinstance(weight, torch.Tensor):
+            row.append(weight)
+        rows, weights = self._rows.setdefault(keys, ([], []))
+        # A copy, by one small kernel and those that change a type: the task may go on with its own.
+        rows.append(torch.stack([value.detach().double() for value in row])[None])
+        weights.append(None if weighs else float(weight))
+        if len(rows) == ROWS:
+            rows[:] = [_joined(rows)]
 
-    def _add(
-        self, keys: tuple[str, ...], values: torch.Tensor, weight: float | torch.Tensor
-    ) -> None:
-        mean, before = self._means.get(keys) or (torch.zeros_like(values), 0.0)
+    def _add(self, keys: tuple[str, ...], values: Sequence[float], weight: float) -> None:
+        means, before = self._means.get(keys, (values, 0.0))
         total = before + weight
-        if isinstance(total, torch.Tensor):
-            mean.lerp_(values, (weight / total).nan_to_num(0.0).double())  # 0 of 0: no step
-        elif total:
-            mean.lerp_(values, float(weight) / total)
-        self._means[keys] = mean, total
+        share = weight / total if before and total else float(not before)
+        self._means[keys] = [_towards(*p, share) for p in zip(means, values, strict=True)], total
+
+    def _settle(self) -> None:
+        """Read what was added. Waits for the device."""
+        for keys, (rows, weights) in self._rows.items():
+            for row, weight in zip(_joined(rows).tolist(), weights, strict=True):
+                values = row[: len(keys)]
+                self._add(keys, values, row[len(keys)] if weight is None else weight)
+        self._rows.clear()
 
     def gather(self, local: Any = None) -> tuple[dict[str, float], list[Any]] | None:
         """The means `train/...` since the last call, and every rank's `local`, in rank order; None
@@ -168,13 +186,30 @@ class Recorder(recorder.Recorder):
 
     def state(self) -> dict[str, list[float]]:
         """The means of this rank since the last record, and their weight. Waits for the device."""
-        return {"\n".join(k): [*mean.tolist(), float(w)] for k, (mean, w) in self._means.items()}
+        self._settle()
+        return {"\n".join(k): [*means, w] for k, (means, w) in self._means.items()}
 
     def add_state(self, state: Mapping[str, list[float]]) -> None:
         """Go on from means that `state` gave, besides those there are."""
         for joined, (*values, weight) in state.items():
-            means = torch.tensor(values, dtype=torch.float64, device=self.runtime.device)
-            self._add(tuple(joined.split("\n")), means, weight)
+            self._add(tuple(joined.split("\n")), values, weight)
+
+
+def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
+    # One may have a column more, where a task weighs some batches and not others.
+    width = max(row.shape[1] for row in rows)
+    short = any(row.shape[1] < width for row in rows)
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(r, (0, width - r.shape[1])) for r in rows] if short else rows)
+
+
+def _towards(mean: float, value: float, share: float) -> float:
+    """As torch.lerp, and exact at both ends."""
+    if share in (0.0, 1.0):
+        return value if share else mean
+    if share < 0.5:
+        return mean + share * (value - mean)
+    return value - (value - mean) * (1.0 - share)
 
 
 def means(parts: Iterable[tuple[str, float, float]]) -> dict[str, float]:

@@ -36,10 +36,10 @@ class Recording(Regression):
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins for what torch does not do on this device, and does not wait for on CUDA."""
 
-    def norm(gradients: list[torch.Tensor], foreach: bool) -> torch.Tensor:
+    def norm(gradients: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([gradient.norm() for gradient in gradients]).norm()
 
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", norm)
+    monkeypatch.setattr(step, "norm_of", norm)
     monkeypatch.setattr(step, "autocast", lambda cfg, device: contextlib.nullcontext())
     # On CUDA it reads what was agreed on eight steps before.
     monkeypatch.setattr(Agreement, "seen", lambda self: frozenset())

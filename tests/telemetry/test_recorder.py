@@ -122,6 +122,33 @@ def test_state_goes_on_where_it_was_taken(before: Steps, after: Steps) -> None:
     assert with_sums(after, resumed).state() == with_sums(after, whole).state()
 
 
+@law
+@given(steps, st.lists(st.booleans(), min_size=1, max_size=5), st.integers(1, 40))
+def test_on_a_device_values_are_read_later_and_give_the_same(
+    added: Steps, weighs: list[bool], times: int
+) -> None:
+    """Also over more than are kept apart, and where only some batches are weighed."""
+    now, late = recording()[0], recording()[0]
+    late.late = True
+    for i, (named, weight) in enumerate(added * times):
+        values = {name: torch.tensor(value, requires_grad=True) for name, value in named.items()}
+        for recorder in (now, late):
+            tensor = weighs[i % len(weighs)]
+            recorder.add(values, torch.tensor(float(weight)) if tensor else float(weight))
+        with torch.no_grad():  # the task goes on with its own
+            for value in values.values():
+                value += 1
+    assert all(len(rows) <= 64 for rows, _ in late._rows.values())
+    assert late.state() == now.state()
+
+
+def test_a_first_batch_of_weight_0_counts_for_nothing() -> None:
+    assert found(with_sums([({"a": 3.0}, 0.0), ({"a": 5.0}, 2.0), ({"a": 9.0}, 0.0)])) == {
+        "train/a": 5.0
+    }
+    assert found(with_sums([({"a": 3.0}, 0.0)])) == {}
+
+
 def test_scalars_of_a_task_are_weighted_means() -> None:
     recorder, _ = recording()
     recorder.scalar("gate", torch.tensor(2.0, requires_grad=True), weight=3)
