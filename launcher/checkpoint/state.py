@@ -119,7 +119,7 @@ class TrainingState:
         """What is this rank's own."""
         return {
             "random": random_state(),
-            "means": self.recorder.state(),
+            "means": self.recorder.sums.state(),
             "threads": torch.get_num_threads(),
             "callbacks": self.callbacks.state_dict(),
             **self.callbacks.requests(self.agreed),
@@ -215,6 +215,6 @@ class TrainingState:
         else:
             ours = ranks if runtime.is_main else []
         for rank in ours:
-            self.recorder.add_state(rank["means"])
+            self.recorder.sums.merge(rank["means"])
             self.callbacks.add_requests(rank)
         return afresh

@@ -107,11 +107,13 @@ def per_sample(output: Any, samples: int, who: str) -> dict[str, Any]:
     return found
 
 
-def same_names(output: Iterable[str], first: Iterable[str], batch: int, who: str) -> None:
-    """Raise RunError where a batch has given other names than the first one."""
+def same_names(
+    output: Iterable[str], batch: int, first: Iterable[str], begun: int, who: str
+) -> None:
+    """Raise RunError where a batch has given other names than the one that was `begun` with."""
     if set(output) != set(first):
         raise RunError(
-            f"{who} returned {', '.join(first)} for the first batch, but "
+            f"{who} returned {', '.join(first)} for batch {begun + 1}, but "
             f"{', '.join(output) or 'nothing'} for batch {batch + 1}: the same names are needed"
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,28 +11,29 @@ from torch import nn
 
 from launcher.config import CfgNode
 from launcher.config.checks import recorded_as
-from launcher.data.plan import dealt
+from launcher.data.plan import Plan, dealt
 from launcher.data.splits import Data
 from launcher.edges.alone import Alone
 from launcher.edges.batch import on_cpu
 from launcher.edges.model import fill
+from launcher.edges.numbers import Sums
 from launcher.edges.returned import averages, calling, joined, per_sample, same_names, summarized
 from launcher.engine.step import autocast
 from launcher.errors import RunError
 from launcher.guard.guard import Guard
 from launcher.runtime.process import Runtime, seed_everything
 from launcher.tasks.task import overrides
-from launcher.telemetry.recorder import Note, Recorder, means
+from launcher.telemetry.recorder import Note, Recorder
 
-# Of one batch: its number, what it notes (its means among it), and its outputs, if they are wanted.
-Part = tuple[int, list[Note], list[str], dict[str, Any]]
+# The outputs of one batch, with its number.
+Part = tuple[int, dict[str, Any]]
 
 
 class Evaluation:
     """Evaluates a model on splits, as often as it is called. Every rank calls it.
 
-    Whole batches are dealt to the ranks in turn. Means are taken in float64, of each batch and then
-    of all in the data set's order, and outputs are put back into that order: so the metrics of any
+    Whole batches are dealt to the ranks in turn. A batch's means are taken in float64, those of all
+    from exact sums, and outputs are put back into the data set's order: so the metrics of any
     number of ranks are those of one process to the last bit.
     """
 
@@ -93,34 +93,37 @@ class Evaluation:
         runtime, plan = self.runtime, self.data.eval_plan(split)
         numbers = dealt(plan, runtime.rank, self.shares)
         batches = self.data.evaluation(split, [k for k, _ in numbers])
-        fold = Fold(self) if runtime.is_main else None
+        found, fold = Found(self), Fold(self) if runtime.is_main else None
         mine, done, carried = list[Part](), 0, None
         for _ in range(len(dealt(plan, 0, self.shares))):  # as many rounds on every rank
             self.guard.enter("evaluate")
             if (goes_on := self.guard.stop is None) and done < len(numbers):
                 k, begins = numbers[done]
                 carried = None if begins else carried
-                part, carried = self._batch(model, k, plan.batch(k), next(batches), carried)
-                mine.append(part)
+                output, carried = self._batch(model, k, plan, next(batches), carried, found)
+                if self.folds or self.summarizes:
+                    mine.append((k, output))
                 done += 1
             if self.folds:
-                if not self._take(fold, mine if goes_on else None):
+                if self._hand_over(fold, mine if goes_on else None) is None:
                     return None
                 mine = []
-        if not self.folds and not self._take(fold, mine if done == len(numbers) else None):
+        whole = done == len(numbers)
+        if (ranks := self._hand_over(fold, mine if whole else None, found.state())) is None:
             return None
-        metrics = fold.metrics(plan.steps_per_epoch) if fold is not None else None
+        metrics = merged(ranks, fold.who) | fold.metrics(plan.steps_per_epoch) if fold else None
         if show and metrics is not None:
             with self.alone("show"):
                 self.task.show(model)
-            metrics |= means(on_host(self.recorder.take()))
+            metrics |= means_of(self.recorder.take())
         # A collective: all ranks learn the result, so that all agree on a new best.
         return runtime.broadcast(metrics)
 
     def _batch(
-        self, model: nn.Module, k: int, positions: tuple[int, int], batch: Any, carried: Any
-    ) -> tuple[Part, Any]:
-        start, stop = positions
+        self, model: nn.Module, k: int, plan: Plan, batch: Any, carried: Any, found: Found
+    ) -> tuple[dict[str, Any], Any]:
+        """Its outputs, without their weights, and the state that is carried on."""
+        start, stop = plan.batch(k)
         # By the batch, so that what it draws is the same on any rank and at any time.
         seed_everything(self.seed, k)
         who = f"{self.name}.eval_step (samples {start} to {stop - 1})"
@@ -131,20 +134,61 @@ class Evaluation:
                 output = dict(output)
                 carried = output.pop("carried", None)
             output = per_sample(output, stop - start, who)
-        names, notes = list(output), averages(output, who) + self.recorder.take()
-        return (k, notes, names, output if self.folds or self.summarizes else {}), carried
+        found.take(k, list(output), averages(output, who) + self.recorder.take())
+        return output, carried
 
-    def _take(self, fold: Fold | None, mine: list[Part] | None) -> bool:
-        """Hand this rank's parts to rank 0; whether the evaluation goes on. Collectives: all that
-        is handed over, and whether any rank was asked to stop."""
+    def _hand_over(
+        self, fold: Fold | None, mine: list[Part] | None, found: Any = None
+    ) -> list[Any] | None:
+        """Give rank 0 this rank's outputs and what it has `found`; what all ranks have, or an empty
+        list elsewhere. None where a rank has nothing to give, for it was asked to stop.
+        Collectives: all that is handed over, and whether it is whole."""
         # The one point where evaluation waits for the device.
-        ours = mine and [(k, on_host(n), names, on_cpu(o)) for k, n, names, o in mine]
+        ours = None if mine is None else ([(k, on_cpu(output)) for k, output in mine], found)
         with calling(f"sending what {self.name}.eval_step returned"):
-            parts = self.runtime.gather(ours)
-        if complete := fold is not None and parts is not None and None not in parts:
+            ranks = self.runtime.gather(ours)
+        if whole := ranks is not None and None not in ranks:
             self.guard.enter("summarize")
-            fold.take(part for parts_of_rank in parts for part in parts_of_rank)
-        return self.runtime.broadcast(complete)
+            if fold is not None:
+                fold.take(part for parts, _ in ranks for part in parts)
+        if not self.runtime.broadcast(whole):
+            return None
+        return [found for _, found in ranks or ()]
+
+
+class Found:
+    """What a rank's batches give but their outputs: of constant size, however many they are."""
+
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.who, self.sums = f"{evaluation.name}.eval_step", Sums(evaluation.runtime.device)
+        self.first: dict[str, tuple[int, int]] = {}  # where each name stood first: batch, and place
+        self.names: tuple[int, list[str]] | None = None  # the first batch, and those of its outputs
+
+    def take(self, k: int, names: list[str], notes: list[Note]) -> None:
+        """Count batch `k`, whose outputs have these names."""
+        begun, expected = self.names = self.names or (k, names)
+        same_names(names, k, expected, begun, self.who)
+        for place, (name, value, weight) in enumerate(notes):
+            self.first.setdefault(name, (k, place))
+            self.sums.add([name], [value], weight)
+
+    def state(self) -> Any:
+        return self.names, self.first, self.sums.state()
+
+
+def merged(ranks: list[Any], who: str) -> dict[str, float]:
+    """The means over what all ranks have found, in the order of one process."""
+    sums, places, firsts = Sums(), dict[str, tuple[int, int]](), list[tuple[int, list[str]]]()
+    for names, first, state in ranks:
+        sums.merge(state)
+        firsts += [names] if names else []
+        for key, place in first.items():
+            places[key] = min(place, places.get(key, place))
+    (k, expected), *others = sorted(firsts)
+    for other, names in others:
+        same_names(names, other, expected, k, who)
+    means = sums.means()
+    return {key: means[key] for key in sorted(places, key=lambda key: places[key])}
 
 
 class Fold:
@@ -152,22 +196,17 @@ class Fold:
 
     def __init__(self, evaluation: Evaluation) -> None:
         self.evaluation, self.who = evaluation, f"{evaluation.name}.eval_step"
-        self.early: dict[int, Part] = {}  # parts whose turn is later
-        self.next, self.names = 0, list[str]()
-        self.notes: list[Note] = []
+        self.early: dict[int, dict[str, Any]] = {}  # outputs whose turn is later
+        self.next, self.folded = 0, None
         self.outputs: list[dict[str, Any]] = []
-        self.folded: Any = None
         if evaluation.folds:
             with evaluation.alone("start"):
                 self.folded = evaluation.task.start()
 
     def take(self, parts: Iterable[Part]) -> None:
-        self.early |= {part[0]: part for part in parts}
+        self.early |= dict(parts)
         while self.next in self.early:
-            k, notes, names, output = self.early.pop(self.next)
-            self.names = self.names or names
-            same_names(names, self.names, k, self.who)
-            self.notes += notes
+            output, k = self.early.pop(self.next), self.next
             self.next += 1
             if not self.evaluation.folds:
                 self.outputs.append(output)
@@ -180,16 +219,18 @@ class Fold:
                 )
 
     def metrics(self, steps: int) -> dict[str, float]:
-        """The means, and what the task makes of all outputs."""
-        task, recorder = self.evaluation.task, self.evaluation.recorder
-        found = dict.fromkeys((name for name, _, _ in self.notes), math.nan) | means(self.notes)
+        """What the task makes of all outputs, and what was noted meanwhile."""
+        task, found = self.evaluation.task, dict[str, float]()
         if self.evaluation.summarizes:
             whole = self.folded if self.evaluation.folds else joined(self.outputs, self.who)
             with self.evaluation.alone("summarize", steps) as who:
-                found |= summarized(task.summarize(whole), who)
-        return found | means(on_host(recorder.take()))  # what these noted
+                found = summarized(task.summarize(whole), who)
+        return found | means_of(self.evaluation.recorder.take())
 
 
-def on_host(notes: list[Note]) -> list[tuple[str, float, float]]:
-    """Names, values and weights as plain numbers. Waits for the device."""
-    return [(name, float(value), float(weight)) for name, value, weight in notes]
+def means_of(notes: Iterable[Note]) -> dict[str, float]:
+    """Of each name the mean. Waits for the device."""
+    sums = Sums()
+    for name, value, weight in notes:
+        sums.add([name], [value], weight)
+    return sums.means()

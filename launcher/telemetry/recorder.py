@@ -1,17 +1,18 @@
-"""What a run records. Values stay on the device and are summed there; once a period they are put
-together over the ranks, and rank 0 hands them to the writer.
+"""What a run records. Values are summed as they come; once a period the sums are put together over
+the ranks, and rank 0 hands the means to the writer.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from launcher.edges.numbers import Number, Sums
 from launcher.edges.returned import check_name, on_device, real
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -21,7 +22,6 @@ from launcher.telemetry.media import Media, OnHost
 from launcher.telemetry.writer import Writer
 
 OF_PHASE = "\x1f"  # between a scalar's name and its phase, until all phases' names are known
-ROWS = 64  # kept apart at most, of values on a device
 # A scalar of an evaluation: name, value, weight.
 Note = tuple[str, Any, Any]
 
@@ -33,13 +33,7 @@ class Recorder(recorder.Recorder):
     def __init__(self, runtime: Runtime, progress: Progress, writer: Writer) -> None:
         self.runtime, self.progress, self.writer = runtime, progress, writer
         self.pid = os.getpid()
-        # For each set of keys that was added together: the means so far, and their weight. A mean
-        # moves towards each value by its share, so that equal ones give just that, however large.
-        self._means: dict[tuple[str, ...], tuple[list[float], float]] = {}
-        # On a device a value is read when a record is made. Until then rows of values, in float64,
-        # and their weights; None for those that stand in the row's last column.
-        self.late = runtime.device.type != "cpu"
-        self._rows: dict[tuple[str, ...], tuple[list[torch.Tensor], list[float | None]]] = {}
+        self.sums = Sums(runtime.device)  # of this rank since the last record
         self.split = "train"
         # The phase under way, and of each name the phases that have given it; rank 0 counts.
         self.phase, self.phases = "", dict[str, list[str]]()
@@ -120,51 +114,24 @@ class Recorder(recorder.Recorder):
 
     # The loop's.
 
-    def add(self, values: Mapping[str, torch.Tensor], weight: float | torch.Tensor) -> None:
+    def add(self, values: Mapping[str, Number], weight: Number) -> None:
         """Count scalars, means over a batch, with its weight. Never waits for the device."""
         of = f"{OF_PHASE}{self.phase}" if self.phase else ""
-        keys = tuple(key + of for key in values) if of else tuple(values)
-        if not self.late:
-            self._add(keys, [value.item() for value in values.values()], float(weight))
-            return
-        row = list(values.values())
-        if weighs := isinstance(weight, torch.Tensor):
-            row.append(weight)
-        rows, weights = self._rows.setdefault(keys, ([], []))
-        # A copy, by one small kernel and those that change a type: the task may go on with its own.
-        rows.append(torch.stack([value.detach().double() for value in row])[None])
-        weights.append(None if weighs else float(weight))
-        if len(rows) == ROWS:
-            rows[:] = [_joined(rows)]
-
-    def _add(self, keys: tuple[str, ...], values: Sequence[float], weight: float) -> None:
-        means, before = self._means.get(keys, (values, 0.0))
-        total = before + weight
-        share = weight / total if before and total else float(not before)
-        self._means[keys] = [_towards(*p, share) for p in zip(means, values, strict=True)], total
-
-    def _settle(self) -> None:
-        """Read what was added. Waits for the device."""
-        for keys, (rows, weights) in self._rows.items():
-            for row, weight in zip(_joined(rows).tolist(), weights, strict=True):
-                values = row[: len(keys)]
-                self._add(keys, values, row[len(keys)] if weight is None else weight)
-        self._rows.clear()
+        names = [name + of for name in values] if of else list(values)
+        self.sums.add(names, list(values.values()), weight)
 
     def gather(self, local: Any = None) -> tuple[dict[str, float], list[Any]] | None:
         """The means `train/...` since the last call, and every rank's `local`, in rank order; None
         but on rank 0. A collective."""
         # The one place where training waits for the device to read values.
-        parts = self.runtime.gather((self.state(), local))
-        self._means.clear()
+        parts = self.runtime.gather((self.sums.state(), local))
+        self.sums.clear()
         if parts is None:
             return None
-        found = means(
-            (key, value, weight)
-            for state, _ in parts
-            for keys, (*values, weight) in state.items()
-            for key, value in zip(keys.split("\n"), values, strict=True)
-        )
+        for state, _ in parts:
+            self.sums.merge(state)
+        found = {name: m for name, m in self.sums.means().items() if self.sums.weighs(name)}
+        self.sums.clear()
         return self._named(found), [local for _, local in parts]
 
     def _named(self, found: Mapping[str, float]) -> dict[str, float]:
@@ -183,45 +150,3 @@ class Recorder(recorder.Recorder):
     def write(self, values: Mapping[str, float]) -> None:
         """Write one record at the present progress. On rank 0; elsewhere it does nothing."""
         self.writer.write({**self.progress.as_dict(), "time": time.time(), **values})
-
-    def state(self) -> dict[str, list[float]]:
-        """The means of this rank since the last record, and their weight. Waits for the device."""
-        self._settle()
-        return {"\n".join(k): [*means, w] for k, (means, w) in self._means.items()}
-
-    def add_state(self, state: Mapping[str, list[float]]) -> None:
-        """Go on from means that `state` gave, besides those there are."""
-        for joined, (*values, weight) in state.items():
-            self._add(tuple(joined.split("\n")), values, weight)
-
-
-def _joined(rows: list[torch.Tensor]) -> torch.Tensor:
-    # One may have a column more, where a task weighs some batches and not others.
-    width = max(row.shape[1] for row in rows)
-    short = any(row.shape[1] < width for row in rows)
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(r, (0, width - r.shape[1])) for r in rows] if short else rows)
-
-
-def _towards(mean: float, value: float, share: float) -> float:
-    """As torch.lerp, and exact at both ends."""
-    if share in (0.0, 1.0):
-        return value if share else mean
-    if share < 0.5:
-        return mean + share * (value - mean)
-    return value - (value - mean) * (1.0 - share)
-
-
-def means(parts: Iterable[tuple[str, float, float]]) -> dict[str, float]:
-    """Each name's mean from the means of parts and their weights, added up in the order given; of
-    equal ones just that, however large."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for name, value, weight in parts:
-        found.setdefault(name, []).append((value, weight))
-    return {name: _mean(pairs) for name, pairs in found.items() if any(w > 0 for _, w in pairs)}
-
-
-def _mean(pairs: list[tuple[float, float]]) -> float:
-    if len({value for value, _ in pairs}) == 1:
-        return pairs[0][0]
-    return sum(value * weight for value, weight in pairs) / sum(weight for _, weight in pairs)

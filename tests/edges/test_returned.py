@@ -100,8 +100,8 @@ def test_batches_that_cannot_be_put_together_are_told_with_name_and_shapes() -> 
     wide, narrow = {"x": torch.ones(2, 5)}, {"x": torch.ones(2, 4)}
     with pytest.raises(RunError, match=r"'x' of shape \(2, 5\) .* \(2, 4\) for batch 2.*Pad"):
         joined([wide, narrow], "T.eval_step")
-    with pytest.raises(RunError, match="returned x for the first batch, but y for batch 3"):
-        same_names(["y"], ["x"], 2, "T.eval_step")
+    with pytest.raises(RunError, match="returned x for batch 1, but y for batch 3"):
+        same_names(["y"], 2, ["x"], 0, "T.eval_step")
     with pytest.raises(RunError, match=r"'x' of shape list .* \(2, 4\) for batch 2"):
         joined([{"x": [1, 2]}, narrow], "T.eval_step")
 

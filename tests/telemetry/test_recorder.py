@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launcher.engine.evaluate import on_host
+from launcher.engine.evaluate import means_of as mean_notes
 from launcher.runtime.cpu import CpuBudget
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -18,7 +18,7 @@ from launcher.runtime.topology import Topology
 from launcher.tasks import Task, make_task
 from launcher.tasks import recorder as for_tasks
 from launcher.telemetry.media import OnHost
-from launcher.telemetry.recorder import Recorder, means
+from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.writer import Writer
 from tests.telemetry.helpers import exit_code, fork
 
@@ -107,8 +107,8 @@ def test_integers_and_half_precision_are_summed_in_double() -> None:
 @given(steps, steps)
 def test_two_ranks_merge_into_the_mean_of_all(one: Steps, two: Steps) -> None:
     both = recording()[0]
-    for state in ({}, with_sums(one).state(), with_sums(two).state()):
-        both.add_state(state)
+    for state in ({}, with_sums(one).sums.state(), with_sums(two).sums.state()):
+        both.sums.merge(state)
     assert found(both) == means_of(one + two)
 
 
@@ -117,9 +117,9 @@ def test_two_ranks_merge_into_the_mean_of_all(one: Steps, two: Steps) -> None:
 def test_state_goes_on_where_it_was_taken(before: Steps, after: Steps) -> None:
     """To the last bit: a resumed run's first record is that of the uninterrupted one."""
     whole, resumed = with_sums(before), recording()[0]
-    resumed.add_state(whole.state())
-    assert resumed.state() == whole.state()
-    assert with_sums(after, resumed).state() == with_sums(after, whole).state()
+    resumed.sums.merge(whole.sums.state())
+    assert resumed.sums.state() == whole.sums.state()
+    assert with_sums(after, resumed).sums.state() == with_sums(after, whole).sums.state()
 
 
 @law
@@ -129,7 +129,7 @@ def test_on_a_device_values_are_read_later_and_give_the_same(
 ) -> None:
     """Also over more than are kept apart, and where only some batches are weighed."""
     now, late = recording()[0], recording()[0]
-    late.late = True
+    late.sums.device = torch.device("cpu")  # which is a device as any other
     for i, (named, weight) in enumerate(added * times):
         values = {name: torch.tensor(value, requires_grad=True) for name, value in named.items()}
         for recorder in (now, late):
@@ -138,8 +138,8 @@ def test_on_a_device_values_are_read_later_and_give_the_same(
         with torch.no_grad():  # the task goes on with its own
             for value in values.values():
                 value += 1
-    assert all(len(rows) <= 64 for rows, _ in late._rows.values())
-    assert late.state() == now.state()
+    assert all(len(rows) <= 64 for rows, _ in late.sums._rows.values())
+    assert late.sums.state() == now.sums.state()
 
 
 def test_a_first_batch_of_weight_0_counts_for_nothing() -> None:
@@ -225,8 +225,8 @@ def test_scalars_of_an_evaluation_are_means_in_the_order_of_its_batches() -> Non
         recorder.scalar("gate", 4)
         recorder.scalar("other", 5)
         second = recorder.take()
-    assert means(on_host([*first, *second])) == {"gate": 2.0, "other": 5.0}
-    assert recorder.state() == {}
+    assert mean_notes([*first, *second]) == {"gate": 2.0, "other": 5.0}
+    assert recorder.sums.state() == {}
 
 
 def test_a_loader_worker_records_nothing_and_knows_no_step() -> None:
