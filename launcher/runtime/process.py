@@ -23,6 +23,7 @@ import torch.distributed as dist
 from launcher.config import CfgNode, seconds
 from launcher.edges import flight
 from launcher.edges.batch import is_dense, map_tensors
+from launcher.edges.parcel import gathered
 from launcher.errors import RunError, UsageError
 from launcher.runtime.cpu import CpuBudget, cpu_budget
 from launcher.runtime.topology import Topology
@@ -77,11 +78,13 @@ class Runtime:
         return number + self.beside.begun
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's value in rank order on rank 0, None elsewhere. A collective."""
+        """Every rank's value in rank order on rank 0, None elsewhere. One collective, of 4 KiB a
+        rank; from ranks whose value is larger, rank 0 receives the rest one by one."""
         if not self.distributed:
             return [value]
-        values: list[Any] | None = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, values)
+        begun = self.collectives()
+        values = gathered(value, self.device)
+        self.beside.begun -= self.collectives() - begun - 1  # what rank 0 receives is no collective
         return values
 
     def broadcast(self, value: Any = None) -> Any:

@@ -5,6 +5,7 @@ The same processes make one group after the other, of 3 and then of 2 ranks, one
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -193,6 +194,26 @@ def trained(runtime: Runtime, batch: int, micro: int) -> Weights:
     return trainer.weights
 
 
+# Bytes of a value, on each rank; such as can be compressed, and such as cannot.
+VALUES = [
+    (sizes, compressible)
+    for sizes in ((3, 3, 3), (0, 4050, 4070), (100_000, 5, 5), (5, 5, 300_000), (9000, 8000, 7000))
+    for compressible in (True, False)
+]
+
+
+def value_of(case: tuple[tuple[int, ...], bool], rank: int) -> tuple[int, str]:
+    size = case[0][rank]
+    return rank, "loss" * (size // 4) if case[1] else random.Random(rank).randbytes(size).hex()
+
+
+def values(runtime: Runtime, case: tuple[tuple[int, ...], bool]) -> tuple[Any, int]:
+    """What `Runtime.gather` gives of values of any size, and how many collectives it counts."""
+    before = runtime.collectives()
+    gathered = runtime.gather(value_of(case, runtime.rank))
+    return gathered, runtime.collectives() - before
+
+
 def found(runtime: Runtime) -> dict[Any, Any]:
     rank, world_size = runtime.rank, runtime.world_size
     results: dict[Any, Any] = {}
@@ -216,6 +237,7 @@ def found(runtime: Runtime) -> dict[Any, Any]:
     results["counted"] = runtime.collectives() - before, gather.begun - begun
     for case in CASES:
         results[case] = trained(runtime, *case)
+    results["values"] = [values(runtime, case) for case in VALUES]
     results["own"] = refused(lambda: Trainer(Own(), runtime=runtime, batch=11, micro=3).one(0))
     return results
 

@@ -22,10 +22,12 @@ from tests.runtime.gathering import (
     DTYPES,
     LOSSES,
     PARTS,
+    VALUES,
     WORLDS,
     contrast_by_hand,
     interdependent,
     rows,
+    value_of,
 )
 
 
@@ -177,3 +179,12 @@ def test_no_other_process_gathers() -> None:
     for sent in (pickle.loads(pickle.dumps(gather)), copy.deepcopy(gather)):
         with pytest.raises(RunError, match="in another process"):
             sent(torch.ones(1))
+
+
+def test_values_of_any_size_reach_rank_0_by_one_collective(found: list[Any]) -> None:
+    """That of 4 KiB; what rank 0 receives besides counts for none, or a hang would blame others."""
+    for i, case in enumerate(VALUES):
+        (ours, count), *others = (rank["values"][i] for rank in found)
+        assert ours == [value_of(case, rank) for rank in range(len(found))]
+        assert [count, *(n for _, n in others)] == [1] * len(found)
+        assert all(given is None for given, _ in others)
