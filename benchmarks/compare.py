@@ -45,10 +45,11 @@ def call(trainer: str, ranks: int = 1, **asked: Any) -> Told:
         return call_in(out, trainer, ranks, **asked)
 
 
-def call_in(out: str, trainer: str, ranks: int = 1, **asked: Any) -> Told:
+def call_in(out: str, trainer: str, ranks: int = 1, restarts: int = 0, **asked: Any) -> Told:
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start += [f"--max-restarts={restarts}"]
     command = [*start, str(LOOPS / f"{trainer}.py"), json.dumps({**asked, "out": out})]
     # One thread a rank, as torchrun has it: the same for all.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -141,7 +142,60 @@ def run(trainers: list[str], quick: bool) -> None:
     table("20 epochs of digits with a checkpoint each", heads, ratios(found, names))
 
 
-TABLES = {"step": step, "start": start, "run": run}
+def resume(trainers: list[str], quick: bool) -> None:
+    """The launcher alone: from far into an epoch, beside a fresh start."""
+    for samples in (20_032, 10**8):
+        case = {"data": "plain", "length": 10**9, "steps": 3}
+        again = {"steps": 4, "options": ["--resume", "--allow", "TRAIN.DURATION"]}
+        found: dict[str, list[dict[str, float]]] = {"by_hand": [], "resumed": []}
+        for _ in range(3 if quick else 7):
+            with tempfile.TemporaryDirectory(prefix="bench-") as out:
+                found["by_hand"].append(whole(call("launcher_run", **case)))
+                call_in(out, "launcher_run", **{**case, "steps": 1, "jump": samples})
+                found["resumed"].append(whole(call_in(out, "launcher_run", **{**case, **again})))
+        lines = ratios(found, ["first"])
+        lines[0][0] = "a fresh start"
+        table(f"The launcher's resume at sample {samples:,}", ["seconds to the first step"], lines)
+
+
+def kill(trainers: list[str], quick: bool) -> None:
+    """From a rank's SIGKILL to the next step of the restarted job, beside start to first step."""
+    lines = []
+    for name in (n for n in trainers if n in ("by_hand", "launcher_run", "accelerate_loop")):
+        found = []
+        for _ in range(3 if quick else 5):
+            first = call(name, 2, epochs=1)["first"]
+            with tempfile.TemporaryDirectory(prefix="bench-") as out:
+                call_in(out, name, 2, restarts=1, epochs=3, kill=40)
+                times = [float(Path(out, part).read_text()) for part in ("killed", "again")]
+            found.append((times[1] - times[0], first))
+        each = sorted(a / b for a, b in found)
+        told = f"{statistics.median(each):.2f} ({each[0]:.2f}-{each[-1]:.2f})"
+        lines.append([name, f"{statistics.median(a for a, _ in found):.2f} s", told])
+    table("From SIGKILL to the next step", ["seconds", "times a start to the first step"], lines)
+
+
+def growth(trainers: list[str], quick: bool) -> None:
+    """What grows with the ranks, all of them on this machine."""
+    for ranks in (1, 2, 4) if quick else (1, 2, 4, 8):
+
+        def of(told: Told) -> dict[str, float]:
+            return {**of_steps(told), **whole(told)}
+
+        found = rounds(["by_hand", "launcher_run"], 3, of, ranks, steps=240)
+        names = ["cpu p10", "first", "peak"]
+        heads = ["CPU of a step, tenth percentile", "seconds to the first step", "peak MiB"]
+        table(f"{ranks} ranks", heads, ratios(found, names))
+
+
+TABLES = {
+    "step": step,
+    "start": start,
+    "run": run,
+    "resume": resume,
+    "kill": kill,
+    "growth": growth,
+}
 
 
 def installed(package: str) -> bool:

@@ -31,6 +31,10 @@ def main() -> None:
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     step = epoch = 0
+    saved = Path(asked.out, "checkpoint")
+    if asked.epochs and (saved / "epoch").exists():
+        accelerator.load_state(str(saved))
+        epoch = int((saved / "epoch").read_text())
     while epoch < asked.epochs or step < asked.steps:
         for images, labels in loader:
             loss = cross_entropy(model(images), labels)
@@ -44,7 +48,9 @@ def main() -> None:
                 break
         epoch += 1
         if asked.epochs:
-            accelerator.save_state(str(Path(asked.out, "checkpoint")))
+            accelerator.save_state(str(saved))
+            if accelerator.is_main_process:
+                (saved / "epoch").write_text(str(epoch))
     accelerator.end_training()
     report(asked)
 

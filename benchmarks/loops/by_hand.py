@@ -39,6 +39,11 @@ def main() -> None:
     lines = (out / "metrics.jsonl").open("a") if rank == 0 else None
     board = SummaryWriter(str(out / "tensorboard")) if rank == 0 else None
     step = epoch = 0
+    if asked.epochs and (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt")
+        plain.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        epoch = state["epoch"]
     while epoch < asked.epochs or step < asked.steps:
         if sampler is not None:
             sampler.set_epoch(epoch)

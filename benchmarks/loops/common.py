@@ -2,7 +2,10 @@
 
 data    "tensors": a TensorDataset; "plain": a Dataset that draws nothing; "draws": one that draws a
         random number for each sample; "slow": one that takes a millisecond of CPU for each
-steps, batch, workers, out (a folder), epochs (instead of steps; then each ends with a checkpoint)
+        ("length": so many samples, the same ones again and again)
+steps, batch, workers, out (a folder), epochs (instead of steps; then each ends with a checkpoint,
+        and a loop goes on from one that is there)
+kill    the step at which rank 1 kills itself, in torchrun's first attempt
 
 Every training forward pass notes the time, so a step is what lies between two of them.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 import time
 from importlib.util import find_spec
@@ -24,12 +28,21 @@ NOTED: list[tuple[float, float]] = []  # the clock and the CPU time of the threa
 
 
 def spec() -> SimpleNamespace:
-    found = {"steps": 0, "epochs": 0, "batch": 64, "workers": 0, "data": "tensors"}
-    return SimpleNamespace(**(found | json.loads(sys.argv[-1])))
+    found = {"steps": 0, "epochs": 0, "batch": 64, "workers": 0, "data": "tensors", "length": 0}
+    return SimpleNamespace(**(found | {"kill": 0} | json.loads(sys.argv[-1])))
+
+
+ASKED = spec()
+FIRST_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
 def note() -> None:
     NOTED.append((time.perf_counter(), time.thread_time()))
+    if len(NOTED) == ASKED.kill and FIRST_ATTEMPT and os.environ["RANK"] == "1":
+        Path(ASKED.out, "killed").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if len(NOTED) == 2 and ASKED.kill and not FIRST_ATTEMPT and os.environ["RANK"] == "0":
+        Path(ASKED.out, "again").write_text(str(time.time()))
 
 
 def report(asked: SimpleNamespace) -> None:
@@ -66,7 +79,7 @@ def build_model() -> Any:
     )
 
 
-def build_data(kind: str) -> Any:
+def build_data(kind: str, length: int = ASKED.length) -> Any:
     import numpy as np
     import torch
     from torch.utils.data import Dataset, TensorDataset
@@ -81,9 +94,10 @@ def build_data(kind: str) -> Any:
 
     class Digits(Dataset):
         def __len__(self) -> int:
-            return len(images)
+            return length or len(images)
 
         def __getitem__(self, i: int) -> Any:
+            i %= len(images)
             if kind == "draws":
                 return images[i] * torch.rand(()), labels[i]
             if kind == "slow":

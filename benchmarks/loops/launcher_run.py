@@ -26,6 +26,19 @@ class Bench(Task):
         return {"loss": cross_entropy(model(images), labels)}
 
 
+def _jump(samples: int) -> None:
+    """Have the first step count for so many samples: a checkpoint far into an epoch."""
+    from launcher.runtime.progress import Progress
+
+    advance = Progress.advance
+
+    def first(self: Any, count: int, *rest: Any) -> None:
+        Progress.advance = advance  # type: ignore[method-assign]
+        advance(self, samples, *rest)
+
+    Progress.advance = first  # type: ignore[method-assign]
+
+
 def main() -> None:
     from launcher.cli import main as launcher
 
@@ -46,6 +59,8 @@ def main() -> None:
         "LOG.EVERY": f"{LOG_EVERY}step",
     } | getattr(asked, "settings", {})
     words = [str(word) for pair in settings.items() for word in pair]
+    if jump := getattr(asked, "jump", 0):
+        _jump(jump)
     code = launcher(["train", *words, *getattr(asked, "options", [])])
     report(asked)
     sys.exit(code)

@@ -200,8 +200,7 @@ class TrainStep:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
         self.gather = gather
         self.recorder, self.callbacks = state.recorder, state.callbacks
-        self.clip, self.records = cfg.TRAIN.GRAD_CLIP, bool(cfg.LOG.EVERY)
-        self.watches = cfg.DEBUG.NONFINITE != ""
+        self.clip, self.watches = cfg.TRAIN.GRAD_CLIP, cfg.DEBUG.NONFINITE != ""
         # Whether a weight may go without a gradient.
         self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
         plan = state.data.train_plan
@@ -311,13 +310,11 @@ class TrainStep:
 
     def _update(self, phase: Phase, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
-        skipped, noted, scaler = False, {}, phase.scaler
-        if self.clip > 0 or self.records or self.watches:
-            noted["grad_norm"] = norm_of(gradients)
+        skipped, norm, scaler = False, norm_of(gradients), phase.scaler
         if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
-            phase.agreement.watch(noted["grad_norm"])
+            phase.agreement.watch(norm)
         if self.clip > 0:
-            clip(gradients, noted["grad_norm"], self.clip)
+            clip(gradients, norm, self.clip)
         if scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = scaler.get_scale()
@@ -326,6 +323,6 @@ class TrainStep:
             skipped = scaler.get_scale() < before
         else:
             phase.optimizer.step()
-        if self.records and not skipped:
-            self.recorder.add(noted, 1.0)  # the same on all ranks, once a step
+        if not skipped:
+            self.recorder.add({"grad_norm": norm}, 1.0)  # the same on all ranks, once a step
         return skipped
