@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from launcher import CfgNode, Task
+from launcher.telemetry.sinks import Sink
 
 WRONG = os.environ.get("LAUNCHER_TEST_WRONG", "")
 
@@ -61,3 +62,19 @@ class Small(Task):
         if WRONG == "summarize":
             raise ValueError("as planted")
         return {"spread": float(outputs["loss"].std())}
+
+
+class FullDisk:
+    """A callback with a sink that cannot be written."""
+
+    def __init__(self, run: Any) -> None:
+        pass
+
+    def sink(self) -> Sink:
+        class Full(Sink):
+            name = "a full disk"
+
+            def write(self, items: Any) -> None:
+                raise OSError("as planted")
+
+        return Full()

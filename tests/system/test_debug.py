@@ -128,6 +128,12 @@ def test_a_dry_run_finds_what_would_fail_late(what: str, tmp_path: Path) -> None
     assert re.search(r"^  evaluate val", ended.out, re.M)  # it came so far
 
 
+def test_a_dry_run_fails_where_a_sink_does_which_ends_no_run() -> None:
+    sink = ("CALLBACKS", f"[{Path(__file__).with_name('debug_task.py')}:FullDisk]")
+    ended = jobs.train("--dry-run", *WORDS, *sink)
+    assert ended.code == 1 and "a full disk: " in ended.err and "as planted" in ended.err
+
+
 @pytest.mark.parametrize(
     ("labels", "verdict"), [("True", "near zero: the task"), jobs.slow("False", "no ")]
 )
