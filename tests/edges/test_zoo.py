@@ -25,6 +25,7 @@ COMMON = (
     *("TRAIN.BATCH_SIZE", "8", "TRAIN.DURATION", "7step", "CHECKPOINT.EVERY", "3step"),
     *("LOG.EVERY", "2step", "EVAL.EVERY", "4step", "LOG.TENSORBOARD", "False"),
     *("CHECKPOINT.KEEP_LAST", "9", "TRAIN.DROP_LAST", "True", "TRAIN.GRAD_CLIP", "1.0"),
+    *("DATALOADER.NUM_WORKERS", "0"),
 )
 
 
@@ -121,7 +122,8 @@ def test_an_optimiser_of_any_make_goes_on_exactly(
 def test_a_batch_of_any_class_trains(batch: str, tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("tuple", batch.replace(" ", "_") + "_")]
     for run, kind in zip(runs, ("tuple", batch), strict=True):
-        assert main(["train", *words([], "sgd", kind), "OUTPUT_DIR", str(run)]) == 0
+        case = [*words([], "sgd", kind), "DATALOADER.NUM_WORKERS", "1"]
+        assert main(["train", *case, "OUTPUT_DIR", str(run)]) == 0
     assert same(*(jobs.state(run)["model"] for run in runs))
 
 
@@ -146,6 +148,7 @@ WAYS = {
     "OPTIM.SCHEDULE": ("constant", "cosine"),
     "OPTIM.WARMUP": ("", "2step"),
     "SEED": ("0", "5"),
+    "DATALOADER.NUM_WORKERS": ("0", "0", "1"),
 }
 
 

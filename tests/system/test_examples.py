@@ -36,11 +36,9 @@ def needs(name: str) -> None:
         pytest.importorskip(module)
 
 
-# Of the others, which take a quarter of a minute and more, `make test` sees that they train.
-QUICK = ("vae",)
-
-
-@pytest.mark.parametrize("name", [n if n in QUICK else jobs.slow(n) for n in NAMES])
+# Long ones: a quarter of a minute and more each; `make test` only sees that they train.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_it_reaches_what_it_states_also_over_a_kill(name: str, tmp_path: Path) -> None:
     needs(name)
     run = tmp_path / "run"
@@ -53,7 +51,7 @@ def test_it_reaches_what_it_states_also_over_a_kill(name: str, tmp_path: Path) -
     assert_reached(name, run)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
+@pytest.mark.parametrize("name", NAMES)
 def test_it_trains(name: str, tmp_path: Path) -> None:
     needs(name)
     short = ("TRAIN.DURATION", "6step", "LOG.EVERY", "2step", "EVAL.EVERY", "3step")
