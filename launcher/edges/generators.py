@@ -22,7 +22,8 @@ def random_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(np.asarray(words, np.int64)), *rest],
-        "python": [version, list(internal), gauss],
+        # No list: a state is walked through at each save, and a list number by number.
+        "python": [version, torch.tensor(internal), gauss],
     }
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -35,7 +36,7 @@ def set_random_state(state: dict[str, Any]) -> None:
     name, words, *rest = state["numpy"]
     np.random.set_state((name, words.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(internal.tolist()), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
