@@ -29,11 +29,13 @@ Answer = tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]
 class Agreement:
     """The carrier of the requests and the reader of the answers, on one rank."""
 
-    def __init__(self, device: torch.device, world_size: int, pending: deque[Answer]) -> None:
+    def __init__(
+        self, device: torch.device, world_size: int, pending: deque[Answer], alone: bool = False
+    ) -> None:
         """`pending` are the answers on their way, oldest first: those of all phases, and at first
-        what `on_their_way` of an attempt before gave."""
+        what `on_their_way` of an attempt before gave. `alone`: a process without a group."""
         self.carrier = nn.Parameter(torch.zeros(len(REQUESTS) + 2, device=device))
-        self.world_size, self._pending = world_size, pending
+        self.world_size, self.alone, self._pending = world_size, alone, pending
         self._nothing = torch.zeros_like(self.carrier, requires_grad=False)
 
     def loss_term(
@@ -45,7 +47,7 @@ class Agreement:
     ) -> torch.Tensor | None:
         """A term of value 0 whose gradient to the carrier is what this rank has to say; also
         whether `watched`, of shape (), is finite. A process alone says it to itself: None."""
-        passengers, alone = self._nothing, self.world_size == 1
+        passengers = self._nothing
         if requests or weighted or watched is not None:
             passengers = torch.zeros_like(self._nothing)
             for name in requests:
@@ -54,9 +56,9 @@ class Agreement:
                 passengers[WEIGHTED], passengers[WEIGHT] = 1.0, weight
             if watched is not None:
                 passengers[NONFINITE] = ~watched.detach().isfinite()  # on the device
-        elif alone:
+        elif self.alone:
             return None
-        if not alone:
+        if not self.alone:
             return torch.dot(self.carrier, passengers)
         before = self.carrier.grad
         self.carrier.grad = passengers if before is None else before + passengers

@@ -128,7 +128,8 @@ class Phase:
         own = {id(p) for p in weights_of(self.optimizer)}
         self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
         self.parameters = [p for p, on in zip(self.weights, self.trains, strict=True) if on]
-        self.agreement = Agreement(runtime.device, runtime.world_size, pending)
+        alone = not runtime.distributed
+        self.agreement = Agreement(runtime.device, runtime.world_size, pending, alone)
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, name)
         if state.data.train_plan.uneven:
             self.module.collectives = lambda: runtime.collectives() - gather.begun

@@ -15,7 +15,7 @@ from tests.engine.helpers import LENGTH, Regression, Trainer, evaluation, record
 from tests.engine.test_phases import At, Game, ManyCritics
 from tests.groups import serve
 
-WORLDS = (3, 2)
+WORLDS = (3, 2, 1)
 STEPS = 3
 # (batch size, micro-batch size): 1 and 2 are fewer samples than ranks, and so is an epoch's last
 # batch of 11, which has one.

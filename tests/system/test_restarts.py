@@ -44,9 +44,9 @@ def assert_like(run: Path, reference: Path, exactly: bool) -> None:
             assert torch.equal(ours[name], tensor)
         else:
             torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
-    steps = [record["step"] for record in jobs.metrics(run)]
-    assert steps == [record["step"] for record in jobs.metrics(reference)]
-    assert len(set(steps)) == len(steps)
+    keys = [(record["step"], *sorted(record)) for record in jobs.metrics(run)]
+    assert keys == [(record["step"], *sorted(record)) for record in jobs.metrics(reference)]
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.slow
