@@ -38,6 +38,7 @@ def needs(name: str) -> None:
 
 # Long ones: a quarter of a minute and more each; `make test` only sees that they train.
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_reaches_what_it_states_also_over_a_kill(name: str, tmp_path: Path) -> None:
     needs(name)
@@ -70,6 +71,7 @@ def assert_reached(name: str, run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_it_goes_on_exactly_where_it_was_killed(name: str, ranks: int, tmp_path: Path) -> None:
