@@ -7,7 +7,7 @@ CONFIG ?= configs/digits.yaml
 ARGS ?=
 # Processes that run tests at the same time; a system test starts up to 4 ranks of its own, but
 # most of its time goes by in waiting.
-JOBS ?= 3
+JOBS ?= 4
 
 BIN = $(VENV)/bin
 # One rank for every GPU that torch can use, else 2 on the CPU.
@@ -17,7 +17,7 @@ STEM = $(basename $(notdir $(CONFIG)))
 LAST = $(shell ls runs 2>/dev/null | sed -n 's/^$(STEM)-\([0-9][0-9]*\)$$/\1/p' | sort -n | tail -n 1)
 RUN ?= runs/$(STEM)-$(shell expr 0$(LAST) + 1)
 
-PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

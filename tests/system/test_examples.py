@@ -52,7 +52,11 @@ def test_it_reaches_what_it_states_also_over_a_kill(name: str, tmp_path: Path) -
     assert_reached(name, run)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Of each kind one; the others train to their ends among the long tests.
+SHORT = ("vae", "distillation", "word_language_model", "detection", "text_classification")
+
+
+@pytest.mark.parametrize("name", [n if n in SHORT else jobs.slow(n) for n in NAMES])
 def test_it_trains(name: str, tmp_path: Path) -> None:
     needs(name)
     short = ("TRAIN.DURATION", "6step", "LOG.EVERY", "2step", "EVAL.EVERY", "3step")

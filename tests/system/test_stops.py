@@ -223,7 +223,8 @@ def test_other_reasons_to_stop(reference: References, tmp_path: Path) -> None:
     assert_goes_on_exactly(run, None, reference[None])
 
 
-@pytest.mark.parametrize("ranks", [slow(2), None])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, None])
 def test_a_stop_in_an_evaluation(ranks: int | None, tmp_path: Path) -> None:
     """The evaluation is given up, and made up for by the attempt that goes on: once, exactly. The
     reference runs beside it: two jobs start at once on one machine, without a clash of ports."""

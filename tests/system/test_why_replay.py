@@ -85,6 +85,7 @@ def test_a_bit_of_an_initial_weight_is_found(first: Any, tmp_path: Path) -> None
     assert found["keys"] == ["MODEL.WEIGHTS"]
 
 
+@pytest.mark.slow
 def test_two_equal_runs_are_told_apart_by_nothing(first: Any, tmp_path: Path) -> None:
     run, _ = first
     shutil.copytree(run, tmp_path / "run", symlinks=True)
