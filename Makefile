@@ -21,13 +21,14 @@ PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-all lint
+.PHONY: help train test test-all lint bench
 
 help:
 	@echo 'make train     train on real data: creates $(VENV) at the first call, then starts torchrun'
 	@echo 'make test      lint, type check and the tests that cover everything in a few minutes'
 	@echo 'make test-all  the same with the long tests'
 	@echo 'make lint      ruff and mypy alone'
+	@echo 'make bench     the launcher beside a loop by hand and its peers (QUICK= for an hour of it)'
 	@echo
 	@echo 'make train RANKS=4                        processes (default: every GPU, else 2 on the CPU)'
 	@echo 'make train CONFIG=configs/digits.yaml     the config file'
@@ -55,6 +56,11 @@ test: lint
 test-all: lint
 	$(PYTEST)
 
+# On a machine that does nothing else. The tables are told in docs/performance.md.
+QUICK ?= --quick
+bench: $(VENV)/.installed-bench
+	for table in step start run resume kill growth; do $(BIN)/python benchmarks/compare.py $$table $(QUICK) || exit 1; done
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,6 +80,10 @@ $(VENV)/.installed-test: $(PACKAGING) | $(BIN)/pip
 	@echo '# Installing into $(VENV); the first time takes some minutes, torch is large.'
 	$(BIN)/pip install -q -c constraints.txt -e '.[examples,test]'
 	@touch $(VENV)/.installed-examples $@
+
+$(VENV)/.installed-bench: $(PACKAGING) | $(BIN)/pip
+	$(BIN)/pip install -q -c constraints.txt -e '.[examples,bench]'
+	@touch $@
 
 # The last file that `python -m venv` creates: without it an interrupted attempt is made again.
 $(BIN)/pip:
