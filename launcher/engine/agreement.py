@@ -90,7 +90,7 @@ class Agreement:
             host.copy_(grad, non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-        self._pending.append((host, done) if grad is not None else ())
+        self._pending.append((host, done) if grad is not None else [])
         if len(self._pending) <= LAG:
             return frozenset()
         # LAG steps old: waits only where the host is that far ahead.

@@ -173,7 +173,7 @@ class InBackward(Steady):
         return Straight()
 
 
-@torch.library.custom_op("launcher_tests::jitter", mutates_args=())
+@torch.library.custom_op("planted::jitter", mutates_args=())
 def jitter(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(x.numpy() + np.random.default_rng().random())
 

@@ -94,7 +94,7 @@ def test_first_steps_that_are_repeatable(task: type) -> None:
         ),
         (
             planted.Itself,
-            "launcher_tests.jitter.default in the forward pass of 2 (Jitter)",
+            "planted.jitter.default in the forward pass of 2 (Jitter)",
             ("return jitter(x)", "Its result from the same input is another each time"),
         ),
         (

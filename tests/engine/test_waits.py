@@ -2,7 +2,9 @@
 hold no values, so that to read one raises."""
 
 import contextlib
+from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from launcher.callbacks.histograms import Histograms
 from launcher.engine import step
 from launcher.engine.agreement import Agreement
+from launcher.guard.stop import LAG
 from launcher.tasks.pictures import spread
 from tests.engine.helpers import ALONE, Regression, Trainer
 
@@ -45,6 +48,9 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Agreement, "seen", lambda self: frozenset())
 
 
+SEEN = Agreement.seen
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_steps(weighted: bool) -> None:
     """Only a record reads: what all steps added, at once."""
@@ -59,3 +65,13 @@ def test_steps(weighted: bool) -> None:
 
 def test_a_histogram_of_a_task() -> None:
     assert spread(torch.ones(7, 3, device="meta")).is_meta
+
+
+def test_a_process_alone_on_a_device_that_has_nothing_to_say_waits_for_nothing() -> None:
+    """Each step has an answer on its way, which a checkpoint reads as well."""
+    agreement = Agreement(ALONE.device, 1, deque(), alone=True)
+    agreement.carrier = SimpleNamespace(is_cuda=True, grad=None)  # type: ignore[assignment]
+    for _ in range(2 * LAG):
+        assert agreement.loss_term(frozenset(), 1.0, False) is None
+        assert SEEN(agreement) == frozenset()
+    assert agreement.on_their_way() == [[]] * LAG
