@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from common import LOG_EVERY, MOMENTUM, RATE, build_data, build_model, report, spec
+from common import LOG_EVERY, build_data, build_model, build_optimizer, loader_options, report, spec
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -20,14 +19,12 @@ def main() -> None:
     )
     accelerator.init_trackers("tensorboard")
     model = build_model()
-    optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, fused=True)
+    optimizer = build_optimizer(model.parameters())
     loader = DataLoader(
         build_data(asked.data),
         asked.batch,
         shuffle=True,
-        num_workers=asked.workers,
-        persistent_workers=asked.workers > 0,
-        drop_last=True,
+        **loader_options(asked),
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     step = epoch = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import LOG_EVERY, MOMENTUM, RATE, build_data, build_model, report, spec
+from common import LOG_EVERY, build_data, build_model, build_optimizer, loader_options, report, spec
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -28,13 +28,11 @@ def main() -> None:
         asked.batch // ranks,
         shuffle=sampler is None,
         sampler=sampler,
-        num_workers=asked.workers,
-        persistent_workers=asked.workers > 0,
-        drop_last=True,
+        **loader_options(asked),
     )
     plain = build_model()
     model = DistributedDataParallel(plain, gradient_as_bucket_view=True) if ranks > 1 else plain
-    optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, fused=True)
+    optimizer = build_optimizer(model.parameters())
     out = Path(asked.out)
     lines = (out / "metrics.jsonl").open("a") if rank == 0 else None
     board = SummaryWriter(str(out / "tensorboard")) if rank == 0 else None

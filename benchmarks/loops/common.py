@@ -79,11 +79,24 @@ def build_model() -> Any:
     )
 
 
+def build_optimizer(weights: Any) -> Any:
+    import torch
+
+    return torch.optim.SGD(weights, RATE, MOMENTUM, fused=True)
+
+
+def loader_options(asked: SimpleNamespace) -> dict[str, Any]:
+    """What every DataLoader is made with, beside its batch size."""
+    workers = asked.workers
+    return {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": True}
+
+
 def build_data(kind: str, length: int = ASKED.length) -> Any:
     import numpy as np
     import torch
     from torch.utils.data import Dataset, TensorDataset
 
+    # As launcher/tasks/digits.py, which the other loops cannot import at no cost to them.
     package = find_spec("sklearn")
     assert package is not None and package.origin is not None
     file = Path(package.origin).parent / "datasets/data/digits.csv.gz"

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-import torch
-from common import LOG_EVERY, MOMENTUM, RATE, build_data, build_model, report, spec
+from common import LOG_EVERY, build_data, build_model, build_optimizer, loader_options, report, spec
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
@@ -22,16 +21,14 @@ def main() -> None:
     )
     fabric.launch()
     model = build_model()
-    optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, fused=True)
+    optimizer = build_optimizer(model.parameters())
     model, optimizer = fabric.setup(model, optimizer)
     loader = fabric.setup_dataloaders(
         DataLoader(
             build_data(asked.data),
             asked.batch // ranks,
             shuffle=True,
-            num_workers=asked.workers,
-            persistent_workers=asked.workers > 0,
-            drop_last=True,
+            **loader_options(asked),
         )
     )
     step = epoch = 0

@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from common import LOG_EVERY, MOMENTUM, RATE, build_data, build_model, report, spec
+from common import LOG_EVERY, build_data, build_model, build_optimizer, report, spec
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
@@ -27,7 +27,7 @@ def collate(samples: list[Any]) -> dict[str, torch.Tensor]:
 def main() -> None:
     asked, ranks = spec(), int(os.environ.get("WORLD_SIZE", "1"))
     model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, fused=True)
+    optimizer = build_optimizer(model.parameters())
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     arguments = TrainingArguments(
         asked.out,

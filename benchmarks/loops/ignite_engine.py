@@ -4,7 +4,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
-from common import LOG_EVERY, MOMENTUM, RATE, build_data, build_model, report, spec
+from common import LOG_EVERY, build_data, build_model, build_optimizer, loader_options, report, spec
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint, DiskSaver
 from ignite.handlers.tensorboard_logger import TensorboardLogger
@@ -16,12 +16,10 @@ def train(local_rank: int, asked: Any) -> None:
         build_data(asked.data),
         batch_size=asked.batch,
         shuffle=True,
-        num_workers=asked.workers,
-        persistent_workers=asked.workers > 0,
-        drop_last=True,
+        **loader_options(asked),
     )
     model = idist.auto_model(build_model())
-    optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM, fused=True)
+    optimizer = build_optimizer(model.parameters())
     optimizer = idist.auto_optim(optimizer)
 
     def step(engine: Engine, batch: Any) -> torch.Tensor:

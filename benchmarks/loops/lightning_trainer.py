@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning
 import torch
-from common import LOG_EVERY, MOMENTUM, RATE, build_data, build_model, report, spec
+from common import LOG_EVERY, build_data, build_model, build_optimizer, loader_options, report, spec
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
@@ -24,7 +24,7 @@ class Module(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), RATE, MOMENTUM, fused=True)
+        return build_optimizer(self.parameters())
 
 
 def main() -> None:
@@ -33,9 +33,7 @@ def main() -> None:
         build_data(asked.data),
         asked.batch // ranks,
         shuffle=True,
-        num_workers=asked.workers,
-        persistent_workers=asked.workers > 0,
-        drop_last=True,
+        **loader_options(asked),
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
