@@ -3,9 +3,10 @@
     python benchmarks/compare.py TABLE [--quick] [--only NAME ...]
 
 Every figure is a ratio to the loop written by hand (benchmarks/loops/by_hand.py) in the same run:
-rounds in which all take turns, each in a process of its own; below 1 is better than by hand. Told
-are the median and the tenth percentile of a step, in CPU time of the training thread and in wall
-time, as the median over rounds, with the least and the most of them.
+rounds in which all take turns, each in a process of its own; below 1 is better than by hand. Where
+steps are compared they take turns every half second. Told are the median and the tenth percentile
+of a step, in CPU time of the training thread and in wall time, as the median over rounds, with the
+least and the most of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,6 +25,9 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 LOOPS = Path(__file__).parent / "loops"
 # Each script, and the package that it needs.
@@ -36,7 +41,26 @@ TRAINERS = {
     "hf_trainer": "transformers",
 }
 WARM = 40  # steps before a step's time counts
+SLICE_S = 0.5
 Told = dict[str, Any]
+
+
+def begin(out: str, trainer: str, ranks: int = 1, restarts: int = 0, **asked: Any) -> Any:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        start += [f"--max-restarts={restarts}"]
+    command = [*start, str(LOOPS / f"{trainer}.py"), json.dumps({**asked, "out": out})]
+    # One thread a rank, as torchrun has it: the same for all.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with Path(out, "output").open("w") as output:
+        return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+
+def ended(out: str, trainer: str, code: int) -> Told:
+    if code:
+        sys.exit(f"{trainer} failed:\n{Path(out, 'output').read_text()[-6000:]}")
+    return json.loads(Path(out, "told.json").read_text())
 
 
 def call(trainer: str, ranks: int = 1, **asked: Any) -> Told:
@@ -45,18 +69,37 @@ def call(trainer: str, ranks: int = 1, **asked: Any) -> Told:
         return call_in(out, trainer, ranks, **asked)
 
 
-def call_in(out: str, trainer: str, ranks: int = 1, restarts: int = 0, **asked: Any) -> Told:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        start += [f"--max-restarts={restarts}"]
-    command = [*start, str(LOOPS / f"{trainer}.py"), json.dumps({**asked, "out": out})]
-    # One thread a rank, as torchrun has it: the same for all.
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True)
-    if ended.returncode:
-        sys.exit(f"{trainer} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
-    return json.loads(Path(out, "told.json").read_text())
+def call_in(out: str, trainer: str, ranks: int = 1, **asked: Any) -> Told:
+    return ended(out, trainer, begin(out, trainer, ranks, **asked).wait())
+
+
+def together(trainers: list[str], ranks: int, **asked: Any) -> dict[str, Told]:
+    """Run loops side by side, each for a slice of time while the others are stopped: whatever else
+    the machine does meets all of them alike."""
+    told = {}
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name in trainers:
+            out = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+            running[name] = out, begin(out, name, ranks, **asked)
+            send(running[name][1].pid, signal.SIGSTOP)
+        while running:
+            for name, (out, process) in list(running.items()):
+                send(process.pid, signal.SIGCONT)
+                try:
+                    told[name] = ended(out, name, process.wait(SLICE_S))
+                    del running[name]
+                except subprocess.TimeoutExpired:
+                    send(process.pid, signal.SIGSTOP)
+    return told
+
+
+def send(pid: int, number: int) -> None:
+    """A signal to a process and all its descendants."""
+    first = psutil.Process(pid)
+    for process in (first, *first.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def of_steps(told: Told) -> dict[str, float]:
@@ -83,6 +126,14 @@ def rounds(
         for name in trainers:
             found[name].append(of(call(name, ranks, **asked)))
     return found
+
+
+def slices(
+    trainers: list[str], count: int, of: Any, ranks: int = 1, **asked: Any
+) -> dict[str, list[dict[str, float]]]:
+    """As `rounds`, in slices of a round."""
+    each = [together(trainers, ranks, **asked) for _ in range(count)]
+    return {name: [of(told[name]) for told in each] for name in trainers}
 
 
 def ratios(found: dict[str, list[dict[str, float]]], names: list[str]) -> list[list[str]]:
@@ -122,7 +173,7 @@ def step(trainers: list[str], quick: bool) -> None:
         ("a Dataset of 1 ms a sample, 1 worker", {"data": "slow", "workers": 1, "steps": 80}),
     ]
     for title, case in cases:
-        found = rounds(trainers, count, of_steps, **{"steps": steps, **case})
+        found = slices(trainers, count, of_steps, **{"steps": steps, **case})
         table(f"A step: {title} (microseconds by hand)", STEP, ratios(found, STEP))
 
 
@@ -178,17 +229,26 @@ def kill(trainers: list[str], quick: bool) -> None:
 def growth(trainers: list[str], quick: bool) -> None:
     """What grows with the ranks, all of them on this machine."""
     for ranks in (1, 2, 4) if quick else (1, 2, 4, 8):
-
-        def of(told: Told) -> dict[str, float]:
-            return {**of_steps(told), **whole(told)}
-
-        found = rounds(["by_hand", "launcher_run"], 3, of, ranks, steps=240)
+        pair = ["by_hand", "launcher_run"]
+        found = slices(pair, 3, of_steps, ranks, steps=240)
+        for name, more in rounds(pair, 3, whole, ranks, steps=3).items():
+            found[name] = [a | b for a, b in zip(found[name], more, strict=True)]
         names = ["cpu p10", "first", "peak"]
         heads = ["CPU of a step, tenth percentile", "seconds to the first step", "peak MiB"]
         table(f"{ranks} ranks", heads, ratios(found, names))
 
 
+def gpu(trainers: list[str], quick: bool) -> None:
+    """A network so small that its step is the launching of its kernels."""
+    pair = ["by_hand", "launcher_run"]
+    for kind, workers in (("tensors", 0), ("plain", 0), ("plain", 1)):
+        case = {"steps": 600, "data": kind, "workers": workers, "device": "cuda"}
+        found = slices(pair, 3 if quick else 7, of_steps, **case)
+        table(f"A step on a GPU: {kind}, {workers} workers", STEP, ratios(found, STEP))
+
+
 TABLES = {
+    "gpu": gpu,
     "step": step,
     "start": start,
     "run": run,
@@ -198,10 +258,11 @@ TABLES = {
 }
 
 
-def installed(package: str) -> bool:
+def installed(package: str) -> str:
+    """Its version; "" where it is not here."""
     with contextlib.suppress(PackageNotFoundError):
-        return bool(version(package))
-    return False
+        return version(package)
+    return "of this checkout" if package == "launcher" else ""
 
 
 def main() -> None:
@@ -214,8 +275,12 @@ def main() -> None:
     missing = [name for name in chosen if not installed(TRAINERS[name])]
     for name in missing:
         print(f"not measured: {name}, for {TRAINERS[name]} is not installed")
+    if options.table == "gpu":
+        if not torch.cuda.is_available():
+            sys.exit("not measured: no GPU here")
+        print(torch.cuda.get_device_name(0))
     versions = {name: TRAINERS[name] for name in chosen if name not in missing}
-    packages = [f"{name} {version(name)}" for name in dict.fromkeys(versions.values())]
+    packages = [f"{name} {installed(name)}" for name in dict.fromkeys(versions.values())]
     print(f"Python {platform.python_version()}, {os.cpu_count()} CPUs, {', '.join(packages)}")
     TABLES[options.table](list(versions), options.quick)
 

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 def main() -> None:
     asked, rank, ranks = spec(), 0, int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("nccl" if asked.device == "cuda" else "gloo")
         rank = dist.get_rank()
     torch.manual_seed(rank)
     data = build_data(asked.data)
@@ -30,7 +30,7 @@ def main() -> None:
         sampler=sampler,
         **loader_options(asked),
     )
-    plain = build_model()
+    plain = build_model().to(asked.device)
     model = DistributedDataParallel(plain, gradient_as_bucket_view=True) if ranks > 1 else plain
     optimizer = build_optimizer(model.parameters())
     out = Path(asked.out)
@@ -46,6 +46,9 @@ def main() -> None:
         if sampler is not None:
             sampler.set_epoch(epoch)
         for images, labels in loader:
+            if asked.device != "cpu":
+                images = images.to(asked.device, non_blocking=True)
+                labels = labels.to(asked.device, non_blocking=True)
             loss = cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()

@@ -5,6 +5,7 @@ data    "tensors": a TensorDataset; "plain": a Dataset that draws nothing; "draw
         ("length": so many samples, the same ones again and again)
 steps, batch, workers, out (a folder), epochs (instead of steps; then each ends with a checkpoint,
         and a loop goes on from one that is there)
+device  "cpu" or "cuda": the loop by hand and the launcher alone
 kill    the step at which rank 1 kills itself, in torchrun's first attempt
 
 Every training forward pass notes the time, so a step is what lies between two of them.
@@ -29,7 +30,7 @@ NOTED: list[tuple[float, float]] = []  # the clock and the CPU time of the threa
 
 def spec() -> SimpleNamespace:
     found = {"steps": 0, "epochs": 0, "batch": 64, "workers": 0, "data": "tensors", "length": 0}
-    return SimpleNamespace(**(found | {"kill": 0} | json.loads(sys.argv[-1])))
+    return SimpleNamespace(**(found | {"kill": 0, "device": "cpu"} | json.loads(sys.argv[-1])))
 
 
 ASKED = spec()
@@ -88,7 +89,9 @@ def build_optimizer(weights: Any) -> Any:
 def loader_options(asked: SimpleNamespace) -> dict[str, Any]:
     """What every DataLoader is made with, beside its batch size."""
     workers = asked.workers
-    return {"num_workers": workers, "persistent_workers": workers > 0, "drop_last": True}
+    pin = asked.device == "cuda"
+    same = {"persistent_workers": workers > 0, "drop_last": True}
+    return {"num_workers": workers, "pin_memory": pin, **same}
 
 
 def build_data(kind: str, length: int = ASKED.length) -> Any:

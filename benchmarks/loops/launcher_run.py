@@ -50,6 +50,7 @@ def main() -> None:
         "TRAIN.DURATION": f"{asked.epochs}ep" if asked.epochs else f"{asked.steps}step",
         "TRAIN.DROP_LAST": True,
         "DATALOADER.NUM_WORKERS": asked.workers,
+        "DIST.DEVICE": asked.device,
         "OPTIM.LR": RATE,
         "OPTIM.MOMENTUM": MOMENTUM,
         "EVAL.SPLITS": "[]",
