@@ -21,12 +21,13 @@ PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help train test test-all lint bench
+.PHONY: help train test test-all test-gpu lint bench
 
 help:
 	@echo 'make train     train on real data: creates $(VENV) at the first call, then starts torchrun'
 	@echo 'make test      lint, type check and the tests that cover everything in a few minutes'
 	@echo 'make test-all  the same with the long tests'
+	@echo 'make test-gpu  what only a GPU can show, and its benchmarks: with GPU_PYTHON, offline, in minutes'
 	@echo 'make lint      ruff and mypy alone'
 	@echo 'make bench     the launcher beside a loop by hand and its peers (QUICK= for an hour of it)'
 	@echo
@@ -55,6 +56,16 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# With a Python that has a CUDA build of torch; nothing is installed. What such a Python most often
+# lacks can be brought along: pip download yacs jsonlines orjson rich tensorboard psutil PyYAML
+# scikit-learn pytest pytest-timeout, on a machine like it, then pip install --no-index -f.
+GPU_PYTHON ?= python3
+test-gpu: export PYTHONPATH := $(CURDIR)
+test-gpu:
+	$(GPU_PYTHON) -c 'import torch, yacs, jsonlines, orjson, rich, tensorboard, psutil, yaml, sklearn, pytest_timeout; print(torch.__version__, torch.cuda.get_device_name(0))'
+	timeout 300 $(GPU_PYTHON) -m pytest -m gpu tests; code=$$?; \
+	timeout 200 $(GPU_PYTHON) benchmarks/compare.py gpu --quick && exit $$code
 
 # On a machine that does nothing else. The tables are told in docs/performance.md.
 QUICK ?= --quick

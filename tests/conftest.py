@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import torch
 
 # A shell that starts the tests in the background has SIGINT ignored, and every process that a test
 # starts would inherit that: a Ctrl-C that the test sends would then do nothing.
@@ -12,8 +13,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what their module makes once run in one process (`--dist loadgroup`); all
-    others go to whichever process is free."""
+    others go to whichever process is free. What needs a GPU is skipped without one."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         made = getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009
         if any(one.scope == "module" for found in made.values() for one in found):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))

@@ -254,7 +254,7 @@ def test_on_cuda_it_is_the_time_of_the_trainings_stream(
     assert set(Event.streams) == {"training"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     profile = profiling(tmp_path, device=device)
@@ -310,7 +310,7 @@ def test_no_gpu_has_no_history(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "the device is no GPU" in told.getMessage()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_that_runs_out_of_memory(tmp_path: Path) -> None:
     history = MemoryHistory(view(device=torch.device("cuda", 0), directory=tmp_path))
     with pytest.raises(torch.OutOfMemoryError):

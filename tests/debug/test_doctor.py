@@ -423,15 +423,13 @@ def test_more_ranks_than_gpus_is_a_problem() -> None:
     assert only(devices(HERE, Topology(), "cpu"), "device").state == "ok"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_is_tried_and_named() -> None:
     found = only(devices(HERE, Topology(), "auto"), "cuda:0")
     assert torch.cuda.get_device_name(0) in found.found and found.state in ("ok", "warning")
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA device: kernels with atomics"
-)
+@pytest.mark.gpu
 def test_atomics_on_cuda_are_a_warning_with_the_remedy() -> None:
     class Atomics(planted.Steady):
         def train_step(self, model: Any, batch: Any) -> Any:

@@ -139,7 +139,7 @@ def test_a_hang_is_told_with_each_ranks_last_collective(
     assert ranks.told["collectives"] == {"0": {"name": "nccl:rank0"}, "1": {"name": "nccl:rank1"}}
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU, for NCCL")
+@pytest.mark.gpu
 def test_nccl_itself(tmp_path: Path) -> None:
     code = (
         "import time, torch, torch.distributed as dist\n"
