@@ -93,7 +93,7 @@ class Guard:
         self._deadlines = stop.deadlines(cfg, now)
         self._oom_kills, self._parent = oom_kills(), os.getppid()
         self._moves = self._seen_moves = 0
-        self._ticked = self._beat_at = now
+        self._ticked, self._beat_at = now, now - BEAT_S
         self._beat: Beat | None = None  # the last one posted
         self._reading: tuple[float, dict[int, Beat]] | None = None  # the first of two in a hang
         self._signalled_at: float | None = None
@@ -129,6 +129,7 @@ class Guard:
             self.board.close()
             self.board = Board(runtime.store, self.rank, len(members))
         self._runtime, self._members = runtime, members
+        self._signals.wake()  # for the first beat, of a rank that may be gone within a second
 
     def agree(self, found: Mapping[str, Any]) -> None:
         """Raise UsageError, naming ranks, where they have found different things. A collective."""
