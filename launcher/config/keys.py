@@ -22,6 +22,7 @@ class Key:
     `unit` makes the value a duration and names the units it takes; `never` allows "" for none.
     `not_time` is what to say of a time where only epochs and steps make sense.
     `element` is an example of an item where an empty default list shows none.
+    `word` is one more value that is taken, whatever the type.
     `path` where a value may be the path of a file: `~` and `$VARIABLES` in it are expanded.
     """
 
@@ -39,6 +40,7 @@ class Key:
     length: int | None = None
     element: Any = None
     path: bool = False
+    word: str = ""
 
 
 # fmt: off
@@ -99,7 +101,8 @@ KEYS: list[Key] = [
         choices=("error", "skip")),
     Key("TRAIN.BATCH_SIZE", 64, "Samples in one optimiser step over all ranks", at_least=1),
     Key("TRAIN.MICRO_BATCH_SIZE", 0,
-        "Most samples one rank puts through the model at once; 0: no limit", at_least=0),
+        "Most samples one rank puts through the model at once; 0: no limit; auto: as many as the "
+        "GPU's memory takes", at_least=0, word="auto"),
     Key("TRAIN.SAMPLER", "shuffle",
         "Order of the samples; some go by what the data set has: weighted by its `weights`, "
         "grouped by its `groups` or `lengths`, dataset by its `order`",
