@@ -70,7 +70,8 @@ KEYS: list[Key] = [
     Key("MODEL.SWA_START", "",
         'Average the weights (SWA), each counting the same, from then on; "": not',
         unit=STEPS, never=True),
-    Key("MODEL.SWA_EVERY", "1ep", "How often weights are taken into that average", unit=STEPS),
+    Key("MODEL.SWA_EVERY", "",
+        'How often weights are taken into that average; "": every epoch', unit=STEPS, never=True),
     Key("MODEL.SWA_BN_BATCHES", 200,
         "Global batches of training data that give the average's batch-norm its statistics; "
         "0: it has the model's own", at_least=0),
