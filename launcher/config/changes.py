@@ -16,10 +16,12 @@ logger = get_logger(__name__)
 
 # As it is allowed: the order of a data set of another length is another.
 DATA = "DATASET_LENGTH"
+# Keys that say with which weights a run begins.
+BEGINNING = ("MODEL.WEIGHTS", "MODEL.INIT", "MODEL.REINIT")
 # Keys that say where and how much to log, save and evaluate, or how to load: the steps of a run do
 # not depend on them.
 FREE = (
-    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
+    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", *BEGINNING),
     # And PROFILE_STEPS. What is overfitted is another data set.
     *(
         f"DEBUG.{name}"

@@ -57,6 +57,13 @@ KEYS: list[Key] = [
         'Weights to start from: a checkpoint, .safetensors or a state_dict file; "" means none',
         path=True),
     Key("MODEL.WEIGHTS_STRICT", True, "Whether WEIGHTS must fit the model in every name and shape"),
+    Key("MODEL.INIT", [],
+        "How torch.nn.init fills weights at the start, by type of module or pattern of names, the "
+        'last one counts: "Linear: xavier_uniform", "*.bias: zeros"',
+        element=""),
+    Key("MODEL.REINIT", [],
+        "Modules that begin afresh, by their own reset_parameters, whatever WEIGHTS hold: head.*",
+        element=""),
     Key("MODEL.FREEZE", [],
         "Weights that do not train: names, modules that hold them, or patterns (backbone.*)",
         element=""),

@@ -1,1 +1,2 @@
-"""The model before it is trained: weights from elsewhere."""
+"""The model before it is trained: fresh weights and those from elsewhere, what is
+frozen until when."""

@@ -7,7 +7,6 @@ import io
 import pickle
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from launcher.edges.model import bits, model_state
 from launcher.engine.run import Job, build_state
 from launcher.engine.step import TrainStep
 from launcher.errors import RunError
-from launcher.models.weights import load_weights
+from launcher.models.init import start_weights
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime, seed_everything
 from launcher.runtime.progress import Progress
@@ -62,8 +61,7 @@ def attempt(job: Job, runtime: Runtime, steps: int, fill: int) -> Attempt:
     asked = {made for made, _ in job.callbacks}
     # The launcher's own have nothing to tell of a run without a directory.
     state.callbacks = Callbacks([c for c in state.callbacks.all if type(c) in asked], task)
-    if job.cfg.MODEL.WEIGHTS:
-        load_weights(Path(job.cfg.MODEL.WEIGHTS), state.model, job.cfg.MODEL.WEIGHTS_STRICT)
+    start_weights(job.cfg, state.model)
     found = Attempt(dict(data.lengths), _bits(state.model))
     try:
         data.start(0)
