@@ -28,7 +28,8 @@ ROWS = 24  # of the table
 # Over what is given: the training step alone, at the rates of the test.
 ALONE = [
     *("OPTIM.SCHEDULE", "constant", "OPTIM.WARMUP", "", "TRAIN.MAX_TIME", ""),
-    *("EVAL.EVERY", "", "EVAL.AT_START", "False", "EVAL.RAW", "False", "MODEL.EMA_DECAY", "0"),
+    *("EVAL.EVERY", "", "EVAL.AT_START", "False", "EVAL.RAW", "False"),
+    *("MODEL.EMA_DECAY", "0", "MODEL.EMA_WARMUP", "False", "MODEL.SWA_START", ""),
     *("CHECKPOINT.EVERY", "", "LOG.EVERY", "1step", "LOG.LEVEL", "ERROR", "LOG.DIGEST", ""),
     *("LOG.TENSORBOARD", "False", "LOG.PROGRESS_BAR", "False", "LOG.MODEL_SUMMARY", "False"),
     *("LOG.COUNT_FLOPS", "False", "DEBUG.NONFINITE", "", "DEBUG.PROFILE", ""),

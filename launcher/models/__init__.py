@@ -1,2 +1,1 @@
-"""The model before it is trained: fresh weights and those from elsewhere, what is
-frozen until when."""
+"""The model before it is trained: its weights, what is frozen until when, how it is run."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from launcher import cli
 from launcher.checkpoint.store import _digest
 from launcher.errors import RunError, UsageError
 from launcher.runs import publish as module
@@ -344,6 +345,15 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     story = Story(tmp_path / "run")
     with jobs.unchanged(story.path), pytest.raises(UsageError, match=r"launcher\[trackers\]"):
         publish(open_run(story.path), Destination("mlflow"), False)
+
+
+@pytest.mark.parametrize("words", ["tensorboard-dir", "wandb --dir x"])
+def test_a_folder_is_for_tensorboard_dir(
+    words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    story = Story(tmp_path / "run")
+    assert cli.main(["runs", "publish", str(story.path), "--to", *words.split()]) == 2
+    assert "--to tensorboard-dir needs --dir DIR" in capsys.readouterr().err
 
 
 def test_secrets_are_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
