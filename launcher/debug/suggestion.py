@@ -50,7 +50,6 @@ def suggest(rates: Array, losses: Array) -> Suggestion:
     """
     known = int(np.argmin(np.isfinite(losses))) if not np.isfinite(losses).all() else len(losses)
     smoothed = np.full(len(losses), np.nan)
-    smoothed[:known] = curve = centred(losses[:known])
 
     def none(why: str, low: float | None = None, rises: float | None = None) -> Suggestion:
         return Suggestion(None, low, rises, smoothed, why)
@@ -58,6 +57,7 @@ def suggest(rates: Array, losses: Array) -> Suggestion:
     if known < LEAST:
         why = f"only {known} losses are finite: begin at a lower rate (--from)"
         return none(why, rises=float(rates[known]) if known < len(rates) else None)
+    smoothed[:known] = curve = centred(losses[:known])
     low = int(np.argmin(curve))
     fall = float(curve[0] - curve[low])
     lost = np.flatnonzero(curve[low:] > curve[low] + fall / 2)

@@ -52,6 +52,7 @@ def test_a_loss_that_still_falls_says_so() -> None:
         (np.full(100, 2.0), "never falls clearly"),
         (1 + RATES / 1e-6, "begin lower"),
         (np.r_[1.0, 2.0, 30.0, [math.inf] * 97], "only 3 losses are finite"),
+        (np.full(100, math.nan), "only 0 losses are finite"),
     ],
 )
 def test_none_where_there_is_none(losses: Any, told: str) -> None:
