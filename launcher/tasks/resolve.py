@@ -19,6 +19,7 @@ BUILTIN = {
     "bytes-lm": "launcher.tasks.bytes_lm:BytesLM",
     "digits": "launcher.tasks.digits:Digits",
     "digits-caption": "launcher.tasks.digits_caption:DigitsCaption",
+    "image-list": "launcher.tasks.image_list:ImageList",
     "sine": "launcher.tasks.sine:Sine",
 }
 
