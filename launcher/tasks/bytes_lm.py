@@ -122,7 +122,11 @@ def source_files(split: str) -> dict[str, Path]:
     order. About every tenth is for val, by its name alone: so it is in any version of Python."""
     folder = Path(sysconfig.get_path("stdlib"))
     found: dict[str, Path] = {}
-    for place, folders, names in os.walk(folder):
+
+    def unreadable(error: OSError) -> None:
+        raise UsageError(f"the standard library, {error.filename}: {error.strerror}") from error
+
+    for place, folders, names in os.walk(folder, onerror=unreadable):
         # What was installed beside it is another text on every machine.
         folders[:] = [name for name in folders if name not in ("site-packages", "dist-packages")]
         paths = [Path(place, name) for name in names if name.endswith(".py")]

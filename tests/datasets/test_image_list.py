@@ -1,6 +1,7 @@
 """ListFile and ImageFolder: labelled images, and mistakes told with their line or folder."""
 
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -192,6 +193,23 @@ def test_mistakes_in_folders_name_them(tmp_path: Path) -> None:
     save(tmp_path / "a" / "dog" / "two\nlines.png", 0)
     with pytest.raises(UsageError, match=r"rename 'dog/two\\nlines\.png'"):
         ImageFolder(tmp_path / "a")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "cat" / "a.png", 0)
+    (tmp_path / "cat" / "closed").mkdir()
+    scandir = os.scandir  # root may read all: so it is refused by hand
+
+    def refused(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UsageError, match=r"cat/closed: Permission denied"):
+        ImageFolder(tmp_path)
 
 
 def test_a_bad_image_in_a_folder_is_named(tmp_path: Path) -> None:

@@ -82,11 +82,16 @@ def test_samples_are_the_bytes_of_their_splits_files(library: Path) -> None:
     assert [w[0].tolist() for w in train] != [w[0].tolist() for w in other]
 
 
-def test_a_python_without_source_and_a_strange_split_are_told(library: Path) -> None:
+def test_a_python_without_source_and_a_strange_split_are_told(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UsageError, match=f"{library} has none for val: use a Python that has"):
         task().build_dataset("val")
     with pytest.raises(UsageError, match="the splits train and val, not 'test'"):
         task().build_dataset("test")
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(library / "python.zip"))
+    with pytest.raises(UsageError, match=r"the standard library, .*python\.zip: No such file"):
+        task().build_dataset("train")
 
 
 @pytest.mark.parametrize(
@@ -208,11 +213,18 @@ class Texts(Recorder):
 def test_it_shows_what_it_writes_longer_than_its_context() -> None:
     lm = task(*SMALL, "TASK.SHOW_BYTES", "20")
     model = lm.build_model().eval()
-    # One that knows the alphabet by heart: after each letter the next one.
-    model.forward = lambda t: F.one_hot((t + 1) % 256, 256) * 100.0
+    lengths = list[int]()
+
+    def alphabet(tokens: torch.Tensor) -> torch.Tensor:
+        """After each letter the next one, by heart."""
+        lengths.append(tokens.shape[1])
+        return F.one_hot((tokens + 1) % 256, 256) * 100.0
+
+    model.forward = alphabet
     lm.recorder = Texts()
     lm.show(model)
     assert lm.recorder.found == {"sample": "```\n\ndef !\"#$%&'()*+,-./01234\n```"}
+    assert lengths == [5] + [6] * 19
     lm.recorder = Texts()
     lm.cfg.defrost()
     lm.cfg.TASK.SHOW_BYTES = 0

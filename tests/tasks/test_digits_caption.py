@@ -92,6 +92,19 @@ def test_padding_counts_for_nothing_and_letters_weigh_alike() -> None:
         torch.testing.assert_close(mean, found[name])
 
 
+def test_padding_is_never_a_letter_guessed() -> None:
+    caption = task()
+    model = caption.build_model()
+    nn.init.constant_(model.out.bias, 0)
+    with torch.no_grad():
+        model.out.bias[0] = 1e3  # guesses a name's end at every letter
+    batch = caption.collate(samples(3, 6))
+    assert caption.train_step(model, batch)["letter_accuracy"].item() == pytest.approx(2 / 10)
+    assert caption.eval_step(model, batch)["letter_accuracy"].tolist() == pytest.approx(
+        [1 / 6, 1 / 4]
+    )
+
+
 def test_attention_is_the_formula_by_hand() -> None:
     torch.manual_seed(0)
     attention = AdditiveAttention(query=3, places=5, width=4)
