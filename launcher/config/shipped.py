@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[1] / "configs"
 
 def shipped() -> dict[str, Path]:
     """The files by name, in the order of their names."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    return {name: FOLDER / f"{name}.yaml" for name in sorted(p.stem for p in FOLDER.glob("*.yaml"))}
 
 
 def found(config_file: str) -> str:

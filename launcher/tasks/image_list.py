@@ -96,6 +96,8 @@ class ImageList(Task):
             path = expand(task[KEYS[split]])
         except Mistake as mistake:
             raise UsageError(f"{key}: {mistake}") from mistake
+        if not os.path.exists(path):
+            raise UsageError(f"{key}: there is no file or folder {path}")
         look = (task.SIZE, task.MEAN, task.STD)
         known = None if split == "train" else self._images("train")
         transform: Input = Input(*look, task.CROP)
