@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from launcher.edges.optimizer import check_optimizers, evaluated, rates, set_rate
-from launcher.engine.schedule import Schedule, constant, linear
 from launcher.errors import RunError, UsageError
+from launcher.optim.schedules import Schedule, constant, linear
 
 
 class TwoPasses(torch.optim.SGD):

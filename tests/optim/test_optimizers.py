@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from launcher.engine.optim import build_optimizers
 from launcher.errors import UsageError
+from launcher.optim.optimizers import build_optimizers
 from tests.engine.helpers import config
 
 
