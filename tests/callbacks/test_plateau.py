@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from launcher.callbacks.plateau import Plateau
 from launcher.errors import UsageError
-from launcher.optim.schedules import Schedule, constant, linear
+from launcher.optim.curves import constant, linear
+from launcher.optim.schedules import Schedule
 from tests.callbacks.helpers import view
 from tests.callbacks.scripted import FAIL_AT, train, words
 from tests.edges.test_zoo import same
