@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console, RenderableType
 
 from launcher.errors import RunError, UsageError
-from launcher.runs import answers, select, terminal
+from launcher.runs import answers, schedule, select, terminal
 from launcher.runs.again import again
 from launcher.runs.compare import compare
 from launcher.runs.export import export
@@ -40,6 +40,8 @@ def call(options: Namespace) -> int:
         return _status(options)
     if (output := getattr(options, "output", None)) and not output.parent.is_dir():
         raise UsageError(f"-o {output}: {output.parent} is no directory")
+    if options.command == "plot" and options.schedule:
+        return _schedule(options)
     runs = open_runs(options.runs)
     try:
         code = COMMANDS[options.command](runs, options)
@@ -132,7 +134,20 @@ def _why(runs: Sequence[Run], options: Namespace) -> int:
     return 0 if found["records"]["first"] is None else 1
 
 
+def _schedule(options: Namespace) -> int:
+    if options.runs:
+        raise UsageError("plot takes runs or --schedule, not both; put overrides after the config")
+    config, *overrides = options.schedule
+    curves = schedule.curves(config, overrides, options.length)
+    _print(schedule.drawn(curves, min(_console().width, 100)))
+    if options.output is not None:
+        schedule.plot(curves, options.output)
+    return 0
+
+
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
+    if not runs or options.output is None:
+        raise UsageError("plot needs runs and -o FILE.png, or --schedule CONFIG")
     plot(runs, options.key or [runs[0].metric], options.x, options.smooth, options.output)
     return 0
 
