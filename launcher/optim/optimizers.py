@@ -97,7 +97,10 @@ def optimizer_class(name: str) -> Any:
     place = BUILTIN.get(name, "").rpartition(":")[2]
     if place and not hasattr(torch.optim, place):
         raise UsageError(f"OPTIM.NAME {name}: torch {torch.__version__} has no {place} yet.")
-    return resolve_class(name, BUILTIN, "optimiser", [Path.cwd()])
+    found = resolve_class(name, BUILTIN, "optimiser", [Path.cwd()])
+    if not callable(getattr(found, "step", None)):
+        raise UsageError(f"OPTIM.NAME {name} is no optimiser: it has no step()")
+    return found
 
 
 def _decays(cfg: CfgNode, given: list[Weight], sparse: set[int]) -> bool:
