@@ -60,7 +60,7 @@ def _check_item(key: Key, value: object) -> None:
         _check_duration(key, str(value))
     if key.choices and value not in key.choices and not (key.own and ":" in str(value)):
         names = ", ".join(choice or '""' for choice in key.choices)
-        names += "; nor module:Class" if key.own else ""
+        names += ", and no module:Class" if key.own else ""
         raise Mistake(f"{quote(value)} is not one of {names}", nearest(str(value), key.choices))
     if isinstance(value, (int, float)) and not (
         (key.at_least is None or value >= key.at_least)

@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 def group_entry(text: str) -> Entry:
     """Read an entry: a pattern, then WORD=value. Raises Mistake."""
     try:
-        pattern, *words = shlex.split(text)
+        pattern, *words = shlex.split(text) or [""]
     except ValueError as error:
         raise Mistake(f"{quote(text)}: {error}") from None
     if not words or "=" in pattern:
@@ -100,8 +100,12 @@ def _groups(cfg: CfgNode) -> str | None:
 def _scaling(cfg: CfgNode) -> str | None:
     if cfg.OPTIM.LR_SCALING and not cfg.OPTIM.LR_BATCH:
         return "needs OPTIM.LR_BATCH, the global batch that the rates are given for"
+    return None
+
+
+def _batch(cfg: CfgNode) -> str | None:
     if cfg.OPTIM.LR_BATCH and not cfg.OPTIM.LR_SCALING:
-        return "is empty, and OPTIM.LR_BATCH counts with it alone: take linear or sqrt"
+        return "counts only with OPTIM.LR_SCALING: set it to linear or sqrt"
     return None
 
 
@@ -182,6 +186,7 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (("OPTIM.ARGS", "OPTIM.NAME"), _args),
     (("OPTIM.GROUPS", "OPTIM.NAME"), _groups),
     (("OPTIM.LR_SCALING", "OPTIM.LR_BATCH"), _scaling),
+    (("OPTIM.LR_BATCH", "OPTIM.LR_SCALING"), _batch),
     (("OPTIM.NESTEROV", "OPTIM.NAME", "OPTIM.MOMENTUM"), _nesterov),
     (("OPTIM.SCHEDULE", "OPTIM.MILESTONES", "OPTIM.PERIOD", "OPTIM.WARMUP", "OPTIM.DECAY"), _needs),
     (("OPTIM.MILESTONES",), _milestones),

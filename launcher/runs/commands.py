@@ -40,8 +40,11 @@ def call(options: Namespace) -> int:
         return _status(options)
     if (output := getattr(options, "output", None)) and not output.parent.is_dir():
         raise UsageError(f"-o {output}: {output.parent} is no directory")
-    if options.command == "plot" and options.schedule:
-        return _schedule(options)
+    if options.command == "plot":
+        if options.schedule:
+            return _schedule(options)
+        if not options.runs or options.output is None:
+            raise UsageError("plot needs runs and -o FILE.png, or --schedule CONFIG")
     runs = open_runs(options.runs)
     try:
         code = COMMANDS[options.command](runs, options)
@@ -146,8 +149,6 @@ def _schedule(options: Namespace) -> int:
 
 
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
-    if not runs or options.output is None:
-        raise UsageError("plot needs runs and -o FILE.png, or --schedule CONFIG")
     plot(runs, options.key or [runs[0].metric], options.x, options.smooth, options.output)
     return 0
 
