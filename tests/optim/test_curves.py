@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as theirs
 
 from launcher.data.plan import Plan
 from launcher.errors import UsageError
-from launcher.optim.curves import course, scaled
+from launcher.optim.curves import course, every, restarts, scaled
 from launcher.optim.schedules import build_schedule
 from tests.engine.helpers import config
 
@@ -115,6 +115,18 @@ def test_rates_are_those_of_torch(make: Made, seed: int) -> None:
     rises = rates(lambda o: theirs.LinearLR(o, 1 / (warmup + 1), 1.0, warmup), warmup)
     words = f"{told[0]} WARMUP={warmup}step HORIZON={left + warmup}step"
     assert ours(words, left + warmup) == pytest.approx(rises + expected, rel=1e-9)
+
+
+def test_periods_end_at_their_very_step() -> None:
+    """Shares of the way are no exact numbers."""
+    for left in range(1, 60):
+        for period in range(1, left + 1):
+            drops, cycles = every(period / left, 0.5), restarts(0.0, period / left, 1.0)
+            for step in range(left):
+                assert drops(step / left) == 0.5 ** (step // period), (left, period, step)
+                done = (step % period) / period
+                value = (1 + math.cos(math.pi * done)) / 2
+                assert cycles(step / left) == pytest.approx(value, abs=1e-9), (left, period, step)
 
 
 @pytest.mark.parametrize("final", [0.0, 0.2])

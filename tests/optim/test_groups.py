@@ -87,13 +87,13 @@ def test_without_rules_there_is_one_group_as_before() -> None:
 
 
 def test_the_first_group_has_the_rate_of_the_config_and_all_have_names() -> None:
-    words = ("OPTIM.GROUPS=['table LR_SCALE=0.5', 'body LR=0.3']", "OPTIM.SCHEDULE=linear")
+    words = ("OPTIM.GROUPS=['gain LR_SCALE=0.5', 'body LR=0.3']", "OPTIM.SCHEDULE=linear")
     trainer = Trainer(Mixed(), *WORDS, *words, "TRAIN.DURATION=4step")
     trainer.state.progress.step = 2
     trainer.one(2)
     found = rates(trainer.state.optimizers)
     assert found == pytest.approx(
-        {"train/lr": 0.05, "train/lr/rest": 0.05, "train/lr/table": 0.025, "train/lr/body": 0.15}
+        {"train/lr": 0.05, "train/lr/rest": 0.05, "train/lr/gain": 0.025, "train/lr/body": 0.15}
     )
 
 
