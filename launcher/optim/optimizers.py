@@ -82,7 +82,8 @@ def from_config(cfg: CfgNode, model: nn.Module, task: Any = None) -> Optimizer:
         return optimizer
     for_muon = takes(model)
     matrices = [w for w in given if id(w.parameter) in for_muon and w.values.get("MUON", True)]
-    rest = [w for w in given if all(w is not one for one in matrices)]
+    taken = {id(w.parameter) for w in matrices}
+    rest = [w for w in given if id(w.parameter) not in taken]
     _check_muon(given, for_muon, matrices)
     logger.info("muon: %d matrices; %d other weights go to adamw", len(matrices), len(rest))
     parts = [_make(cfg, kind, "muon", groups(cfg, matrices, optim.LR, "muon"), optim.LR)]
@@ -134,22 +135,22 @@ def _make(
     optim, own = cfg.OPTIM, name == cfg.OPTIM.NAME  # not the other part of muon
     options = {key.lower(): optim[key] for key in COUNT.get(name, ())}
     options |= {"betas": tuple(options["betas"])} if "betas" in options else {}
-    takes = inspect.signature(kind).parameters
-    any_name = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    known = inspect.signature(kind).parameters
+    any_name = any(p.kind is p.VAR_KEYWORD for p in known.values())
     asked = {"lr": scaled(cfg, rate), "weight_decay": optim.WEIGHT_DECAY}
-    if not optim.WEIGHT_DECAY and "weight_decay" not in takes and not any_name:
+    if not optim.WEIGHT_DECAY and "weight_decay" not in known and not any_name:
         del asked["weight_decay"]
     asked |= arguments(optim.ARGS) if own else {}
     for key in [*asked, *(key for group in given for key in group.keys() - {"params", "name"})]:
-        if key not in takes and not any_name:
-            near = difflib.get_close_matches(key, takes, 1)
+        if key not in known and not any_name:
+            near = difflib.get_close_matches(key, known, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UsageError(f"OPTIM.NAME {name}: {kind.__name__} takes no {key}{hint}")
     options |= asked
     if options.get("fused") and _unset(cfg, options, given):
         raise UsageError("OPTIM.ARGS: with fp16 or MODEL.THAW no fused=true for sgd with momentum")
     parameters: Any = given if len(given) > 1 or len(given[0]) > 1 else given[0]["params"]
-    kernels = _kernels(cfg, options, takes, given) if dense and name in BUILTIN else [{}]
+    kernels = _kernels(cfg, options, known, given) if dense and name in BUILTIN else [{}]
     for kernel in kernels:
         try:
             return kind(parameters, **options, **kernel)
@@ -161,7 +162,7 @@ def _make(
 
 
 def _kernels(
-    cfg: CfgNode, options: dict[str, Any], takes: Any, given: list[dict[str, Any]]
+    cfg: CfgNode, options: dict[str, Any], known: Any, given: list[dict[str, Any]]
 ) -> list[dict[str, bool]]:
     """The kernels to try, the best first: one for all parameters and operations (fused), or one an
     operation (foreach), which on the CPU saves nothing. What OPTIM.ARGS says counts."""
@@ -169,10 +170,10 @@ def _kernels(
         return [{}]
     parameters = [p for group in given for p in group["params"]]
     kinds = {p.device.type for p in parameters}
-    fused = "fused" in takes and kinds <= {"cpu", "cuda"}
+    fused = "fused" in known and kinds <= {"cpu", "cuda"}
     fused = fused and all(p.is_floating_point() for p in parameters)
     found = [{"fused": True}] if fused and not _unset(cfg, options, given) else []
-    return [*found, {"foreach": True}] if "foreach" in takes and kinds == {"cuda"} else [*found, {}]
+    return [*found, {"foreach": True}] if "foreach" in known and kinds == {"cuda"} else [*found, {}]
 
 
 def _unset(cfg: CfgNode, options: dict[str, Any], given: list[dict[str, Any]]) -> bool:
