@@ -146,6 +146,7 @@ def _values(key: Key) -> str:
         name = f"list of {key.length} numbers"
     else:
         name = kind[type(key.default)]
+    name += f" or `{key.word}`" if key.word else ""
     return f"{name}, {bounds(key)}" if bounds(key) else name
 
 

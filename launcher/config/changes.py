@@ -27,6 +27,8 @@ FREE = (
     ),
     *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
+# But for these, by which gradients are summed.
+SUMS = ("DIST.GRADIENT_COMPRESSION", "DIST.BUCKET_MB", "DIST.STATIC_GRAPH")
 
 
 def check_changes(
@@ -47,7 +49,8 @@ def check_changes(
         if before != now:
             changed[key] = f"{key}: {before!r} -> {now!r}"
             logger.info("changed since the checkpoint: %s", changed[key])
-    refused = [key for key in changed if not key.startswith(FREE) and key not in allow]
+    bound = [key for key in changed if key in SUMS or not key.startswith(FREE)]
+    refused = [key for key in bound if key not in allow]
     if refused:
         told = "\n".join(f"  {changed[key]}" for key in refused)
         raise UsageError(

@@ -26,6 +26,7 @@ class Key:
     `not_time` is what to say of a time where only epochs and steps make sense.
     `element` is an example of an item where an empty default list shows none.
     `own` where a class by its place, module:Class, is as good as one of the choices.
+    `word` is one more value that is taken, whatever the type.
     `path` where a value may be the path of a file: `~` and `$VARIABLES` in it are expanded.
     """
 
@@ -44,6 +45,7 @@ class Key:
     element: Any = None
     own: bool = False
     path: bool = False
+    word: str = ""
 
 
 # fmt: off
@@ -68,6 +70,29 @@ KEYS: list[Key] = [
         element=""),
     Key("MODEL.EMA_DECAY", 0.0, "Decay a step of the moving average of the weights; 0: no average",
         at_least=0, below=1),
+    Key("MODEL.EMA_WARMUP", False,
+        "Average over fewer steps at first: a decay of at most (1 + n) / (10 + n) after n steps"),
+    Key("MODEL.SWA_START", "",
+        'Average the weights (SWA), each counting the same, from then on; "": not',
+        unit=STEPS, never=True),
+    Key("MODEL.SWA_EVERY", "",
+        'How often weights are taken into that average; "": every epoch', unit=STEPS, never=True),
+    Key("MODEL.SWA_BN_BATCHES", 200,
+        "Global batches of training data that give the average's batch-norm its statistics; "
+        "0: it has the model's own", at_least=0),
+    Key("MODEL.COMPILE", False, "Compile the model (torch.compile); the first steps take long"),
+    Key("MODEL.COMPILE_MODE", "default",
+        "What torch.compile optimises for; a max-autotune chooses by time, so a resume may round "
+        "otherwise",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+    Key("MODEL.COMPILE_DYNAMIC", False,
+        "Compile once for all shapes of a batch, rather than for each; for lengths that vary"),
+    Key("MODEL.CHANNELS_LAST", False,
+        "Keep images and convolutions' weights as (N, H, W, C) in memory, for tensor cores"),
+    Key("MODEL.ACTIVATION_CHECKPOINT", [],
+        "Modules that keep their inputs alone and compute the rest again in the backward pass, for "
+        "memory: names or patterns (blocks.*)",
+        element=""),
     Key("MODEL.SYNC_BN", False, "Batch-norm over the samples of all ranks (CUDA)"),
     Key("DATALOADER.NUM_WORKERS", -1, "Loader worker processes per rank; -1: from the CPU budget",
         at_least=-1),
@@ -82,7 +107,8 @@ KEYS: list[Key] = [
         choices=("error", "skip")),
     Key("TRAIN.BATCH_SIZE", 64, "Samples in one optimiser step over all ranks", at_least=1),
     Key("TRAIN.MICRO_BATCH_SIZE", 0,
-        "Most samples one rank puts through the model at once; 0: no limit", at_least=0),
+        "Most samples one rank puts through the model at once; 0: no limit; auto: as many as the "
+        "GPU's memory takes", at_least=0, word="auto"),
     Key("TRAIN.SAMPLER", "shuffle",
         "Order of the samples; some go by what the data set has: weighted by its `weights`, "
         "grouped by its `groups` or `lengths`, dataset by its `order`",
@@ -95,7 +121,14 @@ KEYS: list[Key] = [
         unit=TIME, never=True),
     Key("TRAIN.PRECISION", "fp32", "Number format of the forward and backward pass",
         choices=("fp32", "tf32", "bf16", "fp16")),
-    Key("TRAIN.GRAD_CLIP", 0.0, "Largest norm of the gradient; 0: no clipping", at_least=0),
+    Key("TRAIN.GRAD_CLIP", 0.0, "Bound of the gradient, by GRAD_CLIP_BY; 0: no clipping",
+        at_least=0),
+    Key("TRAIN.GRAD_CLIP_BY", "norm",
+        "What GRAD_CLIP bounds: the norm of the gradient, the size of each of its numbers (value), "
+        "or its norm for each output unit as a share of the weights' (adaptive, such as 0.01)",
+        choices=("norm", "value", "adaptive")),
+    Key("TRAIN.GRAD_CLIP_SKIP", [],
+        "Weights that value and adaptive leave alone: names or patterns (head.*)", element=""),
     Key("EVAL.BATCH_SIZE", 256, "Samples one rank evaluates at once", at_least=1),
     Key("EVAL.EVERY", "1ep", 'How often to evaluate; "" means never',
         unit=STEPS + TIME, never=True),
@@ -230,6 +263,14 @@ KEYS: list[Key] = [
         choices=("", "nccl", "gloo")),
     Key("DIST.FIND_UNUSED_PARAMETERS", False,
         "For models whose steps use only some of the weights; costs a walk over the graph a step"),
+    Key("DIST.STATIC_GRAPH", False,
+        "Promise DDP that every step uses the same weights in the same order, which saves it work"),
+    Key("DIST.BUCKET_MB", 0.0,
+        "Size in MiB of the gradients that are exchanged at once; 0: torch's own, 25 after 1 first",
+        at_least=0),
+    Key("DIST.GRADIENT_COMPRESSION", "",
+        'Exchange gradients as 16-bit numbers, half as many bytes; "": as they are',
+        choices=("", "bf16")),
     Key("DIST.INIT_TIMEOUT", "10min", "Longest wait for all ranks at the start", unit=TIME),
     Key("DIST.TRAIN_TIMEOUT", "5min", "Longest time without a training step or evaluation batch",
         unit=TIME),

@@ -117,7 +117,11 @@ class _Merge:
                 self._refuse(setting, keys)
                 return
             key = keys[setting.key]
-            value = coerce(_node(setting, key.default), key.default, key.element)
+            node = _node(setting, key.default)
+            if key.word and getattr(node, "value", None) == key.word:
+                self._put(setting, key.word)
+                return
+            value = coerce(node, key.default, key.element)
             if key.path:
                 value = expand(value)
             check_value(key, value)

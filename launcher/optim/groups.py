@@ -9,10 +9,9 @@ from torch import nn
 from launcher.config import CfgNode
 from launcher.config.optim import group_entry
 from launcher.edges.digest import plain_name
-from launcher.edges.model import some
+from launcher.edges.model import fitting, some
 from launcher.errors import UsageError
 from launcher.log import get_logger
-from launcher.models.freezing import fitting
 from launcher.optim.curves import scaled
 from launcher.optim.layers import Layers, model_layers, named_layers
 

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from launcher.edges.digest import plain_name
-from launcher.edges.model import some
+from launcher.edges.model import fitting, some
 from launcher.errors import UsageError
-from launcher.models.freezing import fitting
 
 Layers = list[list[nn.Parameter]]
 

@@ -21,6 +21,7 @@ from launcher.edges.batch import is_dense
 from launcher.edges.model import bits, model_state
 from launcher.engine.run import Job, build_state
 from launcher.engine.step import TrainStep
+from launcher.errors import RunError
 from launcher.models.weights import load_weights
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime, seed_everything
@@ -80,7 +81,10 @@ def attempt(job: Job, runtime: Runtime, steps: int, fill: int) -> Attempt:
             alone = replace(batch, batches=taken, rounds=count, full=count)
             operators.steps = {id(p.module) for p in step.phases}  # a thaw makes others
             with operators:
-                skipped, _ = step(alone, frozenset())
+                done = step(alone, frozenset())
+                if done is None:
+                    raise RunError("out of memory: give TRAIN.MICRO_BATCH_SIZE a number for this")
+                skipped, _ = done
                 progress.advance(batch.count, plan.samples_per_epoch, skipped)
                 if not skipped:
                     state.callbacks.call("on_step")
