@@ -52,5 +52,9 @@ def test_whole_runs(tmp_path: Path) -> None:
     replayed = jobs.launch("replay", whole, "--step", 6, "--code", "run").ok()
     assert "the same" in replayed.out
     assert "NOT the same" in jobs.launch("replay", whole, "--step", 6).output
-    refused = jobs.launch(*words, whole, "--resume", "TRAIN.DURATION=20step")
-    assert refused.code == 2 and "signs.py" in refused.output
+    allow = ("--allow", "TRAIN.DURATION,OPTIM.HORIZON")
+    more = ("--resume", "TRAIN.DURATION=13step", "OPTIM.HORIZON=12step", *allow)
+    refused = jobs.launch(*words, whole, *more)
+    assert refused.code == 2 and "signs.py +1 -1" in refused.output
+    jobs.launch(*words, whole, *more, "--allow", "CODE").ok()
+    assert "signs.py" in str(jobs.history(whole, "resume")[-1]["code_changed"])
