@@ -93,6 +93,8 @@ def read(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     import numpy as np
     import torch
 
+    if split not in ("train", "val"):
+        raise UsageError(f"the digits have the splits train and val, and no {split!r}")
     # Found, not imported: scikit-learn takes longer to import than torch.
     package = find_spec("sklearn")
     if package is None or package.origin is None:

@@ -81,3 +81,8 @@ def test_an_unknown_model_is_told() -> None:
 def test_dropout_is_a_key() -> None:
     net = task("TASK.DROPOUT", "0.25").build_model()
     assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.25]
+
+
+def test_another_split_is_none() -> None:
+    with pytest.raises(UsageError, match="the splits train and val, and no 'test'"):
+        task().build_dataset("test")
