@@ -106,9 +106,7 @@ def test_it_answers_without_torch() -> None:
 def test_it_trains(template: str, ranks: int) -> None:
     project = made(template)
     words = ["train", "--config-file", f"{STEMS[template]}.yaml", *SHORT, "OPTIM.WARMUP", ""]
-    env = {"OMP_NUM_THREADS": "1"}
-    group = jobs.Group(words, ranks, env, project)
-    with group if ranks > 1 else jobs.Forked(words, env, project) as job:
+    with jobs.Group(words, ranks, {"OMP_NUM_THREADS": "1"}, project) as job:
         job.wait().ok()
     records = jobs.metrics(project / "runs" / STEMS[template])
     trained = [r for r in records if any(key.startswith("train/loss") for key in r)]
