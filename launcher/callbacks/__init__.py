@@ -60,6 +60,7 @@ from launcher.tasks.resolve import resolve_class
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel
 
     from launcher.config import CfgNode
     from launcher.data.splits import Data
@@ -92,6 +93,7 @@ class Run:
     data: Data
     runtime: Runtime  # device, rank, world size
     directory: Path
+    average: AveragedModel | None = None  # of the weights, where MODEL asks for one
     console: ConsoleHandler | None = None  # the log's, where the launcher has set that up
 
     @property
@@ -262,6 +264,10 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
     from launcher.callbacks.system import SystemFigures
 
     classes: list[type] = [LogLines, DataAdvice, DiskSpace, SystemFigures]
+    if cfg.MODEL.SWA_START:
+        from launcher.callbacks.swa import Swa
+
+        classes.append(Swa)
     if runtime.is_main:
         from launcher.callbacks.digests import Digests
         from launcher.callbacks.spikes import Spikes
@@ -275,6 +281,10 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
         from launcher.callbacks.break_rank import BreakRank
 
         classes.append(BreakRank)
+    if cfg.MODEL.COMPILE:
+        from launcher.callbacks.compiled import Compiled
+
+        classes.append(Compiled)
     if cfg.DEBUG.NONFINITE:
         from launcher.callbacks.nonfinite import Nonfinite
 

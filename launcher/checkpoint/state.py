@@ -153,8 +153,9 @@ class TrainingState:
         if not self.averages:
             return None
         if self.ema is not None:
-            evaluated_model(self.model, self.ema)
-            return model_state(self.ema)
+            model = evaluated_model(self.model, self.ema)
+            weights = {f"module.{n}": t for n, t in model_state(model).items()}
+            return {**model_state(self.ema), **weights}
         with evaluated(self.optimizers):
             state = map_tensors(model_state(self.model), torch.clone)
         return {f"module.{name}": value for name, value in state.items()}

@@ -38,6 +38,11 @@ def evaluates(cfg: CfgNode) -> bool:
     return bool(cfg.EVAL.EVERY and cfg.EVAL.SPLITS)
 
 
+def averages(cfg: CfgNode) -> bool:
+    """Whether a run keeps an average of its weights."""
+    return bool(cfg.MODEL.EMA_DECAY or cfg.MODEL.SWA_START)
+
+
 def recorded_as(split: str) -> str:
     """The name under which the metrics of a split stand; `train/` are the training's own."""
     return "train_eval" if split == "train" else split
@@ -150,6 +155,30 @@ def _splits(cfg: CfgNode) -> str | None:
     return None
 
 
+def _averages(cfg: CfgNode) -> str | None:
+    if cfg.MODEL.SWA_START and cfg.MODEL.EMA_DECAY:
+        return "weights are averaged in one way: take MODEL.EMA_DECAY 0, or leave this empty"
+    return None
+
+
+def _ema_warmup(cfg: CfgNode) -> str | None:
+    if cfg.MODEL.EMA_WARMUP and not cfg.MODEL.EMA_DECAY:
+        return "needs MODEL.EMA_DECAY"
+    return None
+
+
+def _clip_skip(cfg: CfgNode) -> str | None:
+    if cfg.TRAIN.GRAD_CLIP_SKIP and cfg.TRAIN.GRAD_CLIP_BY == "norm":
+        return "is for TRAIN.GRAD_CLIP_BY value and adaptive: a norm is that of all gradients"
+    return None
+
+
+def _static_graph(cfg: CfgNode) -> str | None:
+    if cfg.DIST.STATIC_GRAPH and cfg.DIST.FIND_UNUSED_PARAMETERS:
+        return "and DIST.FIND_UNUSED_PARAMETERS exclude each other: leave one of them False"
+    return None
+
+
 def _backend(cfg: CfgNode) -> str | None:
     if cfg.DIST.BACKEND == "nccl" and cfg.DIST.DEVICE == "cpu":
         return "nccl works on CUDA only; use gloo, or DIST.DEVICE cuda"
@@ -164,6 +193,10 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (("OPTIM.WARMUP", "TRAIN.DURATION"), _warmup),
     (("DIST.BACKEND", "DIST.DEVICE"), _backend),
     (("MODEL.THAW",), _thaw),
+    (("MODEL.SWA_START", "MODEL.EMA_DECAY"), _averages),
+    (("MODEL.EMA_WARMUP", "MODEL.EMA_DECAY"), _ema_warmup),
+    (("TRAIN.GRAD_CLIP_SKIP", "TRAIN.GRAD_CLIP_BY"), _clip_skip),
+    (("DIST.STATIC_GRAPH", "DIST.FIND_UNUSED_PARAMETERS"), _static_graph),
     (("EVAL.SPLITS",), _splits),
     (("EVAL.AT_START", "EVAL.EVERY", "EVAL.SPLITS"), _at_start),
 ]

@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
 from launcher.data.splits import GlobalBatch
-from launcher.edges.gradients import clip, norm_of, nothing_of, numbers_of
+from launcher.edges.gradients import Clip, norm_of, nothing_of, numbers_of
 from launcher.edges.model import own_buffers, switched, unused
 from launcher.edges.optimizer import has_modes, weights_of
 from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
 from launcher.engine.schedule import Schedule, build_schedule
 from launcher.errors import RunError
+from launcher.models.parallel import exchanging
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 
@@ -134,18 +135,11 @@ class Phase:
         if state.data.train_plan.uneven:
             self.module.collectives = lambda: runtime.collectives() - gather.begun
         if runtime.distributed:
+            ignored = [f"model.{name}" for name in own_buffers(self.model, state.alike)]
             with self.alone():
-                self._wrap(own_buffers(self.model, state.alike), cfg.DIST.FIND_UNUSED_PARAMETERS)
-
-    def _wrap(self, own: Any, find_unused: bool) -> None:
-        # Else DDP would give buffers of a rank's own rank 0's values before each forward pass.
-        ignored: Any = [f"model.{name}" for name in own]
-        self.module._ddp_params_and_buffers_to_ignore = ignored
-        self.module = DDP(
-            self.module, gradient_as_bucket_view=True, find_unused_parameters=find_unused
-        )
-        if not find_unused:  # which keeps the layout
-            self._settle_buckets()
+                self.module = exchanging(self.module, cfg, ignored, self.agreement.carrier)
+                if not cfg.DIST.FIND_UNUSED_PARAMETERS:  # which keeps the layout
+                    self._settle_buckets()
 
     def _settle_buckets(self) -> None:
         """Take DDP through one backward pass of zeros.
@@ -201,7 +195,8 @@ class TrainStep:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
         self.gather = gather
         self.recorder, self.callbacks = state.recorder, state.callbacks
-        self.clip, self.watches = cfg.TRAIN.GRAD_CLIP, cfg.DEBUG.NONFINITE != ""
+        self.moving = state.ema if cfg.MODEL.EMA_DECAY > 0 else None
+        self.clip, self.watches = Clip(cfg, state.model), cfg.DEBUG.NONFINITE != ""
         # Whether a weight may go without a gradient.
         self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
         plan = state.data.train_plan
@@ -247,8 +242,8 @@ class TrainStep:
             requests = frozenset()  # which travel with the first phase
             phase.zero_grad()
         self.recorder.phase = ""
-        if self.state.ema is not None and not skipped:
-            self.state.ema.update_parameters(self.state.model)
+        if self.moving is not None and not skipped:
+            self.moving.update_parameters(self.state.model)
         return skipped, seen
 
     def _running(self, step: int) -> list[Phase]:
@@ -314,8 +309,7 @@ class TrainStep:
         skipped, norm, scaler = False, norm_of(gradients), phase.scaler
         if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
             phase.agreement.watch(norm)
-        if self.clip > 0:
-            clip(gradients, norm, self.clip)
+        self.clip(phase.parameters, gradients, norm)
         if scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = scaler.get_scale()

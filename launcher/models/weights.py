@@ -60,7 +60,9 @@ def _weights_of(
     ema = isinstance(content.get("ema"), dict) if ema is None else ema
     if ema:
         if not isinstance(content.get("ema"), dict):
-            raise UsageError(f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0")
+            raise UsageError(
+                f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0, MODEL.SWA_START empty"
+            )
         content = content["ema"]
         content.pop("n_averaged", None)
     content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
