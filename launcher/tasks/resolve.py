@@ -124,11 +124,14 @@ def _of_package(name: str, path: Path, place: str, what: str) -> ModuleType:
 
 
 def _on_path(*folders: Path) -> None:
-    """Let modules be found in these folders, and in the working directory as `python -m` does."""
+    """Let modules be found in these folders, the first first, and then in the working directory, as
+    `python -m` does."""
     here = [] if getattr(sys.flags, "safe_path", False) else [Path.cwd()]
-    for folder in reversed(list(dict.fromkeys(map(str, [*folders, *here])))):
+    at = 0
+    for folder in map(str, [*folders, *here]):
         if folder not in sys.path:
-            sys.path.insert(0, folder)
+            sys.path.insert(at, folder)
+        at = max(at, sys.path.index(folder) + 1)
 
 
 def _import(place: str, what: str) -> ModuleType:

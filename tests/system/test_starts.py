@@ -17,6 +17,7 @@ import pytest
 from tests.system.jobs import (
     TASKS,
     TRAIN,
+    Forked,
     Job,
     clean_environment,
     event_scalars,
@@ -144,6 +145,19 @@ def test_it_trains_under_torchrun_with_loader_workers(name: str, repository: Pat
     assert status(run)["state"] == "completed"
     kept = {path.name for path in (run / "code/step_0/files").rglob("*.py")}
     assert kept >= {Path(name).name, "deep.py" if "rooted" in name else "near.py"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tasks/rooted.py", "tasks/beside.py", "pack/relative.py"])
+def test_a_replay_takes_all_of_a_runs_own_code(name: str, repository: Path) -> None:
+    """Whatever has become of the files since: `launcher replay --code run`."""
+    words = ["TRAIN.DURATION", "4step", "TASK.TRAIN_SAMPLES", 64, "LOG.EVERY", "1step"]
+    train(f"TASK.NAME={name}:Mine", *words, "CHECKPOINT.EVERY", "2step", cwd=repository).ok()
+    for file in repository.glob("*/*.py"):
+        file.write_text(file.read_text().replace("2.0", "3.0"))
+    for code, told in (("run", "the same: "), ("now", "NOT the same: ")):
+        with Forked(["replay", "runs/Mine", "--step", 4, "--code", code], cwd=repository) as job:
+            assert told in job.wait().out
 
 
 class Terminal:
