@@ -12,7 +12,7 @@ from torch import nn
 from launcher.callbacks import Run
 from launcher.config import parse_duration, seconds
 from launcher.data.loader import load, on_device
-from launcher.data.plan import Plan, train_requests
+from launcher.data.plan import ENDLESS, Plan, train_requests
 from launcher.edges.generators import random_state, set_random_state
 from launcher.errors import UsageError
 from launcher.log import get_logger
@@ -31,10 +31,12 @@ class Swa:
         self.run, keys = run, run.cfg.MODEL
         assert run.average is not None
         self.average = run.average
-        start, self.every = parse_duration(keys.SWA_START), Every(keys.SWA_EVERY)
+        start, self.every = parse_duration(keys.SWA_START), Every(keys.SWA_EVERY or "1ep")
         assert start is not None  # else this callback is not made
         self.start = start
         self.before = run.progress.copy()
+        if run.data.length == ENDLESS and not keys.SWA_EVERY:
+            raise UsageError("MODEL.SWA_EVERY: this data has no epochs; give it in steps.")
         kind, wanted = nn.modules.batchnorm._BatchNorm, keys.SWA_BN_BATCHES > 0
         norms = [m for m in self.average.modules() if isinstance(m, kind)]
         self.norms = [m for m in norms if m.track_running_stats and wanted]

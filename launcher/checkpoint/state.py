@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class TrainingState:
     finished        which callback has completed the run here, and why; or ""
     agreed          what ranks ask for and have not seen yet, by steps on their way (CUDA)
     dataset_length  of the training data
+    micro_batch_size    0: no limit
     stream          where the stream of an iterable data set was, or None
     files           bytes of the files that grow with the records, by name
     ranks           a dict for each rank: "random" (its generators), "means" (since the last
@@ -144,6 +145,7 @@ class TrainingState:
             "finished": self.finished,
             "agreed": self.agreed,
             "dataset_length": self.data.length,
+            "micro_batch_size": self.data.train_plan.micro_batch_size,
             "stream": self.data.stream_state(self.progress.samples),
             "files": self.directory.positions(),
         }
@@ -202,6 +204,8 @@ class TrainingState:
         elif self.ema is not None:  # an average that is new to the run begins here
             load_model_state(self.ema.module, saved["model"])
         self.progress.__dict__.update(saved["progress"])
+        if self.cfg.TRAIN.MICRO_BATCH_SIZE == "auto" and (size := saved.get("micro_batch_size")):
+            self.data.train_plan = replace(self.data.train_plan, micro_batch_size=size)
         for name in ("due", "recorded", "evaluated", "finished", "agreed"):
             setattr(self, name, saved[name])
         self.callbacks.load_state_dict(ranks[min(runtime.rank, len(ranks) - 1)]["callbacks"])

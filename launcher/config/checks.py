@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from yacs.config import CfgNode
 
+from launcher.config.inits import parse_init
 from launcher.config.keys import KEYS, Key, flatten
 from launcher.config.problem import Mistake, nearest, quote
 from launcher.config.units import parse_duration
@@ -139,6 +140,20 @@ def _thaw(cfg: CfgNode) -> str | None:
     return None
 
 
+def _init(cfg: CfgNode) -> str | None:
+    try:
+        for text in cfg.MODEL.INIT:
+            parse_init(text)
+    except Mistake as mistake:
+        return f"{mistake} (did you mean {mistake.hint}?)" if mistake.hint else str(mistake)
+    if cfg.MODEL.INIT and cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS_STRICT and not cfg.MODEL.REINIT:
+        return (
+            "has no effect where MODEL.WEIGHTS give every weight; name those that it is to fill in "
+            "MODEL.REINIT, or set MODEL.WEIGHTS_STRICT False"
+        )
+    return None
+
+
 def _at_start(cfg: CfgNode) -> str | None:
     if cfg.EVAL.AT_START and not evaluates(cfg):
         return "needs EVAL.EVERY and EVAL.SPLITS: nothing is evaluated without them"
@@ -197,6 +212,7 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (("MODEL.EMA_WARMUP", "MODEL.EMA_DECAY"), _ema_warmup),
     (("TRAIN.GRAD_CLIP_SKIP", "TRAIN.GRAD_CLIP_BY"), _clip_skip),
     (("DIST.STATIC_GRAPH", "DIST.FIND_UNUSED_PARAMETERS"), _static_graph),
+    (("MODEL.INIT", "MODEL.WEIGHTS", "MODEL.WEIGHTS_STRICT", "MODEL.REINIT"), _init),
     (("EVAL.SPLITS",), _splits),
     (("EVAL.AT_START", "EVAL.EVERY", "EVAL.SPLITS"), _at_start),
 ]

@@ -22,6 +22,7 @@ class Key:
     `unit` makes the value a duration and names the units it takes; `never` allows "" for none.
     `not_time` is what to say of a time where only epochs and steps make sense.
     `element` is an example of an item where an empty default list shows none.
+    `word` is one more value that is taken, whatever the type.
     `path` where a value may be the path of a file: `~` and `$VARIABLES` in it are expanded.
     """
 
@@ -39,6 +40,7 @@ class Key:
     length: int | None = None
     element: Any = None
     path: bool = False
+    word: str = ""
 
 
 # fmt: off
@@ -55,6 +57,13 @@ KEYS: list[Key] = [
         'Weights to start from: a checkpoint, .safetensors or a state_dict file; "" means none',
         path=True),
     Key("MODEL.WEIGHTS_STRICT", True, "Whether WEIGHTS must fit the model in every name and shape"),
+    Key("MODEL.INIT", [],
+        "How torch.nn.init fills weights at the start, by type of module or pattern of names, the "
+        'last one counts: "Linear: xavier_uniform", "*.bias: zeros"',
+        element=""),
+    Key("MODEL.REINIT", [],
+        "Modules that begin afresh, by their own reset_parameters, whatever WEIGHTS hold: head.*",
+        element=""),
     Key("MODEL.FREEZE", [],
         "Weights that do not train: names, modules that hold them, or patterns (backbone.*)",
         element=""),
@@ -68,7 +77,8 @@ KEYS: list[Key] = [
     Key("MODEL.SWA_START", "",
         'Average the weights (SWA), each counting the same, from then on; "": not',
         unit=STEPS, never=True),
-    Key("MODEL.SWA_EVERY", "1ep", "How often weights are taken into that average", unit=STEPS),
+    Key("MODEL.SWA_EVERY", "",
+        'How often weights are taken into that average; "": every epoch', unit=STEPS, never=True),
     Key("MODEL.SWA_BN_BATCHES", 200,
         "Global batches of training data that give the average's batch-norm its statistics; "
         "0: it has the model's own", at_least=0),
@@ -99,7 +109,8 @@ KEYS: list[Key] = [
         choices=("error", "skip")),
     Key("TRAIN.BATCH_SIZE", 64, "Samples in one optimiser step over all ranks", at_least=1),
     Key("TRAIN.MICRO_BATCH_SIZE", 0,
-        "Most samples one rank puts through the model at once; 0: no limit", at_least=0),
+        "Most samples one rank puts through the model at once; 0: no limit; auto: as many as the "
+        "GPU's memory takes", at_least=0, word="auto"),
     Key("TRAIN.SAMPLER", "shuffle",
         "Order of the samples; some go by what the data set has: weighted by its `weights`, "
         "grouped by its `groups` or `lengths`, dataset by its `order`",

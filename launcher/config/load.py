@@ -17,6 +17,7 @@ from launcher.config.coerce import coerce, expand, plain
 from launcher.config.foreign import foreign
 from launcher.config.keys import KEYS, Key, defaults, flatten, put
 from launcher.config.problem import ConfigError, Mistake, Problem, nearest, nearest_key, quote
+from launcher.config.shipped import found
 from launcher.config.source import (
     COMMAND_LINE,
     Report,
@@ -56,6 +57,7 @@ def load_config(
 ) -> Config:
     """Merge the defaults, the file with its bases, and the overrides; the last one wins.
 
+    `config_file` is a path, or the name of a config that ships where no such file exists.
     `overrides` are the words of the command line, `KEY VALUE` or `KEY=VALUE`. Without
     `resolve_task` the keys under TASK are kept as YAML has them, unchecked.
     Raises ConfigError with every mistake that was found.
@@ -65,6 +67,7 @@ def load_config(
     settings: list[Setting] = []
     complete = True
     if config_file is not None:
+        config_file = found(config_file)
         settings, complete = read_file(config_file, problems.append)
     settings += read_overrides(overrides, keys, problems.append)
     of_task = [s for s in settings if re.match(r"TASK\.(?!NAME(\.|$))", s.key)]
@@ -116,7 +119,11 @@ class _Merge:
                 self._refuse(setting, keys)
                 return
             key = keys[setting.key]
-            value = coerce(_node(setting, key.default), key.default, key.element)
+            node = _node(setting, key.default)
+            if key.word and getattr(node, "value", None) == key.word:
+                self._put(setting, key.word)
+                return
+            value = coerce(node, key.default, key.element)
             if key.path:
                 value = expand(value)
             check_value(key, value)

@@ -43,7 +43,10 @@ def added(cfg: CfgNode, folder: str, dry: bool) -> list[str]:
 
 def folder_of(topology: Topology, what: str) -> str:
     """A new folder for what is not to be kept, the same on all ranks; not made yet."""
-    job = re.sub(r"\W+", "-", topology.job_id) or str(os.getpid())
+    # Ranks without a job's id, as a launcher of one's own may start them, have an address together.
+    alone = topology.world_size == 1
+    shared = str(os.getpid()) if alone else f"{topology.master_addr}:{topology.master_port}"
+    job = re.sub(r"\W+", "-", topology.job_id or shared)
     return f"{tempfile.gettempdir()}/launcher-{what}-{job}-{int(topology.retries)}"
 
 

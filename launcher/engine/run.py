@@ -40,8 +40,8 @@ from launcher.errors import UsageError
 from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.models.freezing import Freezing
+from launcher.models.init import start_weights, starts_otherwise
 from launcher.models.modes import set_modes
-from launcher.models.weights import load_weights
 from launcher.provenance.code import Code
 from launcher.provenance.environment import describe, this_rank
 from launcher.runtime.gather import Gather
@@ -122,10 +122,9 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             if runtime.is_main and directory.read_status().get("state") != "completed":
                 write_end(directory, state, None)
             return True
-    elif cfg.MODEL.WEIGHTS:
-        path, strict_names = Path(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS_STRICT
-        # Collectives: rank 0 loads, and the others get what it has.
-        runtime.on_main(lambda: load_weights(path, state.model, strict_names))
+    elif starts_otherwise(cfg):
+        # Collectives: rank 0 fills and loads, and the others get what it has.
+        runtime.on_main(lambda: start_weights(cfg, state.model))
         load_model_state(state.model, runtime.broadcast_state(model_state(state.model)))
     check({**state.shared(), "rank": state.of_rank()}, UsageError)
     if plan.gives_one_sample:

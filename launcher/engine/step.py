@@ -25,6 +25,7 @@ from launcher.edges.model import own_buffers, switched, unused
 from launcher.edges.optimizer import has_modes, weights_of
 from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
+from launcher.engine.fitting import Fitting, TooLarge
 from launcher.engine.schedule import Schedule, build_schedule
 from launcher.errors import RunError
 from launcher.models.parallel import exchanging
@@ -132,7 +133,7 @@ class Phase:
         alone = not runtime.distributed
         self.agreement = Agreement(runtime.device, runtime.world_size, pending, alone)
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, name)
-        if state.data.train_plan.uneven:
+        if state.data.train_plan.uneven or cfg.TRAIN.MICRO_BATCH_SIZE == "auto":
             self.module.collectives = lambda: runtime.collectives() - gather.begun
         if runtime.distributed:
             ignored = [f"model.{name}" for name in own_buffers(self.model, state.alike)]
@@ -206,6 +207,8 @@ class TrainStep:
             optimizer.train()
         state.freezing.thaw(state.progress)
         self.phases: list[Phase] = []
+        auto = cfg.TRAIN.MICRO_BATCH_SIZE == "auto"
+        self.fitting = Fitting(state, runtime, gather) if auto else None
         self._begin()
 
     def _begin(self) -> None:
@@ -218,12 +221,25 @@ class TrainStep:
             self.phases.append(Phase(name, *parts, schedule, self.pending))
         self.agreement = self.phases[0].agreement
 
-    def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
+    def __call__(
+        self, batch: GlobalBatch, requests: frozenset[str]
+    ) -> tuple[bool, frozenset[str]] | None:
         """One step over a global batch, at the rates of the schedule.
 
         Returns whether the gradient scaler skipped the update (that of all phases), and the
-        requests all ranks saw.
+        requests all ranks saw; None where the batch is to be taken `fitting.again`.
         """
+        if self.fitting is None:
+            return self._take(batch, requests)
+        self.fitting.begin()
+        try:
+            return self._take(batch, requests)
+        except TooLarge:
+            self.phases[0].zero_grad()
+            self._begin()  # DDP has seen half a step
+            return None
+
+    def _take(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
         step, freezing = self.state.progress.step, self.state.freezing
         if freezing.left and freezing.thaw(self.state.progress):
             self._begin()
@@ -269,18 +285,26 @@ class TrainStep:
         weighted = False
         # Every rank makes the same rounds; those that have fewer micro-batches are idle in the last
         # ones. Then a round with nobody's follows: gradients cross when no rank serves a gather.
-        rounds = batch.rounds + (batch.full < batch.rounds)
+        apart = self.fitting is not None and self.runtime.distributed
+        rounds = batch.rounds + (batch.full < batch.rounds or apart)
+        sizes = batch.sizes + [0] * (rounds - len(batch.sizes))
         with phase.alone():
-            for i, samples in enumerate(batch.sizes + [0] * (rounds - len(batch.sizes))):
+            for i, samples in enumerate(sizes) if not self.fitting else self.fitting.rounds(sizes):
                 micro_batch = next(batches) if samples else None
                 # Gradients cross the ranks once a step: in the last round.
                 with phase.held_back() if i < rounds - 1 else contextlib.nullcontext():
-                    out = phase.forward(micro_batch, samples, batch.count, requests)
-                    loss = phase.scaler.scale(out.loss)
-                    loss = loss if out.term is None else loss + out.term
-                    self.callbacks.call("on_backward", loss)
-                    loss.backward()
-                if batch.full <= i < batch.rounds:
+                    try:
+                        out = phase.forward(micro_batch, samples, batch.count, requests)
+                        loss = phase.scaler.scale(out.loss)
+                        loss = loss if out.term is None else loss + out.term
+                        self.callbacks.call("on_backward", loss)
+                        loss.backward()
+                    except torch.OutOfMemoryError as error:
+                        if self.fitting is None:
+                            raise
+                        self.fitting.note(error)
+                        continue
+                if batch.full <= i < batch.rounds and not self.fitting:
                     self.gather.end_round(not samples)  # collectives: one, and what they gather
                 if samples:
                     weighted = isinstance(out.weight, torch.Tensor)

@@ -17,6 +17,7 @@ from launcher.runs.again import again
 from launcher.runs.compare import compare
 from launcher.runs.export import export
 from launcher.runs.plot import plot
+from launcher.runs.publish import Destination, publish
 from launcher.runs.report import report
 from launcher.runs.run import Run, find, load_summaries, open_runs, printable
 from launcher.runs.samples import samples
@@ -143,6 +144,14 @@ def _export(runs: Sequence[Run], options: Namespace) -> int:
     return 0
 
 
+def _publish(runs: Sequence[Run], options: Namespace) -> int:
+    if (options.to == "tensorboard-dir") != (options.dir is not None):
+        raise UsageError("--to tensorboard-dir needs --dir DIR, and nothing else takes it")
+    to = Destination(options.to, options.project, options.name, options.dir)
+    print(publish(runs[0], to, options.follow), file=sys.stderr)
+    return 0
+
+
 def _verify(runs: Sequence[Run], options: Namespace) -> int:
     (run,) = runs
     findings = verify(run)
@@ -169,6 +178,7 @@ COMMANDS: dict[str, Callable[[Sequence[Run], Namespace], int]] = {
     "why": _why,
     "plot": _plot,
     "export": _export,
+    "publish": _publish,
     "verify": _verify,
     "report": _report,
 }

@@ -280,7 +280,7 @@ def test_files_that_cannot_be_read() -> None:
     write("configs/digits.yaml", "")
     Path("latin.yaml").write_bytes(b"OUTPUT_DIR: caf\xe9")
     for name, says in {
-        "configs/digit.yaml": "no such file (did you mean configs/digits.yaml?)",
+        "configs/digit.yaml": "list) (did you mean configs/digits.yaml?)",
         "configs": "is a directory",
         "latin.yaml": "not UTF-8 text",
         "n" * 300: "cannot be read: File name too long",
