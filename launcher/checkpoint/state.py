@@ -24,9 +24,11 @@ from launcher.edges.optimizer import (
     has_modes,
     load_optimizers,
     made,
+    unscheduled,
 )
 from launcher.edges.state import load_state_of, state_of
 from launcher.models.freezing import Freezing
+from launcher.optim.curves import SCHEDULED
 from launcher.provenance.environment import versions
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -89,7 +91,7 @@ class TrainingState:
         assert duration is not None  # the config check demands one
         self.duration = duration
         self.whole = ModelState(self.model, self.alike)
-        self.made = {phase: made(optimizer) for phase, optimizer in self.optimizers.items()}
+        self.made = {phase: made(one, self.model) for phase, one in self.optimizers.items()}
 
     @property
     def progress(self) -> Progress:
@@ -193,7 +195,10 @@ class TrainingState:
         own = ranks[runtime.rank]["buffers"] if same else {}
         self.whole.load(saved["model"], saved["beside"], own)
         parts = saved["optimizer"], saved["optimizer_made"]
-        afresh = load_optimizers(self.optimizers, *parts, "OPTIM.NAME" in allow)
+        afresh = load_optimizers(self.optimizers, self.made, *parts, "OPTIM.NAME" in allow)
+        if any(key in changed for key in SCHEDULED):
+            for optimizer in self.optimizers.values():
+                unscheduled(optimizer)
         for phase, scaler in self.scalers.items():
             state = saved["scaler"].get(phase) if phase else saved["scaler"]
             if scaler.is_enabled() and state:  # fp16, now and then

@@ -154,7 +154,8 @@ def markdown() -> str:
 def _values(key: Key) -> str:
     """Which values a key takes, in a few words."""
     if key.choices:
-        return ", ".join(f"`{choice or _text(choice)}`" for choice in key.choices)
+        names = [f"`{choice or _text(choice)}`" for choice in key.choices]
+        return ", ".join([*names, "`module:Class`"] if key.own else names)
     if key.unit:
         units = " or ".join("a time" if unit == "s" else f"`{unit}`" for unit in key.unit)
         return ("list of " if isinstance(key.default, list) else "") + (

@@ -77,11 +77,24 @@ def _parser() -> argparse.ArgumentParser:
 
     c.set_defaults(by_replay=None)
 
-    c = command("plot", "curves as a picture (needs the extra `plot`)")
+    c = command("plot", "curves as a picture (needs the extra `plot`)", "*")
     c.add_argument("--key", action="append", default=[], help="a metric; a panel each")
     c.add_argument("--x", choices=("step", "samples", "time"), default="step")
     c.add_argument("--smooth", type=_weight, default=0.0, metavar="0..1", help="as TensorBoard's")
-    c.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png|svg")
+    c.add_argument("-o", "--output", type=Path, metavar="FILE.png|svg")
+    c.add_argument(
+        "--schedule",
+        nargs="+",
+        metavar=("CONFIG", "KEY=VALUE"),
+        help="instead: the learning rate that a config file, with overrides, will have, in the "
+        "terminal and with -o as a picture",
+    )
+    c.add_argument(
+        "--length",
+        type=_count,
+        metavar="N",
+        help="samples in the training data, for a --schedule in epochs",
+    )
 
     c = command("export", "records as a table: a row a record")
     c.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.csv|parquet|jsonl")

@@ -178,6 +178,7 @@ def _train(argv: list[str], signals: Signals) -> int:
     from launcher.debug.explain import debugging
     from launcher.engine.run import Job, run
     from launcher.guard.guard import Guard
+    from launcher.optim.optimizers import optimizer_class
     from launcher.telemetry.logs import Logs
 
     imported()
@@ -186,6 +187,9 @@ def _train(argv: list[str], signals: Signals) -> int:
     for entry, (made, _) in zip(cfg.CALLBACKS if code else (), callbacks, strict=False):
         assert code is not None
         code.modules += modules_of(parse(entry)[0], made, CALLBACKS)
+    optimizer = optimizer_class(cfg.OPTIM.NAME)
+    if code is not None and ":" in cfg.OPTIM.NAME:
+        code.modules += modules_of(cfg.OPTIM.NAME, optimizer, {})
     job = Job(
         cfg,
         task_class,

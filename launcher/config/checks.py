@@ -64,8 +64,9 @@ def in_epochs(cfg: CfgNode) -> list[str]:
 def _check_item(key: Key, value: object) -> None:
     if key.unit:
         _check_duration(key, str(value))
-    if key.choices and value not in key.choices:
+    if key.choices and value not in key.choices and not (key.own and ":" in str(value)):
         names = ", ".join(choice or '""' for choice in key.choices)
+        names += ", and no module:Class" if key.own else ""
         raise Mistake(f"{quote(value)} is not one of {names}", nearest(str(value), key.choices))
     if isinstance(value, (int, float)) and not (
         (key.at_least is None or value >= key.at_least)
@@ -96,36 +97,6 @@ def _check_duration(key: Key, text: str) -> None:
 
 
 # Each check sees the whole config and answers with what is wrong, or None.
-
-
-def _nesterov(cfg: CfgNode) -> str | None:
-    if cfg.OPTIM.NESTEROV and (cfg.OPTIM.NAME != "sgd" or cfg.OPTIM.MOMENTUM == 0):
-        return "needs OPTIM.NAME sgd and OPTIM.MOMENTUM above 0"
-    return None
-
-
-def _step_schedule(cfg: CfgNode) -> str | None:
-    if cfg.OPTIM.SCHEDULE == "step" and not cfg.OPTIM.MILESTONES:
-        return "step needs OPTIM.MILESTONES, for example [5ep, 8ep]"
-    return None
-
-
-def _milestones(cfg: CfgNode) -> str | None:
-    last: dict[str, float] = {}
-    for text in cfg.OPTIM.MILESTONES:
-        duration = parse_duration(text)
-        assert duration is not None, "the key alone was checked before"
-        if duration.amount <= last.get(duration.unit, 0):
-            return f"{text} does not come after the one before it; put them in rising order"
-        last[duration.unit] = duration.amount
-    return None
-
-
-def _warmup(cfg: CfgNode) -> str | None:
-    warmup, duration = parse_duration(cfg.OPTIM.WARMUP), parse_duration(cfg.TRAIN.DURATION)
-    if warmup and duration and warmup.unit == duration.unit and warmup.amount > duration.amount:
-        return f"{warmup} is longer than TRAIN.DURATION ({duration})"
-    return None
 
 
 def _thaw(cfg: CfgNode) -> str | None:
@@ -202,10 +173,6 @@ def _backend(cfg: CfgNode) -> str | None:
 
 # The keys a check reads; the first is the one reported. Skipped where one of them is wrong itself.
 CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
-    (("OPTIM.NESTEROV", "OPTIM.NAME", "OPTIM.MOMENTUM"), _nesterov),
-    (("OPTIM.SCHEDULE", "OPTIM.MILESTONES"), _step_schedule),
-    (("OPTIM.MILESTONES",), _milestones),
-    (("OPTIM.WARMUP", "TRAIN.DURATION"), _warmup),
     (("DIST.BACKEND", "DIST.DEVICE"), _backend),
     (("MODEL.THAW",), _thaw),
     (("MODEL.SWA_START", "MODEL.EMA_DECAY"), _averages),

@@ -13,6 +13,9 @@ from yacs.config import CfgNode
 
 STEPS = ("ep", "step")
 TIME = ("s",)
+OPTIMIZERS = (
+    *("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "muon"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Key:
     `unit` makes the value a duration and names the units it takes; `never` allows "" for none.
     `not_time` is what to say of a time where only epochs and steps make sense.
     `element` is an example of an item where an empty default list shows none.
+    `own` where a class by its place, module:Class, is as good as one of the choices.
     `word` is one more value that is taken, whatever the type.
     `path` where a value may be the path of a file: `~` and `$VARIABLES` in it are expanded.
     """
@@ -39,6 +43,7 @@ class Key:
     not_time: str = "a time makes no sense here"
     length: int | None = None
     element: Any = None
+    own: bool = False
     path: bool = False
     word: str = ""
 
@@ -141,23 +146,73 @@ KEYS: list[Key] = [
     Key("EVAL.AT_START", False, "Evaluate before the first step, too"),
     Key("EVAL.RAW", False,
         "Evaluate the raw weights beside the averaged ones, as <split>_raw"),
-    Key("OPTIM.NAME", "sgd", "Optimiser", choices=("sgd", "adamw")),
+    Key("OPTIM.NAME", "sgd",
+        'Optimiser, or a class of your own: "package.module:Class" or "path/to/file.py:Class"',
+        choices=OPTIMIZERS, own=True, path=True),
+    Key("OPTIM.ARGS", [], "More arguments for the optimiser's class, such as [amsgrad=true]",
+        element=""),
     Key("OPTIM.LR", 0.1, "Learning rate before warm-up and schedule", above=0),
+    Key("OPTIM.ADAMW_LR", 3e-4, "Learning rate of the weights that muon leaves to adamw", above=0),
+    Key("OPTIM.LR_SCALING", "",
+        'How the rates grow with TRAIN.BATCH_SIZE / LR_BATCH; "": not at all',
+        choices=("", "linear", "sqrt")),
+    Key("OPTIM.LR_BATCH", 0, "The global batch that the rates are given for (LR_SCALING)",
+        at_least=0),
     Key("OPTIM.WEIGHT_DECAY", 0.0, "Weight decay", at_least=0),
-    Key("OPTIM.MOMENTUM", 0.9, "Momentum (sgd)", at_least=0, below=1),
-    Key("OPTIM.NESTEROV", False, "Nesterov momentum (sgd)"),
+    Key("OPTIM.SKIP_NORM_DECAY", False,
+        "No weight decay for norms, biases and other weights of at most one dimension"),
+    Key("OPTIM.MOMENTUM", 0.9, "Momentum (sgd, rmsprop, muon)", at_least=0, below=1),
+    Key("OPTIM.NESTEROV", False, "Nesterov momentum (sgd, muon)"),
     Key("OPTIM.BETAS", [0.9, 0.999],
-        "Decay of the averages of the gradient and of its square (adamw)",
+        "Decay of the averages of the gradient and of its square (adam, adamw, nadam, radam; what "
+        "muon leaves to adamw)",
         at_least=0, below=1, length=2),
-    Key("OPTIM.EPS", 1e-8, "Term added to the denominator for stability (adamw)", above=0),
+    Key("OPTIM.EPS", 1e-8,
+        "Term added to the denominator for stability (as BETAS; rmsprop, adagrad)", above=0),
+    Key("OPTIM.GROUPS", [],
+        "Weights with values of their own, the last one wins: [backbone.* LR_SCALE=0.1, "
+        "head LR=0.01 WEIGHT_DECAY=0]", element=""),
+    Key("OPTIM.LAYER_DECAY", 1.0, "Factor of the rate for each layer away from the head; 1: none",
+        above=0, at_most=1),
     Key("OPTIM.SCHEDULE", "constant", "Course of the learning rate after warm-up",
-        choices=("constant", "cosine", "linear", "step")),
+        choices=("constant", "cosine", "linear", "step", "multistep", "exponential", "polynomial",
+                 "onecycle", "invsqrt", "wsd")),
     Key("OPTIM.WARMUP", "", 'Linear warm-up at the start; "" means none', unit=STEPS, never=True),
-    Key("OPTIM.FINAL_FACTOR", 0.0, "Share of LR left at the end (cosine, linear)",
+    Key("OPTIM.HORIZON", "",
+        'When the schedule ends, and its last value begins to stay; "": with TRAIN.DURATION',
+        unit=STEPS, never=True),
+    Key("OPTIM.FINAL_FACTOR", 0.0,
+        "Share of LR left at the end (cosine, linear, polynomial, onecycle, wsd)",
         at_least=0, at_most=1),
-    Key("OPTIM.MILESTONES", [], "When LR is multiplied by GAMMA, such as [5ep, 8ep] (step)",
+    Key("OPTIM.FLOOR", 0.0, "Least share of LR that any schedule goes down to", at_least=0,
+        at_most=1),
+    Key("OPTIM.MILESTONES", [],
+        "When LR is multiplied by GAMMA, such as [5ep, 8ep] (multistep, step)",
         unit=STEPS, element=""),
-    Key("OPTIM.GAMMA", 0.1, "Factor of LR at each milestone (step)", above=0),
+    Key("OPTIM.PERIOD", "",
+        "From one GAMMA to the next (step, exponential); the first cycle up to a restart (cosine); "
+        "what the rate falls from, else WARMUP (invsqrt)", unit=STEPS, never=True),
+    Key("OPTIM.PERIOD_GROWTH", 1.0, "Length of each cycle by that of the one before (cosine)",
+        at_least=1),
+    Key("OPTIM.GAMMA", 0.1, "Factor of LR at each milestone (multistep, step), in each PERIOD",
+        above=0),
+    Key("OPTIM.POWER", 1.0, "Power of what is left of the way (polynomial)", above=0),
+    Key("OPTIM.PEAK", 0.3, "Share of the way at which LR is reached (onecycle)", above=0, below=1),
+    Key("OPTIM.START_FACTOR", 0.04, "Share of LR at the start (onecycle)", at_least=0, at_most=1),
+    Key("OPTIM.DECAY", "", "How long before the end the decay begins (wsd)", unit=STEPS,
+        never=True),
+    Key("OPTIM.DECAY_SHAPE", "linear", "Course of that decay; sqrt: 1 - the root of its share done",
+        choices=("linear", "cosine", "sqrt")),
+    Key("OPTIM.MOMENTUM_SCHEDULE", "constant",
+        "Course of the momentum (or of the first of BETAS), beside that of the rate",
+        choices=("constant", "linear", "cosine", "onecycle")),
+    Key("OPTIM.MOMENTUM_FACTOR", 1.0,
+        "Share of the momentum at the end, of onecycle at PEAK; may be above 1", above=0),
+    Key("OPTIM.WEIGHT_DECAY_SCHEDULE", "constant",
+        "Course of the weight decay, beside that of the rate",
+        choices=("constant", "linear", "cosine")),
+    Key("OPTIM.WEIGHT_DECAY_FACTOR", 1.0, "Share of the weight decay at the end; may be above 1",
+        at_least=0),
     Key("CALLBACKS", [],
         'Callbacks: a name, "package.module:Class" or "file.py:Class", then key=value arguments',
         element="", path=True),

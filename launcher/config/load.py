@@ -16,6 +16,7 @@ from launcher.config.checks import CHECKS, check_value, evaluates, recorded_as
 from launcher.config.coerce import coerce, expand, plain
 from launcher.config.foreign import foreign
 from launcher.config.keys import KEYS, Key, defaults, flatten, put
+from launcher.config.optim import CHECKS as OPTIM_CHECKS
 from launcher.config.problem import ConfigError, Mistake, Problem, nearest, nearest_key, quote
 from launcher.config.shipped import found
 from launcher.config.source import (
@@ -95,6 +96,7 @@ def load_config(
         raise ConfigError(problems, _UNCHECKED if unchecked else "")
 
     cfg.TASK.NAME = _from_here(name, config_file)
+    cfg.OPTIM.NAME = _from_here(cfg.OPTIM.NAME, config_file)
     if not cfg.OUTPUT_DIR and (config_file or name):
         run = Path(config_file).stem if config_file else re.split("[:/.]", name)[-1]
         cfg.OUTPUT_DIR = f"runs/{run}"
@@ -161,7 +163,7 @@ class _Merge:
 
     def check_together(self) -> None:
         """Report keys that are right alone and wrong together."""
-        for names, check in CHECKS:
+        for names, check in [*CHECKS, *OPTIM_CHECKS]:
             message = None if self.wrong.intersection(names) else check(self.cfg)
             if message:
                 self._blame(names[0], Mistake(message))
@@ -280,7 +282,7 @@ def _metrics(task: type) -> list[str] | None:
 
 
 def _from_here(name: str, config_file: str | None) -> str:
-    """A task file found beside the config file, named from the working directory instead.
+    """A file of a class found beside the config file, named from the working directory instead.
 
     So the run's own config.yaml, which lies elsewhere, names the same file.
     """

@@ -12,11 +12,8 @@ from launcher.edges.model import fitting, plain_name
 from launcher.errors import UsageError
 
 
-def has_sparse_gradients(model: nn.Module) -> bool:
-    return bool(_sparse(model))
-
-
-def _sparse(model: nn.Module) -> set[int]:
+def sparse_weights(model: nn.Module) -> set[int]:
+    """The ids of the weights whose gradients are sparse."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     return {id(layer.weight) for layer in layers if layer.sparse}
 
@@ -24,7 +21,7 @@ def _sparse(model: nn.Module) -> set[int]:
 def nothing_of(model: nn.Module, used: bool = False) -> torch.Tensor | float:
     """A sum over all weights that train (`used`: and have a gradient) whose gradient to each is of
     the kind that a batch's would be: of sparse rows for an embedding that says so."""
-    sparse, sums = _sparse(model), []
+    sparse, sums = sparse_weights(model), []
     for p in model.parameters():
         if used and p.grad is None:
             continue

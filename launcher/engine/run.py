@@ -33,7 +33,6 @@ from launcher.edges.model import (
 from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
-from launcher.engine.optim import build_optimizers
 from launcher.engine.resume import find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
@@ -42,6 +41,7 @@ from launcher.log import get_logger
 from launcher.models.freezing import Freezing
 from launcher.models.init import start_weights, starts_otherwise
 from launcher.models.modes import set_modes
+from launcher.optim.optimizers import build_optimizers
 from launcher.provenance.code import Code
 from launcher.provenance.environment import describe, this_rank
 from launcher.runtime.gather import Gather

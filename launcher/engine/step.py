@@ -26,9 +26,9 @@ from launcher.edges.optimizer import has_modes, weights_of
 from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
 from launcher.engine.fitting import Fitting, TooLarge
-from launcher.engine.schedule import Schedule, build_schedule
 from launcher.errors import RunError
 from launcher.models.parallel import exchanging
+from launcher.optim.schedules import Schedule, build_schedule
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 

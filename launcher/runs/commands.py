@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console, RenderableType
 
 from launcher.errors import RunError, UsageError
-from launcher.runs import answers, select, terminal
+from launcher.runs import answers, schedule, select, terminal
 from launcher.runs.again import again
 from launcher.runs.compare import compare
 from launcher.runs.export import export
@@ -41,6 +41,11 @@ def call(options: Namespace) -> int:
         return _status(options)
     if (output := getattr(options, "output", None)) and not output.parent.is_dir():
         raise UsageError(f"-o {output}: {output.parent} is no directory")
+    if options.command == "plot":
+        if options.schedule:
+            return _schedule(options)
+        if not options.runs or options.output is None:
+            raise UsageError("plot needs runs and -o FILE.png, or --schedule CONFIG")
     runs = open_runs(options.runs)
     try:
         code = COMMANDS[options.command](runs, options)
@@ -131,6 +136,17 @@ def _why(runs: Sequence[Run], options: Namespace) -> int:
         found["next"] = [line for line in found["next"] if "--replay" not in line]
     _tell(found, options, answers.why_text)
     return 0 if found["records"]["first"] is None else 1
+
+
+def _schedule(options: Namespace) -> int:
+    if options.runs:
+        raise UsageError("plot takes runs or --schedule, not both; put overrides after the config")
+    config, *overrides = options.schedule
+    curves = schedule.curves(config, overrides, options.length)
+    _print(schedule.drawn(curves, min(_console().width, 100)))
+    if options.output is not None:
+        schedule.plot(curves, options.output)
+    return 0
 
 
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
