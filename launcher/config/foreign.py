@@ -93,7 +93,8 @@ WORDS: dict[str, list[Word]] = {
     "pycls": [
         Word("OPTIM.BASE_LR", "OPTIM.LR"),
         Word("OPTIM.MAX_EPOCH", "TRAIN.DURATION", _EPOCHS),
-        Word("OPTIM.LR_POLICY", "OPTIM.SCHEDULE", "cosine for cos, multistep for steps, exponential for exp"),
+        Word("OPTIM.LR_POLICY", "OPTIM.SCHEDULE",
+             "cosine for cos, multistep for steps, exponential for exp"),
         Word("OPTIM.STEPS", "OPTIM.MILESTONES", "with units and without the 0: [30ep, 60ep]"),
         Word("OPTIM.LR_MULT", "OPTIM.GAMMA"),
         Word("BN.USE_CUSTOM_WEIGHT_DECAY", "OPTIM.SKIP_NORM_DECAY", "of biases as well"),
