@@ -12,6 +12,7 @@ from itertools import dropwhile
 from launcher.errors import Ended, UsageError
 
 COMMANDS = {
+    "new": "a small project to begin with: task, config, test, README, job file",
     "train": "train a task from a config, alone or under torchrun or srun",
     "checkpoint": "list, verify and export the checkpoints of a run",
     "runs": "read runs back: how they are doing, what they recorded",
@@ -50,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
+    if name == "new":
+        from launcher.cli.new import main as new
+
+        return new
     if name == "train":
         from launcher.cli.train import train
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from launcher.config.foreign import foreign
+from launcher.config.keys import KEYS
+from launcher.config.problem import Problem, nearest
 
 
 def split_overrides(
@@ -29,4 +33,20 @@ def split_overrides(
             # The value, whatever it looks like, unless it is one of the options.
             if "=" not in token and tokens and tokens[-1] not in actions:
                 overrides.append(tokens.pop())
-    return parser.parse_args(options), overrides
+    known, unknown = parser.parse_known_args(options)
+    if unknown:
+        lines = [f"unrecognized arguments: {' '.join(unknown)}"]
+        lines += [_meant(word.partition("=")[0], actions) for word in unknown]
+        parser.error("\n  ".join(dict.fromkeys(line for line in lines if line)))
+    return known, overrides
+
+
+def _meant(name: str, options: Iterable[str]) -> str:
+    """What an unknown option most likely stands for: another launcher's, one of these, or a key."""
+    word = foreign(name)
+    known = [*options, *(key.name for key in KEYS)]
+    more, hint = word.told if word else ("", nearest(name, known))
+    if not more and not hint:
+        return ""
+    dashes = "" if more or hint.startswith("-") else "; a key has no dashes"
+    return str(Problem("", name, f"unknown option{more}{dashes}", hint))

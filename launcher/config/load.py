@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 
 from launcher.config.checks import CHECKS, check_value, evaluates, recorded_as
 from launcher.config.coerce import coerce, expand, plain
+from launcher.config.foreign import foreign
 from launcher.config.keys import KEYS, Key, defaults, flatten, put
 from launcher.config.optim import CHECKS as OPTIM_CHECKS
 from launcher.config.problem import ConfigError, Mistake, Problem, nearest, nearest_key, quote
@@ -194,7 +195,10 @@ class _Merge:
             if not isinstance(node, CfgNode):
                 raise Mistake(_BELOW)
             if part not in node:
-                raise Mistake("unknown key", nearest_key(setting.key, keys))
+                # What a task declares is its author's word.
+                word = None if setting.key.startswith("TASK.") else foreign(setting.key)
+                more, hint = word.told if word else ("", nearest_key(setting.key, keys))
+                raise Mistake(f"unknown key{more}", hint)
             node = node[part]
         if not isinstance(setting.node, yaml.MappingNode):
             inside = next((name for name in keys if name.startswith(setting.key + ".")), "")

@@ -77,31 +77,71 @@ def _load_file(place: str, what: str, search: list[Path]) -> ModuleType:
     else:
         tried = ", ".join(dict.fromkeys(str((f / place).resolve()) for f in search))
         raise UsageError(f"there is no {what} file {place} (tried {tried})")
-    # Registered under the file's name, as if its folder were on the path, so that loader workers
-    # and the file's own imports of its neighbours find it.
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    loaded = sys.modules.get(path.stem)
+    name, root = _module(path)
+    # Registered as if these folders were on the path, so that loader workers find it, and the file
+    # its neighbours, its package, and what is imported from the folder that it was named from.
+    _on_path(path.parent, root, folder.resolve())
+    if "." in name:
+        return _of_package(name, path, place, what)
+    loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__file__", None) == str(path):
         return loaded
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if loaded is not None and (name in sys.stdlib_module_names or hasattr(loaded, "__path__")):
+        raise UsageError(
+            f"the {what} file {place} has the name of the module {name}, which it would hide from "
+            "all that imports it: rename it"
+        )
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    shadowed = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
-        sys.modules.pop(path.stem)
-        if shadowed is not None:
-            sys.modules[path.stem] = shadowed
+        sys.modules.pop(name)
+        if loaded is not None:
+            sys.modules[name] = loaded
         if isinstance(error, Exception):
             raise UsageError(f"the {what} file {place} {_told(error, str(path))}") from error
         raise
     return module
 
 
+def _module(path: Path) -> tuple[str, Path]:
+    """The name of a file as a module, and the folder from which it is imported under that: with the
+    packages that it stands in, so that relative imports work."""
+    parts, root = [path.stem], path.parent
+    while (root / "__init__.py").is_file() and "." not in f"{path.stem}{root.name}":
+        parts, root = [root.name, *parts], root.parent
+    return ".".join(parts), root
+
+
+def _of_package(name: str, path: Path, place: str, what: str) -> ModuleType:
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        raise UsageError(f"the {what} file {place} {_told(error, str(path))}") from error
+    if Path(str(module.__file__)).resolve() != path:
+        raise UsageError(
+            f"the {what} file {place} is the module {name}, which is found in {module.__file__} "
+            "instead: rename its package"
+        )
+    return module
+
+
+def _on_path(*folders: Path) -> None:
+    """Let modules be found in these folders, the first first, and then in the working directory, as
+    `python -m` does."""
+    here = [] if getattr(sys.flags, "safe_path", False) else [Path.cwd()]
+    at = 0
+    for folder in map(str, [*folders, *here]):
+        if folder not in sys.path:
+            sys.path.insert(at, folder)
+        at = max(at, sys.path.index(folder) + 1)
+
+
 def _import(place: str, what: str) -> ModuleType:
+    _on_path()
     try:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
@@ -120,4 +160,9 @@ def _told(error: Exception, place: str) -> str:
         return f"has a syntax error in {error.filename}:{error.lineno}: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if f.filename == place] or frames[-1:]
-    return f"fails in {own[-1].filename}:{own[-1].lineno}: {type(error).__name__}: {error}"
+    told = f"fails in {own[-1].filename}:{own[-1].lineno}: {type(error).__name__}: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        told += " (install it, or set PYTHONPATH to the folder that holds it)"
+    elif isinstance(error, ImportError) and "relative import" in str(error):
+        told += " (a relative import needs an __init__.py beside the file)"
+    return told

@@ -2,15 +2,17 @@
 that were installed. Imports no torch.
 
 Of a task in a file, and of one in a module that stands in no package, these are the loaded modules
-in its folder and below; of "package.module:Class" the loaded modules of its top-level package; with
-what these import there later, inside a function. Of one that ships with the launcher it is its
-module's file alone. Callbacks likewise.
+in its folder and below, and what it imports from the working directory around it; of
+"package.module:Class" the loaded modules of its top-level package; with what these import there
+later, inside a function. Of one that ships with the launcher it is its module's file alone.
+Callbacks likewise.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import os
 import sys
 import sysconfig
@@ -29,9 +31,18 @@ PYTHON = tuple(
 def modules_of(name: str, found: type, builtin: Mapping[str, str]) -> list[str]:
     """The modules that a name stands for, and the class found under it: they are two where the
     named module has imported the class."""
-    place = builtin.get(name, name).rpartition(":")[0]
-    named = Path(place).stem if place.endswith(".py") else place
-    return list(dict.fromkeys([named, found.__module__]))
+    place, _, class_name = builtin.get(name, name).rpartition(":")
+    if place.endswith(".py"):  # which may stand in packages
+        stem = Path(place).stem
+        has = [m for m, module in list(sys.modules.items()) if _holds(module, class_name, found)]
+        place = next((m for m in has if m.rpartition(".")[2] == stem), stem)
+    return list(dict.fromkeys([place, found.__module__]))
+
+
+def _holds(module: object, name: str, found: type) -> bool:
+    """Whether a module has the class under this name. It is not asked for its attributes: some are
+    made on demand."""
+    return getattr(module, "__dict__", {}).get(name) is found
 
 
 @dataclass(frozen=True)
@@ -59,8 +70,9 @@ def own_files(modules: Sequence[str]) -> Own:
         root, files, reached = _of(module, file)
         roots.append(root)
         for path in files:
-            base = roots[0] if path.is_relative_to(roots[0]) else root
-            name = (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+            bases = (base for base in (roots[0], root, Path.cwd()) if path.is_relative_to(base))
+            base = next(bases, None)
+            name = (path.relative_to(base) if base else path).as_posix()
             if found.get(name, path) != path:  # of two roots; no two modules can have one name
                 name = path.as_posix()
             found[name.lstrip("/")] = path
@@ -85,24 +97,27 @@ def _of(module: str, file: Path) -> tuple[Path, set[Path], set[Path]]:
         path = _file(name)
         if path is not None and (package or _is_own(path, root)):
             files.add(path)
-    near = root / top if package else root
-    return root, _reached(files, root, near), _reached({file}, root, near)
+    # A file beside packages of its own, as tasks/mine.py, which imports models.net.
+    here = () if package or not file.is_relative_to(Path.cwd()) else (Path.cwd(),)
+    roots, near = (root, *here), (root / top if package else root, *here)
+    return root, _reached(files, roots, near), _reached({file}, roots, near)
 
 
-def _reached(files: set[Path], root: Path, near: Path) -> set[Path]:
+def _reached(files: set[Path], roots: tuple[Path, ...], near: tuple[Path, ...]) -> set[Path]:
     """These files and, from import to import, what they import from below `near`: a module that a
     function imports is not loaded before that is called."""
     found, left = set(files), list(files)
     while left:
-        new = {path for path in _imported(left.pop(), root) if _is_own(path, near)} - found
+        imported = _imported(left.pop(), roots)
+        new = {path for path in imported if any(_is_own(path, n) for n in near)} - found
         found |= new
         left += new
     return found
 
 
 @functools.cache
-def _imported(file: Path, root: Path) -> frozenset[Path]:
-    """The files below a root that a file's import statements name, wherever they stand."""
+def _imported(file: Path, roots: tuple[Path, ...]) -> frozenset[Path]:
+    """The files below these roots that a file's import statements name, wherever they stand."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):  # no Python, or not ours to read
@@ -110,14 +125,16 @@ def _imported(file: Path, root: Path) -> frozenset[Path]:
     found: set[Path] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            named = [(root, alias.name.split(".")) for alias in node.names]
+            bases, named = roots, [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = file.parents[node.level - 1] if node.level else root
+            bases = (file.parents[node.level - 1],) if node.level else roots
             module = node.module.split(".") if node.module else []
-            named = [(base, [*module, alias.name]) for alias in node.names]
+            named = [[*module, alias.name] for alias in node.names]
         else:
             continue
-        for base, parts in named:
+        if bases is roots:
+            named = [parts for parts in named if parts[0] != "launcher"]
+        for base, parts in itertools.product(bases, named):
             for count in range(1, len(parts) + 1):  # a package's own file comes with its modules
                 place = base.joinpath(*parts[:count])
                 found |= {place.with_name(f"{place.name}.py"), place / "__init__.py"}
@@ -137,7 +154,7 @@ def _is_own(path: Path, folder: Path) -> bool:
 
 
 def _file(module: str) -> Path | None:
-    """The file of a loaded module. Its attributes are not asked for: some are made on demand."""
+    """The file of a loaded module, which is not asked for its attributes either."""
     file = getattr(sys.modules.get(module), "__dict__", {}).get("__file__")
     return _resolved(file) if isinstance(file, str) else None
 

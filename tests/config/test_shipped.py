@@ -83,8 +83,10 @@ def test_a_wheel_has_them_also_one_made_from_an_sdist(tmp_path: Path) -> None:
     expected = {f"launcher/configs/{p.name}": p.read_bytes() for p in ROOT.glob("configs/*.yaml")}
     for made_of in (wheel, made("build_wheel", source.absolute())):
         with zipfile.ZipFile(made_of) as file:
-            names = [name for name in file.namelist() if name.endswith(".yaml")]
+            names = [n for n in file.namelist() if n.startswith("launcher/configs/")]
             assert {name: file.read(name) for name in names} == expected
+            # Files of `launcher new`, hidden ones too: tests/cli/test_new.py has the rest.
+            assert "launcher/templates/common/.gitignore" in file.namelist()
     shutil.unpack_archive(wheel, "site", "zip")
     command = [sys.executable, "-m", "launcher", "config", "keys", "--config-file", "sine"]
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

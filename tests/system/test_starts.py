@@ -17,6 +17,7 @@ import pytest
 from tests.system.jobs import (
     TASKS,
     TRAIN,
+    Forked,
     Job,
     clean_environment,
     event_scalars,
@@ -84,6 +85,79 @@ def test_the_module_and_the_default_run_directory(tmp_path: Path) -> None:
         job.wait().ok()
     assert status(tmp_path / "runs/mine")["state"] == "completed"
     assert not (tmp_path / "runs/mine/tensorboard").exists()
+
+
+OWN = """\
+from {imports} import FACTOR
+from launcher.tasks.sine import Sine
+
+class Mine(Sine):
+    def train_step(self, model, batch):
+        values = super().train_step(model, batch)
+        return {{"loss": FACTOR * values["loss"]}}
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Somebody's own, with tasks that import what lies beside them and what lies at its root."""
+    for name in ("tasks/near", "nets/deep", "pack/near", "pack/__init__"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.py").write_text("FACTOR = 2.0\n")
+    for name, imports in {
+        "tasks/beside": "near",
+        "tasks/rooted": "nets.deep",
+        "pack/relative": ".near",
+        "pack/absolute": "pack.near",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(OWN.format(imports=imports))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tasks/rooted.py", "pack/relative.py", "pack.absolute"),
+        *map(slow, ("tasks/beside.py", "pack/absolute.py", "tasks.rooted")),
+    ],
+)
+def test_the_layout_of_somebodys_own_repository(name: str, repository: Path) -> None:
+    """By a script whose own folder takes the working directory's place on the path, as that of the
+    command `launcher` does: what `python -m launcher` finds is found."""
+    command = [sys.executable, TRAIN, f"TASK.NAME={name}:Mine", "--check"]
+    with Job(command, cwd=repository) as job:
+        assert "WINDOW: 16" in job.wait().ok().out
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="python -P")
+def test_a_safe_path_stays_so(repository: Path) -> None:
+    with Job([sys.executable, "-P", TRAIN, "TASK.NAME=nets.deep:Mine"], cwd=repository) as job:
+        assert "there is no module nets.deep" in job.wait().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tasks/rooted.py", "pack/relative.py"])
+def test_it_trains_under_torchrun_with_loader_workers(name: str, repository: Path) -> None:
+    """And the files that it is made of are kept with the run."""
+    words = ["TRAIN.DURATION", "2step", "TASK.TRAIN_SAMPLES", 64, "DATALOADER.NUM_WORKERS", 1]
+    train(f"TASK.NAME={name}:Mine", *words, ranks=2, cwd=repository).ok()
+    run = repository / "runs/Mine"
+    assert status(run)["state"] == "completed"
+    kept = {path.name for path in (run / "code/step_0/files").rglob("*.py")}
+    assert kept >= {Path(name).name, "deep.py" if "rooted" in name else "near.py"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tasks/rooted.py", "tasks/beside.py", "pack/relative.py"])
+def test_a_replay_takes_all_of_a_runs_own_code(name: str, repository: Path) -> None:
+    """Whatever has become of the files since: `launcher replay --code run`."""
+    words = ["TRAIN.DURATION", "4step", "TASK.TRAIN_SAMPLES", 64, "LOG.EVERY", "1step"]
+    train(f"TASK.NAME={name}:Mine", *words, "CHECKPOINT.EVERY", "2step", cwd=repository).ok()
+    for file in repository.glob("*/*.py"):
+        file.write_text(file.read_text().replace("2.0", "3.0"))
+    for code, told in (("run", "the same: "), ("now", "NOT the same: ")):
+        with Forked(["replay", "runs/Mine", "--step", 4, "--code", code], cwd=repository) as job:
+            assert told in job.wait().out
 
 
 class Terminal:

@@ -84,6 +84,59 @@ def test_file_and_its_neighbours(tmp_path: Path) -> None:
     assert resolve_task("src/mytask.py:Mine", [tmp_path]) is task
 
 
+RELATIVE = "from .myneighbour import VALUE\n" + GOOD
+
+
+def test_a_file_in_a_package_imports_relatively(tmp_path: Path) -> None:
+    """Under one name: what imports it as a member of its package finds the same class."""
+    for name in ("mypack/__init__.py", "mypack/inner/__init__.py"):
+        write(tmp_path / name.rpartition("/")[0], "", "__init__.py")
+    write(tmp_path / "mypack/inner", "VALUE = 3", "myneighbour.py")
+    write(tmp_path / "mypack/inner", RELATIVE)
+    task = resolve_task("mypack/inner/mytask.py:Mine", [tmp_path])
+    assert task is not None and task.__module__ == "mypack.inner.mytask"
+    assert resolve_task("mypack.inner.mytask:Mine", []) is task
+
+
+def test_a_relative_import_without_a_package_is_told_with_the_remedy(tmp_path: Path) -> None:
+    write(tmp_path / "src", RELATIVE)
+    assert "needs an __init__.py beside the file" in refusal("src/mytask.py:Mine", tmp_path)
+
+
+def test_a_package_that_is_found_elsewhere_is_told(tmp_path: Path) -> None:
+    for folder in ("a/mypack", "b/mypack"):
+        write(tmp_path / folder, "", "__init__.py")
+        write(tmp_path / folder)
+    assert resolve_task("mypack/mytask.py:Mine", [tmp_path / "a"]) is not None
+    message = refusal("mypack/mytask.py:Mine", tmp_path / "b")
+    assert "mypack.mytask" in message and f"{tmp_path}/a/mypack/mytask.py" in message
+
+
+@pytest.mark.parametrize("name", ["mynets", "mylib.deep"])
+def test_imports_from_the_folder_that_the_file_was_named_from(tmp_path: Path, name: str) -> None:
+    """As from a repository's root: tasks/mytask.py imports what lies beside tasks/."""
+    write(tmp_path / "repo" / Path(*name.split(".")), "VALUE = 3", "myneighbour.py")
+    write(tmp_path / "repo/tasks", f"from {name}.myneighbour import VALUE\n" + GOOD)
+    assert resolve_task("tasks/mytask.py:Mine", [tmp_path / "repo"]) is not None
+
+
+def test_modules_are_found_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/system/test_starts.py has the commands, of which some put another folder there."""
+    write(tmp_path / "repo")
+    monkeypatch.chdir(tmp_path / "repo")
+    assert resolve_task("mytask:Mine", []) is not None
+
+
+@pytest.mark.parametrize("name", ["random", "yacs"])
+def test_a_file_that_would_hide_a_module_in_use_is_refused(tmp_path: Path, name: str) -> None:
+    module = sys.modules[name]
+    write(tmp_path, name=f"{name}.py")
+    assert f"the module {name}, which it would hide" in refusal(f"{name}.py:Mine", tmp_path)
+    assert sys.modules[name] is module
+
+
 @pytest.mark.parametrize(("written", "found"), [("ab", "a"), ("b", "b"), ("a", "a")])
 def test_folders_are_searched_in_order(tmp_path: Path, written: str, found: str) -> None:
     for folder in written:

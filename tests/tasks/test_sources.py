@@ -89,6 +89,56 @@ def test_of_a_package(tmp_path: Path) -> None:
     assert names == ["srcpkg/__init__.py", "srcpkg/near.py", "srcpkg/tasks/mine.py"]
 
 
+def test_of_a_file_beside_packages_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tasks/mine.py and its neighbour, and what both import from the repository's root; not what
+    lies there besides, nor the launcher, were it a checkout."""
+    write(
+        tmp_path,
+        src_tasks__src_mine="import launcher\nimport src_near\n\nclass Mine: ...\n",
+        src_tasks__src_near="from src_nets import src_net\n",
+        src_nets__src_net="from . import src_block\n",
+        src_nets__src_block="",
+        src_nets__src_other="",
+        launcher__INIT="",
+    )
+    monkeypatch.chdir(tmp_path)
+    found = resolve_class("src_tasks/src_mine.py:Mine", {}, "task", [tmp_path])
+    kept = own_files(modules_of("src_tasks/src_mine.py:Mine", found, {}))
+    nets = [f"src_nets/src_{name}.py" for name in ("block", "net")]
+    assert list(kept.files) == ["src_mine.py", "src_near.py", *nets]
+    assert kept.imported == set(kept.files) and kept.root == tmp_path / "src_tasks"
+    # With these files alone in a folder, as `launcher replay --code run` has them, it imports.
+    for name, path in kept.files.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path / "copy")
+    for name in [name for name in sys.modules if name.startswith("src_")]:
+        del sys.modules[name]
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not p.startswith(str(tmp_path))])
+    again = resolve_class("src_mine.py:Mine", {}, "task", [tmp_path / "copy"])
+    assert again is not found
+    net = sys.modules["src_nets.src_net"].__file__
+    assert net == str(tmp_path / "copy/src_nets/src_net.py")
+
+
+def test_of_a_file_in_a_package(tmp_path: Path) -> None:
+    """Under the module's full name, as of "package.module:Class"."""
+    write(
+        tmp_path,
+        src_pack__INIT="",
+        src_pack__src_mine="from .src_near import Mine\n",
+        src_pack__src_near="class Mine: ...\n",
+    )
+    found = resolve_class("src_pack/src_mine.py:Mine", {}, "task", [tmp_path])
+    modules = modules_of("src_pack/src_mine.py:Mine", found, {})
+    assert modules == ["src_pack.src_mine", "src_pack.src_near"]
+    own = own_files(modules)
+    names = [f"src_pack/{name}.py" for name in ("__init__", "src_mine", "src_near")]
+    assert (own.root, list(own.files)) == (tmp_path, names)
+
+
 def test_of_a_task_that_ships(tmp_path: Path) -> None:
     assert own("sine", tmp_path)[1] == ["launcher/tasks/sine.py"]
 
