@@ -221,6 +221,7 @@ def open_directory(
     ranks = runtime.gather(this_rank(runtime.device))
     if ranks is not None:
         if not resumed and directory.holds_run():  # --overwrite, or --resume without a checkpoint
+            directory.claim()  # or of a job that began while this one was built: refused
             logger.info("the old run directory is now %s", directory.set_aside())
         directory.begin()
         directory.config.write_text(state.config, encoding="utf-8")

@@ -125,6 +125,21 @@ def test_a_second_live_job_is_refused(run: Path, whole: Path, tmp_path: Path) ->
     assert_same(run, whole)
 
 
+def test_of_two_jobs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
+    """Both found the directory free, and built their models; nothing of the first is set aside."""
+    run = tmp_path / "run"
+    words = [*ARGS, "OUTPUT_DIR", run]
+    first = {"LAUNCHER_TEST_SLEEP": "0.3", "LAUNCHER_TEST_BUILD_SLEEP": "2"}
+    second = {"LAUNCHER_TEST_BUILD_SLEEP": "6"}
+    with jobs.start(*words, env=first) as owner, jobs.start(*words, env=second) as other:
+        ended = other.wait(60)
+        assert owner.poll() is None  # it lived when the other was ready
+        assert ended.code == 2 and f"pid {owner.pid}" in ended.err
+        owner.wait(120).ok()
+    assert jobs.status(run)["state"] == "completed"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 # Disks
 
 

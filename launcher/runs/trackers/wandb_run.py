@@ -12,7 +12,7 @@ from typing import Any
 
 import wandb
 from google.protobuf.message import DecodeError
-from wandb.proto.wandb_internal_pb2 import Record as Item
+from wandb.proto.wandb_internal_pb2 import Record as Item  # type: ignore[attr-defined,unused-ignore]
 
 from launcher.errors import RunError
 from launcher.runs.status import EXIT_CODES
