@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+from launcher.errors import UsageError
 from launcher.guard.stop import STOPPED, Signals
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -51,8 +52,8 @@ def kept() -> Iterator[None]:
         yield
 
 
-class EarlyStop(Exception):
-    """Asked to stop before the first step: nothing is made yet, and no failure to be told."""
+class EarlyStop(UsageError):
+    """Asked to stop before the first step: nothing is made yet, and there is no failure to tell."""
 
 
 class Interrupts(Signals):

@@ -1,4 +1,4 @@
-"""`launcher.open_run`: a run from Python, finished or live. Only to load a checkpoint needs torch."""
+"""`launcher.open_run`: a run from Python, finished or live. No torch, but to load checkpoints."""
 
 from __future__ import annotations
 
