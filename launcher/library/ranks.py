@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import RunError, UsageError
-from launcher.library.rank import ERROR_FILE
 from launcher.telemetry.rundir import RunDirectory
 
+# Where a rank leaves its last word: torchrun's name for it, which the guard writes to as well.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 # How long the others have after the first rank that failed: they tell of it, and end by themselves.
 END_S = 60.0
 POLL_S = 0.2
@@ -63,7 +64,7 @@ def _started(argv: Sequence[str], words: Sequence[Path]) -> list[subprocess.Pope
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
         **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(words))),
     }
-    command = [sys.executable, "-m", "launcher.library.rank", *argv]
+    command = [sys.executable, "-m", "launcher.cli.rank", *argv]
     return [
         subprocess.Popen(
             command,

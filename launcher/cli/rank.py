@@ -9,9 +9,7 @@ from pathlib import Path
 
 from launcher.cli.train import train
 from launcher.errors import Ended, UsageError
-
-# torchrun's name, which the guard writes a failure to as well.
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+from launcher.library.ranks import ERROR_FILE
 
 
 def main(argv: list[str]) -> int:
