@@ -196,6 +196,8 @@ def test_mistakes_are_usage_errors(overrides: Any, how: dict[str, Any], told: st
 
 def test_a_directory_that_holds_a_run_is_refused_and_free_for_the_next() -> None:
     first = launcher.train(CONFIG, Line).status
+    claim = "from launcher.telemetry.rundir import RunDirectory as R; R('run').claim()"
+    subprocess.run([sys.executable, "-c", claim], check=True)  # while this process lives
     with pytest.raises(UsageError, match="already holds a run"):
         launcher.train(CONFIG, Line)
     assert launcher.train(CONFIG, Line, overwrite=True).status != first
