@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def train(
     resume: bool = False,
     resume_from: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-    allow: Iterable[str] = (),
+    allow: str | Iterable[str] = (),
 ) -> OpenRun:
     """Train, and return the run: completed, or stopped by Ctrl-C or whatever else stops a run.
 
@@ -62,14 +63,15 @@ def train(
     if resume and overwrite:
         raise UsageError("resume goes on with a run, overwrite starts over: give one of them.")
     came_from = Path(_path(resume_from)) if resume_from is not None else None
+    allowed = allow.split(",") if isinstance(allow, str) else list(allow)
     topology = read_topology(os.environ)
     loaded = _loaded(file, words, task)
     if more := implied(loaded.cfg):
         loaded = _loaded(file, words := [*words, *more], task)
-    options = [f"--config-file={file}"] if file else []
+    options = ["--config-file", file] if file else []
     options += [f"--{name}" for name, on in (("resume", resume), ("overwrite", overwrite)) if on]
     options += [f"--resume-from={came_from}"] if came_from is not None else []
-    options += [f"--allow={key}" for key in allow]
+    options += [f"--allow={key}" for key in allowed]
     if ranks is not None:
         if topology.distributed:
             raise UsageError(
@@ -91,7 +93,7 @@ def train(
             resume=resume,
             resume_from=came_from,
             overwrite=overwrite,
-            allow=frozenset(allow),
+            allow=frozenset(allowed),
         )
         _in_this_process(loaded, topology, asked)
     return open_run(loaded.cfg.OUTPUT_DIR)
@@ -118,7 +120,7 @@ def _in_this_process(config: Config, topology: Topology, asked: Asked) -> None:
             "with torch.distributed.destroy_process_group(), or give ranks=1, for a process of its "
             "own."
         )
-    signals = Interrupts()
+    signals, began = Interrupts(), time.time()
     try:
         with signals, kept():
             attempt(config, topology, asked, signals, _ready, signals.leave)
@@ -126,7 +128,7 @@ def _in_this_process(config: Config, topology: Topology, asked: Asked) -> None:
         raise KeyboardInterrupt("stopped before the first step") from None
     except (Ended, KeyboardInterrupt) as error:
         if signals.hung:
-            raise RunError(_failure(config)) from None
+            raise RunError(_hang(config, began)) from None
         raise (_behind(error) if isinstance(error, Ended) else error) from None
     finally:
         signals.handed_on()
@@ -143,14 +145,16 @@ def _behind(ended: Ended) -> BaseException:
     return ended.__context__ or ended
 
 
-def _failure(config: Config) -> str:
+def _hang(config: Config, began: float) -> str:
     """The end of a run that hung, in words."""
     from launcher.runs.index import OURS
     from launcher.runs.run import Run
 
     path = Path(config.cfg.OUTPUT_DIR)
     failure = Run(path, OURS, path / "metrics.jsonl", path.name).failure
-    return f"{failure.get('exception', 'the run was ended')} (see {path / 'failure.json'})"
+    if failure.get("time", 0.0) < began:  # an earlier attempt's
+        return "the run was ended, for nothing moved before its first step (DIST.INIT_TIMEOUT)"
+    return f"{failure['exception']} (see {path / 'failure.json'})"
 
 
 def _loaded(file: str | None, words: list[str], task: type | None) -> Config:

@@ -75,6 +75,8 @@ def test_a_config_in_each_form(form: str) -> None:
     overrides = {**CONFIG, "TASK.SCALE": torch.tensor(2.0)} if form == "file" else {"TASK.SCALE": 2}
     run = launcher.train(config, Line, overrides=overrides)
     assert run.status is not None and run.status.state == "completed"
+    if form == "file":  # where `launcher replay` looks for it
+        assert run.environment["command"][:3] == ["launcher.train", "--config-file", "mine.yaml"]
     assert run.config["OPTIM.LR"] == 0.05 and run.config["TASK.SCALE"] == 2.0
     assert_trained(run, by_hand(12, 2.0))
 
@@ -168,7 +170,7 @@ def test_what_a_run_fails_with_is_raised_and_told_of() -> None:
     run = launcher.open_run("run")
     assert run.status is not None and run.status.state == "failed"
     assert run.failure["exception"] == "ZeroDivisionError: by hand"
-    assert launcher.train(CONFIG, Line, resume=True, allow=["TASK.DO", "TASK.AT"]).failure == {}
+    assert launcher.train(CONFIG, Line, resume=True, allow="TASK.DO,TASK.AT").failure == {}
     assert_trained(run, by_hand(12))
 
 
