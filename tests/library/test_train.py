@@ -76,7 +76,7 @@ def test_a_config_in_each_form(form: str) -> None:
     run = launcher.train(config, Line, overrides=overrides)
     assert run.status is not None and run.status.state == "completed"
     if form == "file":  # where `launcher replay` looks for it
-        assert run.environment["command"][:3] == ["launcher.train", "--config-file", "mine.yaml"]
+        assert run.environment["command"][1:4] == ["launcher.train", "--config-file", "mine.yaml"]
     assert run.config["OPTIM.LR"] == 0.05 and run.config["TASK.SCALE"] == 2.0
     assert_trained(run, by_hand(12, 2.0))
 
