@@ -41,7 +41,6 @@ One gives a place where records go:
 from __future__ import annotations
 
 import inspect
-import re
 import shlex
 import sys
 from collections import Counter
@@ -50,8 +49,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from launcher.config.words import arguments
 from launcher.edges.returned import calling
 from launcher.errors import RunError, UsageError
 from launcher.runtime.progress import Every, Progress
@@ -60,6 +58,7 @@ from launcher.tasks.resolve import resolve_class
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.optim.swa_utils import AveragedModel
 
     from launcher.config import CfgNode
     from launcher.data.splits import Data
@@ -69,7 +68,6 @@ if TYPE_CHECKING:
     from launcher.telemetry.sinks import Sink
 
 REQUESTS = ("stop", "finish", "evaluate", "checkpoint")
-NO_POINT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 # Those that a task may have too; its other methods are its own, whatever they are called.
 OF_TASK = ("on_start", "on_step", "on_record", "on_evaluation", "on_checkpoint", "on_end")
 # The callbacks by name: what somebody has to ask for.
@@ -92,6 +90,7 @@ class Run:
     data: Data
     runtime: Runtime  # device, rank, world size
     directory: Path
+    average: AveragedModel | None = None  # of the weights, where MODEL asks for one
     console: ConsoleHandler | None = None  # the log's, where the launcher has set that up
 
     @property
@@ -223,13 +222,13 @@ def resolve(entries: Sequence[str], search: list[Path]) -> list[Made]:
     Raises UsageError."""
     found = []
     for entry in entries:
-        name, arguments = parse(entry)
+        name, given = parse(entry)
         made = resolve_class(name, BUILTIN, "callback", search)
         try:
-            inspect.signature(made).bind(None, **arguments)
+            inspect.signature(made).bind(None, **given)
         except TypeError as error:
             raise UsageError(f"CALLBACKS: {entry!r}: {error}") from None
-        found.append((made, arguments))
+        found.append((made, given))
     return found
 
 
@@ -237,17 +236,11 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     """The name and the arguments of an entry. Raises UsageError."""
     try:
         name, *words = shlex.split(text)
-        pairs = [word.split("=", 1) for word in words]
-        return name, {key: _value(word) for key, word in pairs}
-    except (ValueError, yaml.YAMLError) as error:
+        return name, arguments(words)
+    except ValueError as error:
         raise UsageError(
             f"CALLBACKS: {text!r} is not a name with key=value arguments ({error})"
         ) from None
-
-
-def _value(word: str) -> Any:
-    # YAML 1.1 takes 1e-3, which has no point, for text; a key of the config takes it for a number.
-    return float(word) if NO_POINT.fullmatch(word) else yaml.safe_load(word)
 
 
 def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
@@ -262,6 +255,10 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
     from launcher.callbacks.system import SystemFigures
 
     classes: list[type] = [LogLines, DataAdvice, DiskSpace, SystemFigures]
+    if cfg.MODEL.SWA_START:
+        from launcher.callbacks.swa import Swa
+
+        classes.append(Swa)
     if runtime.is_main:
         from launcher.callbacks.digests import Digests
         from launcher.callbacks.spikes import Spikes
@@ -275,6 +272,10 @@ def shipped(cfg: CfgNode, task: Any, runtime: Runtime) -> list[type]:
         from launcher.callbacks.break_rank import BreakRank
 
         classes.append(BreakRank)
+    if cfg.MODEL.COMPILE:
+        from launcher.callbacks.compiled import Compiled
+
+        classes.append(Compiled)
     if cfg.DEBUG.NONFINITE:
         from launcher.callbacks.nonfinite import Nonfinite
 

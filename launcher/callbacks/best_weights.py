@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from launcher.callbacks import Run
 from launcher.checkpoint.store import CheckpointStore, Retention
-from launcher.config.checks import evaluates
+from launcher.config.checks import averages, evaluates
 from launcher.edges.model import fill, load_model_state, model_state
 from launcher.errors import UsageError
 from launcher.log import get_logger
@@ -44,7 +44,7 @@ class BestWeights:
         except UsageError as error:  # it was never finite, say
             logger.warning("the weights stay those of the run's end: %s", error)
             return False
-        step = load_weights(path, self.run.model, ema=cfg.MODEL.EMA_DECAY > 0 or None)
+        step = load_weights(path, self.run.model, ema=averages(cfg) or None)
         value = store.manifest(step)["metrics"][metric] if step is not None else None
         logger.info("the model has the weights of step %s, the best: %s %s", step, metric, value)
         return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 
 from launcher.callbacks import Run
+from launcher.config.checks import averages
+from launcher.config.optim import ADAMS
 from launcher.log import get_logger
 
 logger = get_logger(__name__)
@@ -21,7 +23,7 @@ class DiskSpace:
         # Weights, their average, and as much again as the optimiser may keep for each weight.
         tensors = [t for t in self.run.model.state_dict().values() if hasattr(t, "element_size")]
         weights = sum(t.numel() * t.element_size() for t in tensors)
-        copies = 2 + (cfg.MODEL.EMA_DECAY > 0) + (cfg.OPTIM.NAME == "adamw")
+        copies = 2 + averages(cfg) + (cfg.OPTIM.NAME in ADAMS)
         kept = cfg.CHECKPOINT.KEEP_LAST + cfg.CHECKPOINT.KEEP_BEST
         needed = (kept + 1) * weights * copies
         free = shutil.disk_usage(path).free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from launcher.edges.optimizer import (
     has_modes,
     load_optimizers,
     made,
+    unscheduled,
 )
 from launcher.edges.state import load_state_of, state_of
 from launcher.models.freezing import Freezing
+from launcher.optim.curves import SCHEDULED
 from launcher.provenance.environment import versions
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
@@ -52,6 +54,7 @@ class TrainingState:
     finished        which callback has completed the run here, and why; or ""
     agreed          what ranks ask for and have not seen yet, by steps on their way (CUDA)
     dataset_length  of the training data
+    micro_batch_size    0: no limit
     stream          where the stream of an iterable data set was, or None
     files           bytes of the files that grow with the records, by name
     ranks           a dict for each rank: "random" (its generators), "means" (since the last
@@ -88,7 +91,7 @@ class TrainingState:
         assert duration is not None  # the config check demands one
         self.duration = duration
         self.whole = ModelState(self.model, self.alike)
-        self.made = {phase: made(optimizer) for phase, optimizer in self.optimizers.items()}
+        self.made = {phase: made(one, self.model) for phase, one in self.optimizers.items()}
 
     @property
     def progress(self) -> Progress:
@@ -144,6 +147,7 @@ class TrainingState:
             "finished": self.finished,
             "agreed": self.agreed,
             "dataset_length": self.data.length,
+            "micro_batch_size": self.data.train_plan.micro_batch_size,
             "stream": self.data.stream_state(self.progress.samples),
             "files": self.directory.positions(),
         }
@@ -153,8 +157,9 @@ class TrainingState:
         if not self.averages:
             return None
         if self.ema is not None:
-            evaluated_model(self.model, self.ema)
-            return model_state(self.ema)
+            model = evaluated_model(self.model, self.ema)
+            weights = {f"module.{n}": t for n, t in model_state(model).items()}
+            return {**model_state(self.ema), **weights}
         with evaluated(self.optimizers):
             state = map_tensors(model_state(self.model), torch.clone)
         return {f"module.{name}": value for name, value in state.items()}
@@ -190,7 +195,10 @@ class TrainingState:
         own = ranks[runtime.rank]["buffers"] if same else {}
         self.whole.load(saved["model"], saved["beside"], own)
         parts = saved["optimizer"], saved["optimizer_made"]
-        afresh = load_optimizers(self.optimizers, *parts, "OPTIM.NAME" in allow)
+        afresh = load_optimizers(self.optimizers, self.made, *parts, "OPTIM.NAME" in allow)
+        if any(key in changed for key in SCHEDULED):
+            for optimizer in self.optimizers.values():
+                unscheduled(optimizer)
         for phase, scaler in self.scalers.items():
             state = saved["scaler"].get(phase) if phase else saved["scaler"]
             if scaler.is_enabled() and state:  # fp16, now and then
@@ -201,6 +209,8 @@ class TrainingState:
         elif self.ema is not None:  # an average that is new to the run begins here
             load_model_state(self.ema.module, saved["model"])
         self.progress.__dict__.update(saved["progress"])
+        if self.cfg.TRAIN.MICRO_BATCH_SIZE == "auto" and (size := saved.get("micro_batch_size")):
+            self.data.train_plan = replace(self.data.train_plan, micro_batch_size=size)
         for name in ("due", "recorded", "evaluated", "finished", "agreed"):
             setattr(self, name, saved[name])
         self.callbacks.load_state_dict(ranks[min(runtime.rank, len(ranks) - 1)]["callbacks"])

@@ -145,7 +145,8 @@ class CheckpointStore:
         temporary.mkdir(parents=True)
         try:
             files = {STATE: _write(temporary / STATE, lambda file: torch.save(state, file))}
-            whole = {**manifest, "files": files}
+            covers = state.get("files", {}).get("metrics.jsonl", 0)  # bytes
+            whole = {**manifest, "records": covers, "files": files}
             text = json.dumps({**whole, "digest": _digest(whole)}, indent=2)
             _write(temporary / MANIFEST, lambda file: file.write(text.encode()))
             _sync(temporary)

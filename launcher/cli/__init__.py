@@ -17,7 +17,8 @@ COMMANDS = {
     "sweep": "a config for each point of a grid, or drawn at random; the jobs that run them all",
     "runs": "read runs back: how they are doing, what they recorded",
     "replay": "a step of a run once more, with the proof that it is the same",
-    "config": "list a config's keys and where their values come from; compare two configs",
+    "config": "list what ships, a config's keys, and where their values come from; compare two",
+    "find-lr": "a range test of the learning rate on a config, and what it suggests",
     "tune-loader": "measure loader workers, prefetch and pinning on a config's data",
     "doctor": "what this machine, and a config on it, will let a run do; is it repeatable",
 }
@@ -70,6 +71,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.replay import main as replay
 
         return replay
+    if name == "find-lr":
+        from launcher.cli.find_lr import main as find_lr
+
+        return find_lr
     if name == "tune-loader":
         from launcher.cli.tune_loader import main as tune_loader
 

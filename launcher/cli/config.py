@@ -1,4 +1,4 @@
-"""`launcher config keys` and `launcher config diff`."""
+"""`launcher config list`, `launcher config keys` and `launcher config diff`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.config import KEYS, Key, flatten, load_config
 from launcher.config.checks import bounds
+from launcher.config.shipped import first_comment, shipped
 from launcher.errors import UsageError
 
 _MARKDOWN_HEAD = """\
@@ -26,14 +27,33 @@ with `launcher config keys --config-file FILE`.
 
 def main(argv: list[str]) -> int:
     """Run `launcher config ARGV`; returns the exit code, raises UsageError."""
-    commands = {"keys": keys, "diff": diff}
+    commands = {"list": listed, "keys": keys, "diff": diff}
     parser = argparse.ArgumentParser(
         prog="launcher config",
-        description="keys: every key, its value and where it comes from. "
-        "diff: the keys in which two configs or runs differ.",
+        description="list: the configs that ship. keys: every key, its value and where it comes "
+        "from. diff: the keys in which two configs or runs differ.",
     )
     parser.add_argument("command", choices=commands, help="add --help for its options")
     return commands[parser.parse_args(argv[:1]).command](argv[1:])
+
+
+def listed(argv: list[str]) -> int:
+    """Print the configs that ship, with the first line of each one's comment."""
+    parser = argparse.ArgumentParser(
+        prog="launcher config list",
+        description="The configs that ship: --config-file takes their names.",
+    )
+    parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
+    args = parser.parse_args(argv)
+    rows = [
+        {"name": name, "comment": first_comment(path), "path": str(path)}
+        for name, path in shipped().items()
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        _print_table(("name", "comment"), [(row["name"], row["comment"]) for row in rows])
+    return 0
 
 
 def keys(argv: list[str]) -> int:
@@ -42,7 +62,9 @@ def keys(argv: list[str]) -> int:
         prog="launcher config keys",
         description="Every key with its value, where that comes from, and what it means.",
     )
-    parser.add_argument("--config-file", metavar="FILE", help="the YAML file (default: none)")
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="a YAML file, or a name that `list` has"
+    )
     parser.add_argument("--json", action="store_true", help="a list of objects instead of a table")
     parser.add_argument(
         "--markdown", action="store_true", help="the page docs/config.md (defaults only)"
@@ -132,7 +154,8 @@ def markdown() -> str:
 def _values(key: Key) -> str:
     """Which values a key takes, in a few words."""
     if key.choices:
-        return ", ".join(f"`{choice or _text(choice)}`" for choice in key.choices)
+        names = [f"`{choice or _text(choice)}`" for choice in key.choices]
+        return ", ".join([*names, "`module:Class`"] if key.own else names)
     if key.unit:
         units = " or ".join("a time" if unit == "s" else f"`{unit}`" for unit in key.unit)
         return ("list of " if isinstance(key.default, list) else "") + (
@@ -145,6 +168,7 @@ def _values(key: Key) -> str:
         name = f"list of {key.length} numbers"
     else:
         name = kind[type(key.default)]
+    name += f" or `{key.word}`" if key.word else ""
     return f"{name}, {bounds(key)}" if bounds(key) else name
 
 

@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
         "ranks are compared. Exits 1 where there is a problem. Writes nothing.",
         allow_abbrev=False,
     )
-    p.add_argument("--config-file", metavar="FILE", help="the run's YAML config")
+    p.add_argument(
+        "--config-file", metavar="FILE", help="the run's YAML config, or the name of one that ships"
+    )
     p.add_argument(
         "--steps",
         type=int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from launcher.checkpoint.store import CheckpointStore, Retention
+from launcher.config.checks import averages
 from launcher.data.splits import Data
 from launcher.edges.model import check_model, load_model_state, model_state
 from launcher.engine.evaluate import Evaluation
@@ -44,7 +45,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     # Collectives: rank 0 alone need see the checkpoints.
     path = runtime.on_main(lambda: choose_checkpoint(store, job.checkpoint))
-    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, cfg.MODEL.EMA_DECAY > 0 or None
+    strict_names, ema = cfg.MODEL.WEIGHTS_STRICT, averages(cfg) or None
     saved = runtime.on_main(lambda: load_weights(path, model, strict_names, ema))
     # Collectives: the model of rank 0 is everybody's.
     load_model_state(model, runtime.broadcast_state(model_state(model)))

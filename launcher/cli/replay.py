@@ -170,7 +170,7 @@ def _replay(options: argparse.Namespace, run: Any, plan: ReplayPlan, folder: Pat
         directory,
         argv=sys.argv,
         resume_from=plan.checkpoint,
-        allow=plan.allow,
+        allow=plan.allow | ({"TASK.NAME", "OPTIM.NAME"} if options.code == "run" else set()),
         callbacks=[*resolve(cfg.CALLBACKS, search), made],
         saves=False,
         code=code,
@@ -207,6 +207,10 @@ def use_kept_code(run: Any, plan: ReplayPlan, tree: Any) -> Path:
     place, _, name = tree.TASK.NAME.rpartition(":")
     if place.endswith(".py"):
         tree.TASK.NAME = f"{folder / version.main}:{name}"
+    place, _, name = tree.OPTIM.NAME.rpartition(":")
+    kept = [path for path in (folder / place, folder / Path(place).name) if path.is_file()]
+    if kept:
+        tree.OPTIM.NAME = f"{kept[0]}:{name}"
     sys.path.insert(0, str(folder))
     return folder
 

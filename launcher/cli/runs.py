@@ -8,6 +8,7 @@ from pathlib import Path
 COLUMNS = "run,state,step,metric,best,last,age,duration"
 CODES = "exits 0 completed, 75 stopped or lost, 1 failed, 3 running"
 WHERE = "also <, <=, >, >=, !=; a column, config key or metric (min:, max: or best: before it)"
+TRACKERS = ("mlflow", "wandb", "tensorboard-dir")
 AGAIN = (
     "for job files, before the first attempt and after each: exit 75 where another is worth it, "
     "also after a failure, else 0 (completed), 1 (a file STOP, or two attempts in a row without a "
@@ -79,14 +80,34 @@ def _parser() -> argparse.ArgumentParser:
 
     c.set_defaults(by_replay=None)
 
-    c = command("plot", "curves as a picture (needs the extra `plot`)")
+    c = command("plot", "curves as a picture (needs the extra `plot`)", "*")
     c.add_argument("--key", action="append", default=[], help="a metric; a panel each")
     c.add_argument("--x", choices=("step", "samples", "time"), default="step")
     c.add_argument("--smooth", type=_weight, default=0.0, metavar="0..1", help="as TensorBoard's")
-    c.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.png|svg")
+    c.add_argument("-o", "--output", type=Path, metavar="FILE.png|svg")
+    c.add_argument(
+        "--schedule",
+        nargs="+",
+        metavar=("CONFIG", "KEY=VALUE"),
+        help="instead: the learning rate that a config file, with overrides, will have, in the "
+        "terminal and with -o as a picture",
+    )
+    c.add_argument(
+        "--length",
+        type=_count,
+        metavar="N",
+        help="samples in the training data, for a --schedule in epochs",
+    )
 
     c = command("export", "records as a table: a row a record")
     c.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.csv|parquet|jsonl")
+
+    c = command("publish", "send its records to a tracker, those that no resume takes back", 1)
+    c.add_argument("--to", choices=TRACKERS, required=True, help="whose own variables count")
+    c.add_argument("-f", "--follow", action="store_true", help="until the run ends")
+    c.add_argument("--project", default="", help="mlflow's experiment, wandb's project (launcher)")
+    c.add_argument("--name", default="", help="of the run there (default: RUN's)")
+    c.add_argument("--dir", type=Path, metavar="DIR", help="of tensorboard-dir: DIR/NAME is made")
 
     command("verify", "whether everything is as promised; exits 1 if not", 1, "lines")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from launcher.config.shipped import found
 from launcher.errors import UsageError
 
 
@@ -45,10 +46,11 @@ def main(argv: list[str]) -> int:
     from launcher.sweeps.points import settings_of
     from launcher.sweeps.write import load_points, write_sweep
 
+    base = Path(found(str(options.base)))  # which may be the name of one that ships
     settings = settings_of(options.grid, options.random, options.seed)
-    points = load_points(options.base, settings)
+    points = load_points(base, settings)
     asked = {"grid": options.grid, "random": options.random, "seed": options.seed}
-    written = write_sweep(options.output, options.base, asked, points, list(settings[0]))
+    written = write_sweep(options.output, base, asked, points, list(settings[0]))
     if not written:
         print(f"{options.output} holds this very sweep of {len(points)} points already")
         return 0

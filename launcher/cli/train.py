@@ -30,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
         "many. Any config key can be overridden; `launcher config keys` lists them.",
         allow_abbrev=False,
     )
-    p.add_argument("--config-file", metavar="FILE", type=_path, help="the run's YAML config")
+    p.add_argument(
+        "--config-file",
+        metavar="FILE",
+        type=_path,
+        help="the run's YAML config, or the name of one that ships",
+    )
     p.add_argument(
         "--resume",
         action="store_true",

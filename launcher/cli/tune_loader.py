@@ -62,7 +62,9 @@ def parser() -> argparse.ArgumentParser:
         "and pinning, without a model, and print the keys of the best.",
         allow_abbrev=False,
     )
-    p.add_argument("--config-file", metavar="FILE", help="the run's YAML config")
+    p.add_argument(
+        "--config-file", metavar="FILE", help="the run's YAML config, or the name of one that ships"
+    )
     p.add_argument(
         "--seconds", type=float, default=60.0, metavar="N", help="time to spend (default: 60)"
     )

@@ -16,10 +16,12 @@ logger = get_logger(__name__)
 
 # As it is allowed: the order of a data set of another length is another.
 DATA = "DATASET_LENGTH"
+# Keys that say with which weights a run begins.
+BEGINNING = ("MODEL.WEIGHTS", "MODEL.INIT", "MODEL.REINIT")
 # Keys that say where and how much to log, save and evaluate, or how to load: the steps of a run do
 # not depend on them.
 FREE = (
-    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", "MODEL.WEIGHTS"),
+    *("OUTPUT_DIR", "LOG.", "CHECKPOINT.", "EVAL.", "TRAIN.MAX_TIME", "DIST.", *BEGINNING),
     # And PROFILE_STEPS. What is overfitted is another data set.
     *(
         f"DEBUG.{name}"
@@ -27,6 +29,8 @@ FREE = (
     ),
     *(f"DATALOADER.{name}" for name in ("NUM_WORKERS", "PREFETCH_FACTOR", "PIN_MEMORY")),
 )
+# But for these, by which gradients are summed.
+SUMS = ("DIST.GRADIENT_COMPRESSION", "DIST.BUCKET_MB", "DIST.STATIC_GRAPH")
 
 
 def check_changes(
@@ -47,7 +51,8 @@ def check_changes(
         if before != now:
             changed[key] = f"{key}: {before!r} -> {now!r}"
             logger.info("changed since the checkpoint: %s", changed[key])
-    refused = [key for key in changed if not key.startswith(FREE) and key not in allow]
+    bound = [key for key in changed if key in SUMS or not key.startswith(FREE)]
+    refused = [key for key in bound if key not in allow]
     if refused:
         told = "\n".join(f"  {changed[key]}" for key in refused)
         raise UsageError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from yacs.config import CfgNode
 
+from launcher.config.inits import parse_init
 from launcher.config.keys import KEYS, Key, flatten
 from launcher.config.problem import Mistake, nearest, quote
 from launcher.config.units import parse_duration
@@ -38,6 +39,11 @@ def evaluates(cfg: CfgNode) -> bool:
     return bool(cfg.EVAL.EVERY and cfg.EVAL.SPLITS)
 
 
+def averages(cfg: CfgNode) -> bool:
+    """Whether a run keeps an average of its weights."""
+    return bool(cfg.MODEL.EMA_DECAY or cfg.MODEL.SWA_START)
+
+
 def recorded_as(split: str) -> str:
     """The name under which the metrics of a split stand; `train/` are the training's own."""
     return "train_eval" if split == "train" else split
@@ -58,8 +64,9 @@ def in_epochs(cfg: CfgNode) -> list[str]:
 def _check_item(key: Key, value: object) -> None:
     if key.unit:
         _check_duration(key, str(value))
-    if key.choices and value not in key.choices:
+    if key.choices and value not in key.choices and not (key.own and ":" in str(value)):
         names = ", ".join(choice or '""' for choice in key.choices)
+        names += ", and no module:Class" if key.own else ""
         raise Mistake(f"{quote(value)} is not one of {names}", nearest(str(value), key.choices))
     if isinstance(value, (int, float)) and not (
         (key.at_least is None or value >= key.at_least)
@@ -92,36 +99,6 @@ def _check_duration(key: Key, text: str) -> None:
 # Each check sees the whole config and answers with what is wrong, or None.
 
 
-def _nesterov(cfg: CfgNode) -> str | None:
-    if cfg.OPTIM.NESTEROV and (cfg.OPTIM.NAME != "sgd" or cfg.OPTIM.MOMENTUM == 0):
-        return "needs OPTIM.NAME sgd and OPTIM.MOMENTUM above 0"
-    return None
-
-
-def _step_schedule(cfg: CfgNode) -> str | None:
-    if cfg.OPTIM.SCHEDULE == "step" and not cfg.OPTIM.MILESTONES:
-        return "step needs OPTIM.MILESTONES, for example [5ep, 8ep]"
-    return None
-
-
-def _milestones(cfg: CfgNode) -> str | None:
-    last: dict[str, float] = {}
-    for text in cfg.OPTIM.MILESTONES:
-        duration = parse_duration(text)
-        assert duration is not None, "the key alone was checked before"
-        if duration.amount <= last.get(duration.unit, 0):
-            return f"{text} does not come after the one before it; put them in rising order"
-        last[duration.unit] = duration.amount
-    return None
-
-
-def _warmup(cfg: CfgNode) -> str | None:
-    warmup, duration = parse_duration(cfg.OPTIM.WARMUP), parse_duration(cfg.TRAIN.DURATION)
-    if warmup and duration and warmup.unit == duration.unit and warmup.amount > duration.amount:
-        return f"{warmup} is longer than TRAIN.DURATION ({duration})"
-    return None
-
-
 def _thaw(cfg: CfgNode) -> str | None:
     for entry in cfg.MODEL.THAW:
         pattern, at, when = entry.rpartition("@")
@@ -131,6 +108,20 @@ def _thaw(cfg: CfgNode) -> str | None:
             return f"{quote(entry)}: {error}"
         if duration is None or duration.unit == "s":
             return f"{quote(entry)} is no moment; write for example backbone.layer4@5ep"
+    return None
+
+
+def _init(cfg: CfgNode) -> str | None:
+    try:
+        for text in cfg.MODEL.INIT:
+            parse_init(text)
+    except Mistake as mistake:
+        return f"{mistake} (did you mean {mistake.hint}?)" if mistake.hint else str(mistake)
+    if cfg.MODEL.INIT and cfg.MODEL.WEIGHTS and cfg.MODEL.WEIGHTS_STRICT and not cfg.MODEL.REINIT:
+        return (
+            "has no effect where MODEL.WEIGHTS give every weight; name those that it is to fill in "
+            "MODEL.REINIT, or set MODEL.WEIGHTS_STRICT False"
+        )
     return None
 
 
@@ -150,6 +141,30 @@ def _splits(cfg: CfgNode) -> str | None:
     return None
 
 
+def _averages(cfg: CfgNode) -> str | None:
+    if cfg.MODEL.SWA_START and cfg.MODEL.EMA_DECAY:
+        return "weights are averaged in one way: take MODEL.EMA_DECAY 0, or leave this empty"
+    return None
+
+
+def _ema_warmup(cfg: CfgNode) -> str | None:
+    if cfg.MODEL.EMA_WARMUP and not cfg.MODEL.EMA_DECAY:
+        return "needs MODEL.EMA_DECAY"
+    return None
+
+
+def _clip_skip(cfg: CfgNode) -> str | None:
+    if cfg.TRAIN.GRAD_CLIP_SKIP and cfg.TRAIN.GRAD_CLIP_BY == "norm":
+        return "is for TRAIN.GRAD_CLIP_BY value and adaptive: a norm is that of all gradients"
+    return None
+
+
+def _static_graph(cfg: CfgNode) -> str | None:
+    if cfg.DIST.STATIC_GRAPH and cfg.DIST.FIND_UNUSED_PARAMETERS:
+        return "and DIST.FIND_UNUSED_PARAMETERS exclude each other: leave one of them False"
+    return None
+
+
 def _backend(cfg: CfgNode) -> str | None:
     if cfg.DIST.BACKEND == "nccl" and cfg.DIST.DEVICE == "cpu":
         return "nccl works on CUDA only; use gloo, or DIST.DEVICE cuda"
@@ -158,12 +173,13 @@ def _backend(cfg: CfgNode) -> str | None:
 
 # The keys a check reads; the first is the one reported. Skipped where one of them is wrong itself.
 CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
-    (("OPTIM.NESTEROV", "OPTIM.NAME", "OPTIM.MOMENTUM"), _nesterov),
-    (("OPTIM.SCHEDULE", "OPTIM.MILESTONES"), _step_schedule),
-    (("OPTIM.MILESTONES",), _milestones),
-    (("OPTIM.WARMUP", "TRAIN.DURATION"), _warmup),
     (("DIST.BACKEND", "DIST.DEVICE"), _backend),
     (("MODEL.THAW",), _thaw),
+    (("MODEL.SWA_START", "MODEL.EMA_DECAY"), _averages),
+    (("MODEL.EMA_WARMUP", "MODEL.EMA_DECAY"), _ema_warmup),
+    (("TRAIN.GRAD_CLIP_SKIP", "TRAIN.GRAD_CLIP_BY"), _clip_skip),
+    (("DIST.STATIC_GRAPH", "DIST.FIND_UNUSED_PARAMETERS"), _static_graph),
+    (("MODEL.INIT", "MODEL.WEIGHTS", "MODEL.WEIGHTS_STRICT", "MODEL.REINIT"), _init),
     (("EVAL.SPLITS",), _splits),
     (("EVAL.AT_START", "EVAL.EVERY", "EVAL.SPLITS"), _at_start),
 ]

@@ -13,6 +13,9 @@ from yacs.config import CfgNode
 
 STEPS = ("ep", "step")
 TIME = ("s",)
+OPTIMIZERS = (
+    *("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adafactor", "muon"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Key:
     `unit` makes the value a duration and names the units it takes; `never` allows "" for none.
     `not_time` is what to say of a time where only epochs and steps make sense.
     `element` is an example of an item where an empty default list shows none.
+    `own` where a class by its place, module:Class, is as good as one of the choices.
+    `word` is one more value that is taken, whatever the type.
     `path` where a value may be the path of a file: `~` and `$VARIABLES` in it are expanded.
     """
 
@@ -38,7 +43,9 @@ class Key:
     not_time: str = "a time makes no sense here"
     length: int | None = None
     element: Any = None
+    own: bool = False
     path: bool = False
+    word: str = ""
 
 
 # fmt: off
@@ -55,6 +62,13 @@ KEYS: list[Key] = [
         'Weights to start from: a checkpoint, .safetensors or a state_dict file; "" means none',
         path=True),
     Key("MODEL.WEIGHTS_STRICT", True, "Whether WEIGHTS must fit the model in every name and shape"),
+    Key("MODEL.INIT", [],
+        "How torch.nn.init fills weights at the start, by type of module or pattern of names, the "
+        'last one counts: "Linear: xavier_uniform", "*.bias: zeros"',
+        element=""),
+    Key("MODEL.REINIT", [],
+        "Modules that begin afresh, by their own reset_parameters, whatever WEIGHTS hold: head.*",
+        element=""),
     Key("MODEL.FREEZE", [],
         "Weights that do not train: names, modules that hold them, or patterns (backbone.*)",
         element=""),
@@ -63,6 +77,29 @@ KEYS: list[Key] = [
         element=""),
     Key("MODEL.EMA_DECAY", 0.0, "Decay a step of the moving average of the weights; 0: no average",
         at_least=0, below=1),
+    Key("MODEL.EMA_WARMUP", False,
+        "Average over fewer steps at first: a decay of at most (1 + n) / (10 + n) after n steps"),
+    Key("MODEL.SWA_START", "",
+        'Average the weights (SWA), each counting the same, from then on; "": not',
+        unit=STEPS, never=True),
+    Key("MODEL.SWA_EVERY", "",
+        'How often weights are taken into that average; "": every epoch', unit=STEPS, never=True),
+    Key("MODEL.SWA_BN_BATCHES", 200,
+        "Global batches of training data that give the average's batch-norm its statistics; "
+        "0: it has the model's own", at_least=0),
+    Key("MODEL.COMPILE", False, "Compile the model (torch.compile); the first steps take long"),
+    Key("MODEL.COMPILE_MODE", "default",
+        "What torch.compile optimises for; a max-autotune chooses by time, so a resume may round "
+        "otherwise",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")),
+    Key("MODEL.COMPILE_DYNAMIC", False,
+        "Compile once for all shapes of a batch, rather than for each; for lengths that vary"),
+    Key("MODEL.CHANNELS_LAST", False,
+        "Keep images and convolutions' weights as (N, H, W, C) in memory, for tensor cores"),
+    Key("MODEL.ACTIVATION_CHECKPOINT", [],
+        "Modules that keep their inputs alone and compute the rest again in the backward pass, for "
+        "memory: names or patterns (blocks.*)",
+        element=""),
     Key("MODEL.SYNC_BN", False, "Batch-norm over the samples of all ranks (CUDA)"),
     Key("DATALOADER.NUM_WORKERS", -1, "Loader worker processes per rank; -1: from the CPU budget",
         at_least=-1),
@@ -77,7 +114,8 @@ KEYS: list[Key] = [
         choices=("error", "skip")),
     Key("TRAIN.BATCH_SIZE", 64, "Samples in one optimiser step over all ranks", at_least=1),
     Key("TRAIN.MICRO_BATCH_SIZE", 0,
-        "Most samples one rank puts through the model at once; 0: no limit", at_least=0),
+        "Most samples one rank puts through the model at once; 0: no limit; auto: as many as the "
+        "GPU's memory takes", at_least=0, word="auto"),
     Key("TRAIN.SAMPLER", "shuffle",
         "Order of the samples; some go by what the data set has: weighted by its `weights`, "
         "grouped by its `groups` or `lengths`, dataset by its `order`",
@@ -90,7 +128,14 @@ KEYS: list[Key] = [
         unit=TIME, never=True),
     Key("TRAIN.PRECISION", "fp32", "Number format of the forward and backward pass",
         choices=("fp32", "tf32", "bf16", "fp16")),
-    Key("TRAIN.GRAD_CLIP", 0.0, "Largest norm of the gradient; 0: no clipping", at_least=0),
+    Key("TRAIN.GRAD_CLIP", 0.0, "Bound of the gradient, by GRAD_CLIP_BY; 0: no clipping",
+        at_least=0),
+    Key("TRAIN.GRAD_CLIP_BY", "norm",
+        "What GRAD_CLIP bounds: the norm of the gradient, the size of each of its numbers (value), "
+        "or its norm for each output unit as a share of the weights' (adaptive, such as 0.01)",
+        choices=("norm", "value", "adaptive")),
+    Key("TRAIN.GRAD_CLIP_SKIP", [],
+        "Weights that value and adaptive leave alone: names or patterns (head.*)", element=""),
     Key("EVAL.BATCH_SIZE", 256, "Samples one rank evaluates at once", at_least=1),
     Key("EVAL.EVERY", "1ep", 'How often to evaluate; "" means never',
         unit=STEPS + TIME, never=True),
@@ -101,23 +146,73 @@ KEYS: list[Key] = [
     Key("EVAL.AT_START", False, "Evaluate before the first step, too"),
     Key("EVAL.RAW", False,
         "Evaluate the raw weights beside the averaged ones, as <split>_raw"),
-    Key("OPTIM.NAME", "sgd", "Optimiser", choices=("sgd", "adamw")),
+    Key("OPTIM.NAME", "sgd",
+        'Optimiser, or a class of your own: "package.module:Class" or "path/to/file.py:Class"',
+        choices=OPTIMIZERS, own=True, path=True),
+    Key("OPTIM.ARGS", [], "More arguments for the optimiser's class, such as [amsgrad=true]",
+        element=""),
     Key("OPTIM.LR", 0.1, "Learning rate before warm-up and schedule", above=0),
+    Key("OPTIM.ADAMW_LR", 3e-4, "Learning rate of the weights that muon leaves to adamw", above=0),
+    Key("OPTIM.LR_SCALING", "",
+        'How the rates grow with TRAIN.BATCH_SIZE / LR_BATCH; "": not at all',
+        choices=("", "linear", "sqrt")),
+    Key("OPTIM.LR_BATCH", 0, "The global batch that the rates are given for (LR_SCALING)",
+        at_least=0),
     Key("OPTIM.WEIGHT_DECAY", 0.0, "Weight decay", at_least=0),
-    Key("OPTIM.MOMENTUM", 0.9, "Momentum (sgd)", at_least=0, below=1),
-    Key("OPTIM.NESTEROV", False, "Nesterov momentum (sgd)"),
+    Key("OPTIM.SKIP_NORM_DECAY", False,
+        "No weight decay for norms, biases and other weights of at most one dimension"),
+    Key("OPTIM.MOMENTUM", 0.9, "Momentum (sgd, rmsprop, muon)", at_least=0, below=1),
+    Key("OPTIM.NESTEROV", False, "Nesterov momentum (sgd, muon)"),
     Key("OPTIM.BETAS", [0.9, 0.999],
-        "Decay of the averages of the gradient and of its square (adamw)",
+        "Decay of the averages of the gradient and of its square (adam, adamw, nadam, radam; what "
+        "muon leaves to adamw)",
         at_least=0, below=1, length=2),
-    Key("OPTIM.EPS", 1e-8, "Term added to the denominator for stability (adamw)", above=0),
+    Key("OPTIM.EPS", 1e-8,
+        "Term added to the denominator for stability (as BETAS; rmsprop, adagrad)", above=0),
+    Key("OPTIM.GROUPS", [],
+        "Weights with values of their own, the last one wins: [backbone.* LR_SCALE=0.1, "
+        "head LR=0.01 WEIGHT_DECAY=0]", element=""),
+    Key("OPTIM.LAYER_DECAY", 1.0, "Factor of the rate for each layer away from the head; 1: none",
+        above=0, at_most=1),
     Key("OPTIM.SCHEDULE", "constant", "Course of the learning rate after warm-up",
-        choices=("constant", "cosine", "linear", "step")),
+        choices=("constant", "cosine", "linear", "step", "multistep", "exponential", "polynomial",
+                 "onecycle", "invsqrt", "wsd")),
     Key("OPTIM.WARMUP", "", 'Linear warm-up at the start; "" means none', unit=STEPS, never=True),
-    Key("OPTIM.FINAL_FACTOR", 0.0, "Share of LR left at the end (cosine, linear)",
+    Key("OPTIM.HORIZON", "",
+        'When the schedule ends, and its last value begins to stay; "": with TRAIN.DURATION',
+        unit=STEPS, never=True),
+    Key("OPTIM.FINAL_FACTOR", 0.0,
+        "Share of LR left at the end (cosine, linear, polynomial, onecycle, wsd)",
         at_least=0, at_most=1),
-    Key("OPTIM.MILESTONES", [], "When LR is multiplied by GAMMA, such as [5ep, 8ep] (step)",
+    Key("OPTIM.FLOOR", 0.0, "Least share of LR that any schedule goes down to", at_least=0,
+        at_most=1),
+    Key("OPTIM.MILESTONES", [],
+        "When LR is multiplied by GAMMA, such as [5ep, 8ep] (multistep, step)",
         unit=STEPS, element=""),
-    Key("OPTIM.GAMMA", 0.1, "Factor of LR at each milestone (step)", above=0),
+    Key("OPTIM.PERIOD", "",
+        "From one GAMMA to the next (step, exponential); the first cycle up to a restart (cosine); "
+        "what the rate falls from, else WARMUP (invsqrt)", unit=STEPS, never=True),
+    Key("OPTIM.PERIOD_GROWTH", 1.0, "Length of each cycle by that of the one before (cosine)",
+        at_least=1),
+    Key("OPTIM.GAMMA", 0.1, "Factor of LR at each milestone (multistep, step), in each PERIOD",
+        above=0),
+    Key("OPTIM.POWER", 1.0, "Power of what is left of the way (polynomial)", above=0),
+    Key("OPTIM.PEAK", 0.3, "Share of the way at which LR is reached (onecycle)", above=0, below=1),
+    Key("OPTIM.START_FACTOR", 0.04, "Share of LR at the start (onecycle)", at_least=0, at_most=1),
+    Key("OPTIM.DECAY", "", "How long before the end the decay begins (wsd)", unit=STEPS,
+        never=True),
+    Key("OPTIM.DECAY_SHAPE", "linear", "Course of that decay; sqrt: 1 - the root of its share done",
+        choices=("linear", "cosine", "sqrt")),
+    Key("OPTIM.MOMENTUM_SCHEDULE", "constant",
+        "Course of the momentum (or of the first of BETAS), beside that of the rate",
+        choices=("constant", "linear", "cosine", "onecycle")),
+    Key("OPTIM.MOMENTUM_FACTOR", 1.0,
+        "Share of the momentum at the end, of onecycle at PEAK; may be above 1", above=0),
+    Key("OPTIM.WEIGHT_DECAY_SCHEDULE", "constant",
+        "Course of the weight decay, beside that of the rate",
+        choices=("constant", "linear", "cosine")),
+    Key("OPTIM.WEIGHT_DECAY_FACTOR", 1.0, "Share of the weight decay at the end; may be above 1",
+        at_least=0),
     Key("CALLBACKS", [],
         'Callbacks: a name, "package.module:Class" or "file.py:Class", then key=value arguments',
         element="", path=True),
@@ -175,6 +270,14 @@ KEYS: list[Key] = [
         choices=("", "nccl", "gloo")),
     Key("DIST.FIND_UNUSED_PARAMETERS", False,
         "For models whose steps use only some of the weights; costs a walk over the graph a step"),
+    Key("DIST.STATIC_GRAPH", False,
+        "Promise DDP that every step uses the same weights in the same order, which saves it work"),
+    Key("DIST.BUCKET_MB", 0.0,
+        "Size in MiB of the gradients that are exchanged at once; 0: torch's own, 25 after 1 first",
+        at_least=0),
+    Key("DIST.GRADIENT_COMPRESSION", "",
+        'Exchange gradients as 16-bit numbers, half as many bytes; "": as they are',
+        choices=("", "bf16")),
     Key("DIST.INIT_TIMEOUT", "10min", "Longest wait for all ranks at the start", unit=TIME),
     Key("DIST.TRAIN_TIMEOUT", "5min", "Longest time without a training step or evaluation batch",
         unit=TIME),

@@ -15,7 +15,9 @@ from yacs.config import CfgNode
 from launcher.config.checks import CHECKS, check_value, evaluates, recorded_as
 from launcher.config.coerce import coerce, expand, plain
 from launcher.config.keys import KEYS, Key, defaults, flatten, put
+from launcher.config.optim import CHECKS as OPTIM_CHECKS
 from launcher.config.problem import ConfigError, Mistake, Problem, nearest, nearest_key, quote
+from launcher.config.shipped import found
 from launcher.config.source import (
     COMMAND_LINE,
     Report,
@@ -56,6 +58,7 @@ def load_config(
 ) -> Config:
     """Merge the defaults, the file with its bases, and the overrides; the last one wins.
 
+    `config_file` is a path, or the name of a config that ships where no such file exists.
     `overrides` are the words of the command line, `KEY VALUE` or `KEY=VALUE`, or of where else they
     were `typed`, as messages call it. Without
     `resolve_task` the keys under TASK are kept as YAML has them, unchecked.
@@ -66,6 +69,7 @@ def load_config(
     settings: list[Setting] = []
     complete = True
     if config_file is not None:
+        config_file = found(config_file)
         settings, complete = read_file(config_file, problems.append)
     settings += read_overrides(overrides, keys, problems.append, typed)
     of_task = [s for s in settings if re.match(r"TASK\.(?!NAME(\.|$))", s.key)]
@@ -93,6 +97,7 @@ def load_config(
         raise ConfigError(problems, _UNCHECKED if unchecked else "")
 
     cfg.TASK.NAME = _from_here(name, config_file)
+    cfg.OPTIM.NAME = _from_here(cfg.OPTIM.NAME, config_file)
     if not cfg.OUTPUT_DIR and (config_file or name):
         run = Path(config_file).stem if config_file else re.split("[:/.]", name)[-1]
         cfg.OUTPUT_DIR = f"runs/{run}"
@@ -117,7 +122,11 @@ class _Merge:
                 self._refuse(setting, keys)
                 return
             key = keys[setting.key]
-            value = coerce(_node(setting, key.default), key.default, key.element)
+            node = _node(setting, key.default)
+            if key.word and getattr(node, "value", None) == key.word:
+                self._put(setting, key.word)
+                return
+            value = coerce(node, key.default, key.element)
             if key.path:
                 value = expand(value)
             check_value(key, value)
@@ -155,7 +164,7 @@ class _Merge:
 
     def check_together(self) -> None:
         """Report keys that are right alone and wrong together."""
-        for names, check in CHECKS:
+        for names, check in [*CHECKS, *OPTIM_CHECKS]:
             message = None if self.wrong.intersection(names) else check(self.cfg)
             if message:
                 self._blame(names[0], Mistake(message))
@@ -271,7 +280,7 @@ def _metrics(task: type) -> list[str] | None:
 
 
 def _from_here(name: str, config_file: str | None) -> str:
-    """A task file found beside the config file, named from the working directory instead.
+    """A file of a class found beside the config file, named from the working directory instead.
 
     So the run's own config.yaml, which lies elsewhere, names the same file.
     """

@@ -14,7 +14,8 @@ from pathlib import Path
 import yaml
 
 from launcher.config.coerce import TAG, expand
-from launcher.config.problem import Mistake, Problem, quote
+from launcher.config.problem import Mistake, Problem, nearest, quote
+from launcher.config.shipped import shipped
 
 BASE = "_BASE_"
 COMMAND_LINE = "command line"
@@ -103,7 +104,7 @@ def _read(
         report(Problem(where, key, f"{cycle} goes round in a circle; take one {BASE} out"))
         return [], False
     try:
-        root = _parse(path)
+        root = _parse(path, is_base=bool(chain))
     except Mistake as mistake:
         report(Problem(where, key, f"{name}{mistake}{via}", mistake.hint))
         return [], False
@@ -151,7 +152,7 @@ def _read(
     return bases + settings, complete
 
 
-def _parse(path: str) -> yaml.Node | None:
+def _parse(path: str, is_base: bool) -> yaml.Node | None:
     """The root node of a file. Raises Mistake where it cannot be read, yaml.YAMLError if broken."""
     if path.endswith(".py"):
         raise Mistake("a config is YAML; Python files are not run as configs")
@@ -159,7 +160,12 @@ def _parse(path: str) -> yaml.Node | None:
         text = Path(path).read_text(encoding="utf-8-sig")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
-        raise Mistake("no such file", _similar_file(path)) from None
+        near = _similar_file(path)
+        if is_base:
+            raise Mistake("no such file", near) from None
+        none = "" if os.path.dirname(path) else ", and no config of this name ships"
+        near = near or nearest(Path(path).stem, shipped())
+        raise Mistake(f"no such file{none} (see launcher config list)", near) from None
     except IsADirectoryError:
         raise Mistake("is a directory; name a YAML file") from None
     except UnicodeDecodeError as error:

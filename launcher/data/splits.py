@@ -71,7 +71,8 @@ class Data:
         for split in cfg.EVAL.SPLITS if evaluates(cfg) else ():
             self.eval_plan(split)
         self.length, train = self.lengths["train"], cfg.TRAIN
-        sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, train.MICRO_BATCH_SIZE
+        micro = 0 if train.MICRO_BATCH_SIZE == "auto" else train.MICRO_BATCH_SIZE
+        sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, micro
         self.train_plan = Plan(self.length, *sizes)
         self.total_steps = in_steps(train.DURATION, self.train_plan.steps_per_epoch)
         sampler, dataset = train.SAMPLER, self.datasets["train"]

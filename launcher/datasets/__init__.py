@@ -2,8 +2,8 @@
 size. They know torch, the errors, and the arithmetic of data/order.py alone."""
 
 from launcher.datasets.bundles import Bundles
-from launcher.datasets.image_list import ListFile
+from launcher.datasets.image_list import ImageFolder, ListFile
 from launcher.datasets.mixture import Mixture
 from launcher.datasets.tokens import TokenFile, TokenWindows
 
-__all__ = ["Bundles", "ListFile", "Mixture", "TokenFile", "TokenWindows"]
+__all__ = ["Bundles", "ImageFolder", "ListFile", "Mixture", "TokenFile", "TokenWindows"]

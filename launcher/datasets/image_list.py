@@ -1,10 +1,11 @@
-"""A data set of labelled images that a list file names."""
+"""Data sets of labelled images: those that a list file names, and those in a folder a class."""
 
 from __future__ import annotations
 
 import os
+import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from launcher.errors import RunError, UsageError
 
 # Pillow's modes of one byte a channel, which have a plain meaning as numbers in 0..1.
 BYTE_MODES = ("L", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV")
+# What a file's name ends in that is taken for an image, in small letters or capitals.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ListFile(Dataset):
@@ -47,13 +50,16 @@ class ListFile(Dataset):
         self.root = os.path.abspath(root or os.path.dirname(self.path))
         self.transform, self.mode = transform, mode
         _check_mode(mode, transform is None)
-        try:
-            with open(self.path, "rb") as file:
-                self._text = file.read()
-        except OSError as error:
-            raise UsageError(f"the list file {self.path}: {error.strerror}") from error
+        self._text = self._read()
         self._starts, self.labels = self._parse()
         self.classes = max(0, int(self.labels.max()) + 1)
+
+    def _read(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise UsageError(f"the list file {self.path}: {error.strerror}") from error
 
     def _parse(self) -> tuple[np.ndarray, np.ndarray]:
         """Where each sample's line starts in the text, and its label; both int64 of shape (N,)."""
@@ -89,6 +95,10 @@ class ListFile(Dataset):
             )
         return int(fields[1])
 
+    def place(self, index: int) -> str:
+        """Where a sample is named, for messages."""
+        return self._place(int(self._starts[index]))
+
     def _place(self, at: int) -> str:
         """file:line. Lines are counted when they are asked for, not kept."""
         line = self._text.count(b"\n", 0, at) + 1
@@ -114,6 +124,81 @@ class ListFile(Dataset):
         except Exception as error:  # Pillow raises a dozen types for broken files
             told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise RunError(f"{self._place(at)}: cannot read the image {path}: {told}") from error
+
+
+class ImageFolder(ListFile):
+    """Labelled images in a folder of class folders: `path`/cat/any/where/1.jpg is of class cat.
+
+    `names` are the classes, label i being names[i]: by default those of the folders, in the order
+    of their names. Images are the files that end in one of SUFFIXES; names that start with a dot
+    are passed over, and links to folders followed at the first level only. Else as ListFile, and
+    as lazy: the folders are walked once, and an image is read when its sample is taken.
+
+    Raises UsageError that names the folder where there are no class folders, where one has no
+    images, and where one is not among the `names` that are given.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        names: Sequence[str] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        mode: str = "RGB",
+    ) -> None:
+        self.path = os.path.abspath(path)
+        found = self._class_folders()
+        self.names = found if names is None else [*names]
+        for name in found:
+            if name not in self.names:
+                raise UsageError(
+                    f"{os.path.join(self.path, name)}: {name!r} is none of the "
+                    f"{len(self.names)} classes to tell apart ({', '.join(self.names[:10])}"
+                    f"{', ...' if len(self.names) > 10 else ''})"
+                )
+        self._found = found
+        super().__init__(path, path, transform, mode)
+        self.classes = len(self.names)
+
+    def _class_folders(self) -> list[str]:
+        try:
+            with os.scandir(self.path) as entries:
+                found = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+        except OSError as error:
+            raise UsageError(f"the image folder {self.path}: {error.strerror}") from error
+        if not found:
+            raise UsageError(f"{self.path} has no class folders: images lie in one folder a class")
+        return found
+
+    def _read(self) -> bytes:
+        """The folder as a list file would name its images."""
+        lines = list[bytes]()
+        for name in self._found:
+            images = [*_images_below(os.path.join(self.path, name))]
+            if not images:
+                raise UsageError(
+                    f"{os.path.join(self.path, name)} has no images (files that end in "
+                    f"{', '.join(SUFFIXES)})"
+                )
+            label = self.names.index(name)
+            for image in sorted(path.removeprefix(self.path).lstrip("/") for path in images):
+                if re.search("[\n\ud800-\udfff]", image):
+                    raise UsageError(f"{self.path}: rename {image!r}, its name is no line of UTF-8")
+                lines.append(f"./{image} {label}\n".encode())
+        return b"".join(lines)
+
+    def _place(self, at: int) -> str:
+        return self.path
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    def unreadable(error: OSError) -> None:
+        raise UsageError(f"the image folder {error.filename}: {error.strerror}") from error
+
+    for place, folders, files in os.walk(folder, onerror=unreadable):
+        folders[:] = [name for name in folders if name[0] != "."]
+        for name in files:
+            if name[0] != "." and name.lower().endswith(SUFFIXES):
+                yield os.path.join(place, name)
 
 
 def to_tensor(image: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Data sets of token sequences from one long file: cut one after the other, or at random."""
+"""Data sets of token sequences from one long file or array: cut in order, or at random."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class TokenFile(Dataset):
     (https://github.com/karpathy/nanoGPT) and Megatron-LM's .bin files are, or one-dimensional
     .npy, which tells its own type. Sample i is (tokens[i * length : (i + 1) * length], the same
     one token further on), both int64 of shape (length,), for i below (tokens - 1) // length; what
-    is left at the end is not used. The two overlap in memory: change neither in place.
+    is left at the end is not used. The two overlap in memory: change neither in place. In place of
+    a path it takes tokens that are in memory anyway, as a one-dimensional array of integers.
 
     Nothing but the pages that are read takes memory, and processes share them. The file is mapped
     when the first sample is taken, and again in each process that the data set is pickled to.
@@ -32,10 +33,14 @@ class TokenFile(Dataset):
     # No random numbers are drawn, so samples need no seeds and a batch is fetched in one call.
     deterministic = True
 
-    def __init__(self, path: str | os.PathLike[str], length: int, dtype: str = "uint16") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | np.ndarray, length: int, dtype: str = "uint16"
+    ) -> None:
         if length < 1:
             raise UsageError(f"TokenFile: length must be at least 1, not {length}")
-        self.path, self.length = os.path.abspath(path), length
+        self._array = path if isinstance(path, np.ndarray) else None
+        self.path = "the array" if isinstance(path, np.ndarray) else os.path.abspath(path)
+        self.length = length
         try:
             self.dtype = np.dtype(dtype)
         except TypeError:
@@ -56,8 +61,10 @@ class TokenFile(Dataset):
 
     def _open(self) -> np.ndarray:
         try:
-            if self.path.endswith(".npy"):
-                tokens = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            if self._array is not None or self.path.endswith(".npy"):
+                tokens = self._array
+                if tokens is None:
+                    tokens = np.load(self.path, mmap_mode="r", allow_pickle=False)
                 if tokens.ndim != 1:
                     raise UsageError(
                         f"{self.path} has the shape {tokens.shape}; tokens have one dimension"
@@ -116,7 +123,7 @@ class TokenWindows(TokenFile):
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | np.ndarray,
         length: int,
         samples: int,
         seed: int = 0,

@@ -17,7 +17,8 @@ NO_LIMITS = ["DIST.TRAIN_TIMEOUT", "1000h", "DIST.SAVE_TIMEOUT", "1000h"]
 PRESET = [
     *("DATALOADER.NUM_WORKERS", "0", "DETERMINISTIC", "True", "LOG.PROGRESS_BAR", "False"),
     *("DEBUG.DETECT_ANOMALY", "True", "DEBUG.NONFINITE", "stop"),
-    *("TRAIN.DURATION", "20step", "OPTIM.WARMUP", "", "LOG.EVERY", "1step"),
+    *("TRAIN.DURATION", "20step", "OPTIM.WARMUP", "", "OPTIM.SCHEDULE", "constant"),
+    *("LOG.EVERY", "1step"),
     *("EVAL.EVERY", "10step", "EVAL.SAMPLES", "256", "CHECKPOINT.EVERY", "10step"),
     *NO_LIMITS,
 ]
@@ -25,7 +26,7 @@ PRESET = [
 
 # `--dry-run`, over what is given: each part of a run once.
 DRY = [
-    *("TRAIN.DURATION", "1step", "OPTIM.WARMUP", "", "LOG.EVERY", "1step", "LOG.LEVEL", "WARNING"),
+    *("TRAIN.DURATION", "1step", "LOG.EVERY", "1step", "LOG.LEVEL", "WARNING"),
     *("CHECKPOINT.EVERY", "1step", "EVAL.AT_START", "False", "LOG.PROGRESS_BAR", "False"),
 ]
 
@@ -36,6 +37,7 @@ def added(cfg: CfgNode, folder: str, dry: bool) -> list[str]:
     settings = implied(cfg)
     if dry:
         settings += [*DRY, "OUTPUT_DIR", f"{folder}/run"]
+        settings += ["OPTIM.HORIZON", cfg.OPTIM.HORIZON or cfg.TRAIN.DURATION]
         if evaluates(cfg):
             settings += ["EVAL.EVERY", "1step", "EVAL.SAMPLES", str(cfg.EVAL.BATCH_SIZE)]
     return settings
@@ -43,7 +45,10 @@ def added(cfg: CfgNode, folder: str, dry: bool) -> list[str]:
 
 def folder_of(topology: Topology, what: str) -> str:
     """A new folder for what is not to be kept, the same on all ranks; not made yet."""
-    job = re.sub(r"\W+", "-", topology.job_id) or str(os.getpid())
+    # Ranks without a job's id, as a launcher of one's own may start them, have an address together.
+    alone = topology.world_size == 1
+    shared = str(os.getpid()) if alone else f"{topology.master_addr}:{topology.master_port}"
+    job = re.sub(r"\W+", "-", topology.job_id or shared)
     return f"{tempfile.gettempdir()}/launcher-{what}-{job}-{int(topology.retries)}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -153,15 +154,23 @@ def _is_spread(tensor: torch.Tensor) -> bool:
     )
 
 
-def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """The moving average of a model's weights, in eval mode. Raises UsageError where the model
-    cannot be copied."""
+def averaged(model: nn.Module, decay: float, warmup: bool = False) -> AveragedModel:
+    """The moving average of a model's weights, in eval mode; with decay 0 their mean. `warmup`: the
+    decay is at most (1 + n) / (10 + n) after n updates. Raises UsageError where the model cannot be
+    copied."""
+
+    def update(averages: Any, weights: Any, _: Any) -> None:
+        n = int(ema.n_averaged)  # on the CPU
+        now = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        get_ema_multi_avg_fn(now)(averages, weights, None)
+
     try:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        ema = AveragedModel(model, multi_avg_fn=update if decay else None)
     except Exception as error:
         raise UsageError(
-            f"MODEL.EMA_DECAY needs a copy of the model, which cannot be made ({error}). Use "
-            "MODEL.EMA_DECAY 0, or torch.nn.utils.parametrizations.weight_norm for the old one."
+            f"An average of the weights needs a copy of the model, which cannot be made ({error}). "
+            'Use MODEL.EMA_DECAY 0 and MODEL.SWA_START "", or '
+            "torch.nn.utils.parametrizations.weight_norm for the old one."
         ) from error
     return ema.eval()
 
@@ -266,3 +275,21 @@ def bits(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 def some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
+
+
+def fitting(weights: Mapping[str, torch.Tensor], pattern: str, key: str) -> list[Any]:
+    """The weights that a pattern of this key names. Raises UsageError where there is none."""
+    found = [p for name, p in weights.items() if fits(name, pattern)]
+    if not found:
+        modules = {name.rpartition(".")[0] for name in weights}
+        near = difflib.get_close_matches(pattern, [*weights, *modules], 3)
+        raise UsageError(
+            f"{key}: {pattern!r} fits no weight of the model; "
+            + (f"near it are {', '.join(near)}" if near else f"it has {some(list(weights))}")
+        )
+    return found
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern names a weight, or a module that it is in."""
+    return fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*")

@@ -117,6 +117,16 @@ class Sums:
             one = self._sums.setdefault(name, Sum())
             one.merge(int(total, 16), under, int(weight, 16), under_weight, odd)
 
+    def absorb(self, other: Sums) -> None:
+        """Add what another one holds."""
+        for name, s in other._sums.items():
+            one = self._sums.setdefault(name, Sum())
+            one.merge(s.total, s.under_total, s.weight, s.under_weight, s.odd)
+        for names, (rows, weights) in other._rows.items():
+            mine = self._rows.setdefault(names, ([], []))
+            mine[0].extend(rows)
+            mine[1].extend(weights)
+
     def clear(self) -> None:
         self._sums.clear()
         self._rows.clear()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from launcher.edges.digest import plain_name
 from launcher.edges.model import some
 from launcher.edges.state import plain
 from launcher.errors import RunError, UsageError
@@ -94,12 +95,14 @@ def _check(optimizer: Any, model: nn.Module, who: str) -> None:
             )
 
 
-def made(optimizer: Any) -> dict[str, Any]:
+def made(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     """What whoever made an optimiser has chosen, before its first step: its class, its groups
-    without their weights, and how many weights are in each."""
+    without their weights, how many weights are in each, and their names, a text a group."""
     chosen = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     groups = {"groups": copy.deepcopy(chosen), "sizes": _sizes(optimizer)}
-    return {"class": type(optimizer).__name__, **groups}
+    known = {id(p): plain_name(name) for name, p in model.named_parameters()}
+    names = ["\n".join(known[id(p)] for p in group["params"]) for group in optimizer.param_groups]
+    return {"class": type(optimizer).__name__, **groups, "names": names}
 
 
 def _sizes(optimizer: Any) -> list[int]:
@@ -116,10 +119,15 @@ def check_groups(optimizer: Any, at_first: dict[str, Any]) -> None:
 
 
 def load_optimizers(
-    optimizers: Mapping[str, Any], states: Any, then: Any, may_begin: bool
+    optimizers: Mapping[str, Any],
+    now: Mapping[str, dict[str, Any]],
+    states: Any,
+    then: Any,
+    may_begin: bool,
 ) -> list[str]:
     """Load the state_dicts of optimisers that were made as `then` says; both as `flat` gives them.
-    What is chosen otherwise for these takes effect; what training has changed in the groups stays.
+    These were made as `now` says. What is chosen otherwise for them takes effect; what training has
+    changed in the groups stays.
 
     Returns what was not restored, in words: the state of another optimiser, where one `may_begin`
     afresh. Raises UsageError where not.
@@ -128,7 +136,7 @@ def load_optimizers(
     states = states if before is then else {"": states}
     told = []
     for phase, optimizer in optimizers.items():
-        told += _load(optimizer, states.get(phase, {}), before.get(phase), may_begin)
+        told += _load(optimizer, now[phase], states.get(phase, {}), before.get(phase), may_begin)
     if gone := [phase for phase in before if phase not in optimizers]:
         told.append(f"the checkpoint's phase {', '.join(gone)} is no more")
         if not may_begin:
@@ -142,15 +150,20 @@ def flat(parts: Mapping[str, Any]) -> Any:
 
 
 def _load(
-    optimizer: Any, state: dict[str, Any], then: dict[str, Any] | None, may_begin: bool
+    optimizer: Any,
+    now: dict[str, Any],
+    state: dict[str, Any],
+    then: dict[str, Any] | None,
+    may_begin: bool,
 ) -> list[str]:
-    now = made(optimizer)
     try:
         if then is None:
             raise ValueError("its phase is new")
         if then["class"] != now["class"]:
             raise ValueError(f"{now['class']}, not {then['class']}")
-        optimizer.load_state_dict(state)
+        # An earlier version saved no names.
+        regrouped = then.get("names", now["names"]) != now["names"]
+        optimizer.load_state_dict(_regrouped(optimizer, now, state, then) if regrouped else state)
     except (ValueError, KeyError) as error:
         if not may_begin:
             raise UsageError(
@@ -160,13 +173,40 @@ def _load(
         told = f"another optimiser, whose state begins afresh: {error}"
         logger.warning("%s", told)
         return [told]
+    if regrouped:
+        told = "the optimiser's groups are others now, and begin with the values of this config"
+        logger.warning("%s; the state of each weight goes on", told)
+        return [told]
     assert then is not None
     for group, new, old in zip(optimizer.param_groups, now["groups"], then["groups"], strict=True):
         chosen = {k: v for k, v in new.items() if not (k in old and _same(v, old[k]))}
-        if "lr" in chosen:
-            group.pop("initial_lr", None)  # the schedule's: of the rate before
+        if "lr_scale" in chosen:
+            chosen["lr"] = new["lr"]  # what it is the scale of
+        for key in chosen:
+            group.pop(f"initial_{key}", None)  # the schedule's: of the value before
         group.update(chosen)
     return []
+
+
+def _regrouped(
+    optimizer: Any, now: dict[str, Any], state: dict[str, Any], then: dict[str, Any]
+) -> dict[str, Any]:
+    """A state_dict for groups that hold the same weights otherwise: each weight's state by its
+    name. Raises ValueError for other weights."""
+    before, after = ("\n".join(made["names"]).split("\n") for made in (then, now))
+    if sorted(before) != sorted(after):
+        new, gone = (sorted({*a} - {*b}) for a, b in ((after, before), (before, after)))
+        raise ValueError(f"of other weights: {some([*new, *gone])}")
+    groups, states = optimizer.state_dict()["param_groups"], state["state"]
+    theirs = dict(zip(before, _numbers(state["param_groups"]), strict=True))
+    ours = zip(after, _numbers(groups), strict=True)
+    kept = {number: states[theirs[name]] for name, number in ours if theirs[name] in states}
+    return {**state, "state": kept, "param_groups": groups}
+
+
+def _numbers(groups: list[dict[str, Any]]) -> list[int]:
+    """Those by which a state_dict calls the weights of its groups."""
+    return [number for group in groups for number in group["params"]]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -186,6 +226,42 @@ def set_rate(group: dict[str, Any], factor: float) -> None:
         rate.fill_(wanted)  # in place, for a compiled or captured step
     else:
         group["lr"] = wanted
+
+
+def set_value(group: dict[str, Any], key: str, factor: float) -> None:
+    """Set what else a group has from the value it was made with; the momentum of one that has only
+    betas is the first of these."""
+    if key == "momentum" and key not in group:
+        first, *rest = group.setdefault("initial_betas", group["betas"])
+        group["betas"] = (first * factor, *rest)
+    else:
+        group[key] = group.setdefault(f"initial_{key}", group[key]) * factor
+
+
+def check_scheduled(optimizers: Mapping[str, Any], courses: Mapping[str, Any]) -> None:
+    """Raise UsageError where groups lack what has a course, or a momentum would reach 1."""
+    for key in courses:
+        name = f"OPTIM.{key.upper()}_SCHEDULE"
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                first = group["betas"][0] if "betas" in group and key == "momentum" else None
+                base = group.get(key, first)
+                if base is None:
+                    raise UsageError(f"{name}: {type(optimizer).__name__} has no {key}")
+                # The greatest value of a course is at one of its ends, or at its peak.
+                if key == "momentum" and max(base * courses[key](i / 64) for i in range(65)) >= 1:
+                    raise UsageError(f"{name}: {base} would get to 1: lower OPTIM.MOMENTUM_FACTOR")
+
+
+def unscheduled(optimizer: Any) -> None:
+    """Give each group the values that schedules went from: others, or none, go from them now."""
+    for group in optimizer.param_groups:
+        for name in ("lr", "momentum", "betas", "weight_decay"):
+            base = group.pop(f"initial_{name}", None)
+            if base is not None and isinstance(group.get(name), torch.Tensor):
+                group[name].fill_(base)  # in place, as set_rate
+            elif base is not None:
+                group[name] = base
 
 
 def rescale(optimizer: Any, factor: float, lowest: float = 0.0) -> None:

@@ -77,7 +77,12 @@ class Loop:
             self.guard.enter("step")
             batch = next(batches)
             before = progress.copy()
-            skipped, seen = self.step(batch, self._requests())
+            requests = self._requests()
+            while (done := self.step(batch, requests)) is None:
+                assert self.step.fitting is not None
+                batches = self.step.fitting.again()
+                batch = next(batches)
+            skipped, seen = done
             progress.advance(batch.count, plan.samples_per_epoch, skipped)
             self.timing.steps += 1
             self.timing.samples += batch.count

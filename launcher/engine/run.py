@@ -19,6 +19,7 @@ from launcher.checkpoint.state import TrainingState
 from launcher.checkpoint.store import CheckpointStore, Retention
 from launcher.config import CfgNode
 from launcher.config.changes import check_changes
+from launcher.config.checks import averages
 from launcher.data.splits import Data
 from launcher.edges.model import (
     averaged,
@@ -32,14 +33,15 @@ from launcher.edges.model import (
 from launcher.edges.state import check
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.loop import Loop
-from launcher.engine.optim import build_optimizers
 from launcher.engine.resume import find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
 from launcher.guard.guard import Guard
 from launcher.log import get_logger
 from launcher.models.freezing import Freezing
-from launcher.models.weights import load_weights
+from launcher.models.init import start_weights, starts_otherwise
+from launcher.models.modes import set_modes
+from launcher.optim.optimizers import build_optimizers
 from launcher.provenance.code import Code
 from launcher.provenance.environment import describe, this_rank
 from launcher.runtime.gather import Gather
@@ -120,10 +122,9 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             if runtime.is_main and directory.read_status().get("state") != "completed":
                 write_end(directory, state, None)
             return True
-    elif cfg.MODEL.WEIGHTS:
-        path, strict_names = Path(cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS_STRICT
-        # Collectives: rank 0 loads, and the others get what it has.
-        runtime.on_main(lambda: load_weights(path, state.model, strict_names))
+    elif starts_otherwise(cfg):
+        # Collectives: rank 0 fills and loads, and the others get what it has.
+        runtime.on_main(lambda: start_weights(cfg, state.model))
         load_model_state(state.model, runtime.broadcast_state(model_state(state.model)))
     check({**state.shared(), "rank": state.of_rank()}, UsageError)
     if plan.gives_one_sample:
@@ -186,17 +187,19 @@ def build_state(
         if runtime.device.type != "cuda":
             raise UsageError("MODEL.SYNC_BN works on CUDA only: set it False, or DIST.DEVICE cuda.")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    set_modes(cfg, model)
     freezing = Freezing(cfg, model)
     optimizers = build_optimizers(cfg, task, model)
     freezing.begin(optimizers.values())
     if len(optimizers) > 1:  # what each phase gives; other names once two have
         recorder.phases |= {name: list(optimizers) for name in ("loss", "grad_norm")}
-    if cfg.MODEL.EMA_DECAY > 0:
-        ema = averaged(model, cfg.MODEL.EMA_DECAY)
+    if averages(cfg):
+        ema = averaged(model, cfg.MODEL.EMA_DECAY, cfg.MODEL.EMA_WARMUP)
     # CUDA and CPU both have a scaler; it is off, and costs nothing, except in fp16.
     fp16, kind = cfg.TRAIN.PRECISION == "fp16", runtime.device.type
     scalers = {phase: torch.amp.GradScaler(kind, enabled=fp16) for phase in optimizers}
-    view = Run(cfg, task, model, optimizers, recorder, data, runtime, job.directory.path, console)
+    made_of = cfg, task, model, optimizers, recorder, data, runtime, job.directory.path
+    view = Run(*made_of, ema, console)
     callbacks = Callbacks(
         [
             *(made(view) for made in shipped(cfg, task, runtime)),

@@ -20,13 +20,15 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
 from launcher.data.splits import GlobalBatch
-from launcher.edges.gradients import clip, norm_of, nothing_of, numbers_of
+from launcher.edges.gradients import Clip, norm_of, nothing_of, numbers_of
 from launcher.edges.model import own_buffers, switched, unused
 from launcher.edges.optimizer import has_modes, weights_of
 from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
-from launcher.engine.schedule import Schedule, build_schedule
+from launcher.engine.fitting import Fitting, TooLarge
 from launcher.errors import RunError
+from launcher.models.parallel import exchanging
+from launcher.optim.schedules import Schedule, build_schedule
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 
@@ -131,21 +133,14 @@ class Phase:
         alone = not runtime.distributed
         self.agreement = Agreement(runtime.device, runtime.world_size, pending, alone)
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, name)
-        if state.data.train_plan.uneven:
+        if state.data.train_plan.uneven or cfg.TRAIN.MICRO_BATCH_SIZE == "auto":
             self.module.collectives = lambda: runtime.collectives() - gather.begun
         if runtime.distributed:
+            ignored = [f"model.{name}" for name in own_buffers(self.model, state.alike)]
             with self.alone():
-                self._wrap(own_buffers(self.model, state.alike), cfg.DIST.FIND_UNUSED_PARAMETERS)
-
-    def _wrap(self, own: Any, find_unused: bool) -> None:
-        # Else DDP would give buffers of a rank's own rank 0's values before each forward pass.
-        ignored: Any = [f"model.{name}" for name in own]
-        self.module._ddp_params_and_buffers_to_ignore = ignored
-        self.module = DDP(
-            self.module, gradient_as_bucket_view=True, find_unused_parameters=find_unused
-        )
-        if not find_unused:  # which keeps the layout
-            self._settle_buckets()
+                self.module = exchanging(self.module, cfg, ignored, self.agreement.carrier)
+                if not cfg.DIST.FIND_UNUSED_PARAMETERS:  # which keeps the layout
+                    self._settle_buckets()
 
     def _settle_buckets(self) -> None:
         """Take DDP through one backward pass of zeros.
@@ -201,7 +196,8 @@ class TrainStep:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
         self.gather = gather
         self.recorder, self.callbacks = state.recorder, state.callbacks
-        self.clip, self.watches = cfg.TRAIN.GRAD_CLIP, cfg.DEBUG.NONFINITE != ""
+        self.moving = state.ema if cfg.MODEL.EMA_DECAY > 0 else None
+        self.clip, self.watches = Clip(cfg, state.model), cfg.DEBUG.NONFINITE != ""
         # Whether a weight may go without a gradient.
         self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
         plan = state.data.train_plan
@@ -211,6 +207,8 @@ class TrainStep:
             optimizer.train()
         state.freezing.thaw(state.progress)
         self.phases: list[Phase] = []
+        auto = cfg.TRAIN.MICRO_BATCH_SIZE == "auto"
+        self.fitting = Fitting(state, runtime, gather) if auto else None
         self._begin()
 
     def _begin(self) -> None:
@@ -223,12 +221,25 @@ class TrainStep:
             self.phases.append(Phase(name, *parts, schedule, self.pending))
         self.agreement = self.phases[0].agreement
 
-    def __call__(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
+    def __call__(
+        self, batch: GlobalBatch, requests: frozenset[str]
+    ) -> tuple[bool, frozenset[str]] | None:
         """One step over a global batch, at the rates of the schedule.
 
         Returns whether the gradient scaler skipped the update (that of all phases), and the
-        requests all ranks saw.
+        requests all ranks saw; None where the batch is to be taken `fitting.again`.
         """
+        if self.fitting is None:
+            return self._take(batch, requests)
+        self.fitting.begin()
+        try:
+            return self._take(batch, requests)
+        except TooLarge:
+            self.phases[0].zero_grad()
+            self._begin()  # DDP has seen half a step
+            return None
+
+    def _take(self, batch: GlobalBatch, requests: frozenset[str]) -> tuple[bool, frozenset[str]]:
         step, freezing = self.state.progress.step, self.state.freezing
         if freezing.left and freezing.thaw(self.state.progress):
             self._begin()
@@ -247,8 +258,8 @@ class TrainStep:
             requests = frozenset()  # which travel with the first phase
             phase.zero_grad()
         self.recorder.phase = ""
-        if self.state.ema is not None and not skipped:
-            self.state.ema.update_parameters(self.state.model)
+        if self.moving is not None and not skipped:
+            self.moving.update_parameters(self.state.model)
         return skipped, seen
 
     def _running(self, step: int) -> list[Phase]:
@@ -274,18 +285,26 @@ class TrainStep:
         weighted = False
         # Every rank makes the same rounds; those that have fewer micro-batches are idle in the last
         # ones. Then a round with nobody's follows: gradients cross when no rank serves a gather.
-        rounds = batch.rounds + (batch.full < batch.rounds)
+        apart = self.fitting is not None and self.runtime.distributed
+        rounds = batch.rounds + (batch.full < batch.rounds or apart)
+        sizes = batch.sizes + [0] * (rounds - len(batch.sizes))
         with phase.alone():
-            for i, samples in enumerate(batch.sizes + [0] * (rounds - len(batch.sizes))):
+            for i, samples in enumerate(sizes) if not self.fitting else self.fitting.rounds(sizes):
                 micro_batch = next(batches) if samples else None
                 # Gradients cross the ranks once a step: in the last round.
                 with phase.held_back() if i < rounds - 1 else contextlib.nullcontext():
-                    out = phase.forward(micro_batch, samples, batch.count, requests)
-                    loss = phase.scaler.scale(out.loss)
-                    loss = loss if out.term is None else loss + out.term
-                    self.callbacks.call("on_backward", loss)
-                    loss.backward()
-                if batch.full <= i < batch.rounds:
+                    try:
+                        out = phase.forward(micro_batch, samples, batch.count, requests)
+                        loss = phase.scaler.scale(out.loss)
+                        loss = loss if out.term is None else loss + out.term
+                        self.callbacks.call("on_backward", loss)
+                        loss.backward()
+                    except torch.OutOfMemoryError as error:
+                        if self.fitting is None:
+                            raise
+                        self.fitting.note(error)
+                        continue
+                if batch.full <= i < batch.rounds and not self.fitting:
                     self.gather.end_round(not samples)  # collectives: one, and what they gather
                 if samples:
                     weighted = isinstance(out.weight, torch.Tensor)
@@ -314,8 +333,7 @@ class TrainStep:
         skipped, norm, scaler = False, norm_of(gradients), phase.scaler
         if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
             phase.agreement.watch(norm)
-        if self.clip > 0:
-            clip(gradients, norm, self.clip)
+        self.clip(phase.parameters, gradients, norm)
         if scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = scaler.get_scale()

@@ -53,10 +53,11 @@ def describe(error: BaseException, cfg: CfgNode, world_size: int) -> str:
     """An error in words; of one for want of device memory, also the key to change."""
     text = f"{type(error).__name__}: {error}".strip(": ")
     text += "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    if not isinstance(error, torch.OutOfMemoryError):
+    given = cfg.TRAIN.MICRO_BATCH_SIZE
+    if not isinstance(error, torch.OutOfMemoryError) or given == "auto":
         return text
     share = -(-cfg.TRAIN.BATCH_SIZE // world_size)
-    micro = min(share, cfg.TRAIN.MICRO_BATCH_SIZE or share)
+    micro = min(share, given or share)
     return (
         f"{text}\n{micro} samples were put through the model at once. TRAIN.MICRO_BATCH_SIZE "
         f"{max(1, micro // 2)} needs about half the memory, and trains the same; evaluations take "

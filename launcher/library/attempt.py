@@ -84,6 +84,7 @@ def attempt(
         from launcher.callbacks import parse, resolve
         from launcher.engine.run import Job
         from launcher.guard.guard import Guard
+        from launcher.optim.optimizers import optimizer_class
         from launcher.telemetry.logs import Logs
 
         search = [Path(asked.config_file).parent] if asked.config_file else []
@@ -91,6 +92,9 @@ def attempt(
         for entry, (made, _) in zip(cfg.CALLBACKS if code else (), callbacks, strict=False):
             assert code is not None
             code.modules += modules_of(parse(entry)[0], made, CALLBACKS)
+        optimizer = optimizer_class(cfg.OPTIM.NAME)
+        if code is not None and ":" in cfg.OPTIM.NAME:
+            code.modules += modules_of(cfg.OPTIM.NAME, optimizer, {})
         job = Job(
             cfg,
             task_class,

@@ -1,1 +1,1 @@
-"""The model before it is trained: weights from elsewhere."""
+"""The model before it is trained: its weights, what is frozen until when, how it is run."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
 
 from launcher.config import CfgNode, Duration, parse_duration
-from launcher.edges.model import plain_name, some
+from launcher.edges.model import fits, fitting, plain_name
 from launcher.errors import UsageError
 from launcher.log import get_logger
 from launcher.runtime.progress import Progress
@@ -31,7 +29,9 @@ class Freezing:
         """Readies the model for whoever makes the optimiser: all weights that will ever train
         are switched on. Raises UsageError for a pattern that fits nothing."""
         weights = {plain_name(name): p for name, p in model.named_parameters()}
-        self.frozen = {id(p) for pattern in cfg.MODEL.FREEZE for p in _fitting(weights, pattern)}
+        self.frozen = {
+            id(p) for pattern in cfg.MODEL.FREEZE for p in fitting(weights, pattern, "MODEL.FREEZE")
+        }
         # For norms without weights the patterns of what is frozen, and of what was thawed.
         self.patterns, self.thawed = list(cfg.MODEL.FREEZE), list[str]()
         norms = {
@@ -47,7 +47,7 @@ class Freezing:
             pattern, _, when = entry.rpartition("@")
             duration = parse_duration(when)
             assert duration is not None  # the config check demands one
-            found = [p for p in _fitting(weights, pattern) if id(p) in self.frozen]
+            found = [p for p in fitting(weights, pattern, "MODEL.THAW") if id(p) in self.frozen]
             if not found:
                 raise UsageError(
                     f"MODEL.THAW {entry}: nothing of that is frozen. Name it in MODEL.FREEZE too."
@@ -97,20 +97,3 @@ class Freezing:
             norm.train(not self._rests(name, norm))
             if norm.training:
                 del self.norms[name]
-
-
-def _fitting(weights: dict[str, nn.Parameter], pattern: str) -> list[nn.Parameter]:
-    found = [p for name, p in weights.items() if fits(name, pattern)]
-    if not found:
-        modules = {name.rpartition(".")[0] for name in weights}
-        near = difflib.get_close_matches(pattern, [*weights, *modules], 3)
-        raise UsageError(
-            f"MODEL.FREEZE or MODEL.THAW: {pattern!r} fits no weight of the model; "
-            + (f"near it are {', '.join(near)}" if near else f"it has {some(list(weights))}")
-        )
-    return found
-
-
-def fits(name: str, pattern: str) -> bool:
-    """Whether a pattern names a weight, or a module that it is in."""
-    return fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,9 @@ def _weights_of(
     ema = isinstance(content.get("ema"), dict) if ema is None else ema
     if ema:
         if not isinstance(content.get("ema"), dict):
-            raise UsageError(f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0")
+            raise UsageError(
+                f"{path} holds no averaged weights: MODEL.EMA_DECAY was 0, MODEL.SWA_START empty"
+            )
         content = content["ema"]
         content.pop("n_averaged", None)
     content = next((content[key] for key in NESTED if isinstance(content.get(key), dict)), content)
@@ -77,8 +80,9 @@ def _weights_of(
     return {plain_name(name): value for name, value in content.items()}, step  # to be exported
 
 
-def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
-    """The weights that fit the model, and a report of those that do not ("" where all fit).
+def match(weights: Weights, model: nn.Module, leave: Collection[str] = ()) -> tuple[Weights, str]:
+    """The weights that fit the model, and a report of those that do not ("" where all fit); those
+    named in `leave` count for nothing.
 
     A prefix that all names share (`module.` from DDP) is taken off where that fits better.
     """
@@ -89,6 +93,10 @@ def match(weights: Weights, model: nn.Module) -> tuple[Weights, str]:
             if known and all(name.startswith(prefix) for name in known):
                 candidates.append({k.removeprefix(prefix): v for k, v in known.items()})
     weights = max(candidates, key=lambda known: len(known.keys() & wanted.keys()))
+    weights, wanted = (
+        {name: value for name, value in all_.items() if name not in leave}
+        for all_ in (weights, wanted)
+    )
     mismatched = {
         name: f"{name} {tuple(weights[name].shape)}, the model has {tuple(value.shape)}"
         for name, value in wanted.items()
@@ -121,13 +129,18 @@ def _place(value: Any) -> tuple[int, torch.Size] | None:
 
 
 def load_weights(
-    path: Path, model: nn.Module, strict: bool = True, ema: bool | None = False
+    path: Path,
+    model: nn.Module,
+    strict: bool = True,
+    ema: bool | None = False,
+    leave: Collection[str] = (),
 ) -> int | None:
-    """Load weights into the model, `ema` as for read_weights; the step they are of, if the file
-    tells. Raises UsageError where they do not fit and `strict` says that they must."""
+    """Load weights into the model, `ema` as for read_weights, but for those named in `leave`; the
+    step they are of, if the file tells. Raises UsageError where they do not fit and `strict` says
+    that they must."""
     content = read(path)
     weights, step = _weights_of(content, path, ema)
-    fitting, report = match(weights, model)
+    fitting, report = match(weights, model, leave)
     if report and (strict or not fitting):
         raise UsageError(
             f"the weights of {path} do not fit the model:\n{report}\n"

@@ -9,18 +9,24 @@ import ast
 import re
 from typing import Any
 
-from launcher.config.changes import DATA, FREE
+from launcher.config.changes import BEGINNING, DATA, FREE
 from launcher.provenance.kept import Version, changes, contents, versions
 from launcher.runs.attempts import Attempt
 from launcher.runs.pair import Cause, Found, Pair
 from launcher.runs.run import Run
 
 # Free to change at a resume, and yet part of what a run is from its start.
-NOT_FREE = ("MODEL.WEIGHTS", "DIST.DEVICE", "DIST.BACKEND", "DIST.FIND_UNUSED_PARAMETERS", "EVAL.")
+NOT_FREE = (
+    *BEGINNING,
+    *("DIST.DEVICE", "DIST.BACKEND", "DIST.FIND_UNUSED_PARAMETERS", "EVAL."),
+)
 NEVER = {DATA, "OUTPUT_DIR"}  # told elsewhere; different in any two runs
 RATE = (
-    *("OPTIM.LR", "OPTIM.SCHEDULE", "OPTIM.WARMUP", "OPTIM.FINAL_FACTOR", "OPTIM.MILESTONES"),
-    *("OPTIM.GAMMA", "TRAIN.DURATION"),
+    *("TRAIN.DURATION", "OPTIM.LR", "OPTIM.ADAMW_LR", "OPTIM.LR_SCALING"),
+    *("OPTIM.LR_BATCH", "OPTIM.GROUPS", "OPTIM.LAYER_DECAY", "OPTIM.SCHEDULE", "OPTIM.WARMUP"),
+    *("OPTIM.HORIZON", "OPTIM.FINAL_FACTOR", "OPTIM.FLOOR", "OPTIM.MILESTONES", "OPTIM.PERIOD"),
+    *("OPTIM.PERIOD_GROWTH", "OPTIM.GAMMA", "OPTIM.POWER", "OPTIM.PEAK", "OPTIM.START_FACTOR"),
+    *("OPTIM.DECAY", "OPTIM.DECAY_SHAPE"),
 )
 BATCHES = ("TRAIN.BATCH_SIZE", "TRAIN.DROP_LAST", DATA, "TRAIN.DURATION")
 START = ("SEED", "TASK.", "MODEL.")  # what weights begin from
@@ -66,7 +72,7 @@ def _effect(pair: Pair, key: str) -> tuple[str, str]:
     if key.startswith(FREE) and not key.startswith(NOT_FREE):
         return "", ""
     start = pair.differing.digest_start
-    if key.startswith("MODEL.WEIGHTS") and start:
+    if key.startswith(BEGINNING) and start:
         return "", "the weights at step 0 are equal"
     hinted = (
         ("train/lr", RATE),

@@ -12,11 +12,12 @@ import orjson
 from rich.console import Console, RenderableType
 
 from launcher.errors import RunError, UsageError
-from launcher.runs import answers, select, terminal
+from launcher.runs import answers, schedule, select, terminal
 from launcher.runs.again import again
 from launcher.runs.compare import compare
 from launcher.runs.export import export
 from launcher.runs.plot import plot
+from launcher.runs.publish import Destination, publish
 from launcher.runs.report import report
 from launcher.runs.run import Run, find, load_summaries, open_runs, printable
 from launcher.runs.samples import samples
@@ -41,6 +42,11 @@ def call(options: Namespace) -> int:
         return _status(options)
     if (output := getattr(options, "output", None)) and not output.parent.is_dir():
         raise UsageError(f"-o {output}: {output.parent} is no directory")
+    if options.command == "plot":
+        if options.schedule:
+            return _schedule(options)
+        if not options.runs or options.output is None:
+            raise UsageError("plot needs runs and -o FILE.png, or --schedule CONFIG")
     # A sweep stands for its runs where there may be several.
     several = options.command in ("compare", "plot", "export", "report")
     paths = [run for path in options.runs for run in (begun(path) if several else [path])]
@@ -147,6 +153,17 @@ def _why(runs: Sequence[Run], options: Namespace) -> int:
     return 0 if found["records"]["first"] is None else 1
 
 
+def _schedule(options: Namespace) -> int:
+    if options.runs:
+        raise UsageError("plot takes runs or --schedule, not both; put overrides after the config")
+    config, *overrides = options.schedule
+    curves = schedule.curves(config, overrides, options.length)
+    _print(schedule.drawn(curves, min(_console().width, 100)))
+    if options.output is not None:
+        schedule.plot(curves, options.output)
+    return 0
+
+
 def _plot(runs: Sequence[Run], options: Namespace) -> int:
     plot(runs, options.key or [runs[0].metric], options.x, options.smooth, options.output)
     return 0
@@ -155,6 +172,14 @@ def _plot(runs: Sequence[Run], options: Namespace) -> int:
 def _export(runs: Sequence[Run], options: Namespace) -> int:
     count = export(runs, options.output)
     print(f"{count} records of {len(runs)} runs in {options.output}", file=sys.stderr)
+    return 0
+
+
+def _publish(runs: Sequence[Run], options: Namespace) -> int:
+    if (options.to == "tensorboard-dir") != (options.dir is not None):
+        raise UsageError("--to tensorboard-dir needs --dir DIR, and nothing else takes it")
+    to = Destination(options.to, options.project, options.name, options.dir)
+    print(publish(runs[0], to, options.follow), file=sys.stderr)
     return 0
 
 
@@ -184,6 +209,7 @@ COMMANDS: dict[str, Callable[[Sequence[Run], Namespace], int]] = {
     "why": _why,
     "plot": _plot,
     "export": _export,
+    "publish": _publish,
     "verify": _verify,
     "report": _report,
 }

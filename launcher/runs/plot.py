@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +51,10 @@ def hours(table: Table) -> Array:
     return (time - np.nanmin(time)) / 3600 if np.isfinite(time).any() else time
 
 
-def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, output: Path) -> None:
-    """Draw a panel a key with a curve a run, the values themselves faint behind smoothed ones.
-
-    Raises UsageError where there is nothing to draw, or nothing to draw it with.
-    """
+@contextlib.contextmanager
+def picture(titles: Sequence[str], below: str, output: Path) -> Iterator[Any]:
+    """The axes of so many panels, one below the other, to draw on; written at the end. Raises
+    UsageError where there is nothing to draw with."""
     if output.suffix not in (".png", ".svg"):
         raise UsageError(f"-o {output}: the name must end in .png or .svg")
     try:
@@ -64,8 +65,24 @@ def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, out
 
     # Text as text: it can be searched, and looks like the page around it.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "launcher"}):
-        figure = Figure(figsize=(8, 1 + 3 * len(keys)), layout="constrained")
-        panels = figure.subplots(len(keys), squeeze=False)[:, 0]
+        figure = Figure(figsize=(8, 1 + 3 * len(titles)), layout="constrained")
+        panels = figure.subplots(len(titles), squeeze=False)[:, 0]
+        yield panels
+        for title, axes in zip(titles, panels, strict=True):
+            axes.set_title(title, loc="left", parse_math=False)
+            axes.grid(alpha=0.3)
+            axes.margins(x=0.01)
+        panels[-1].set_xlabel(below)
+        undated = {"Date": None} if output.suffix == ".svg" else None
+        figure.savefig(output, dpi=120, metadata=undated)
+
+
+def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, output: Path) -> None:
+    """Draw a panel a key with a curve a run, the values themselves faint behind smoothed ones.
+
+    Raises UsageError where there is nothing to draw, or nothing to draw it with.
+    """
+    with picture(keys, AXES[x], output) as panels:
         drawn: set[str] = set()
         for number, run in enumerate(runs):
             table, color = run.table().in_order(), f"C{number % 10}"
@@ -88,11 +105,5 @@ def plot(runs: Sequence[Run], keys: Sequence[str], x: str, smoothing: float, out
             raise UsageError(
                 f"no run has {', '.join(missing)} over {x}; there are {', '.join(known)}"
             )
-        for key, axes in zip(keys, panels, strict=True):
-            axes.set_title(key, loc="left", parse_math=False)
-            axes.grid(alpha=0.3)
-            axes.margins(x=0.01)
+        for axes in panels:
             axes.legend(frameon=False, fontsize="small")
-        panels[-1].set_xlabel(AXES[x])
-        undated = {"Date": None} if output.suffix == ".svg" else None
-        figure.savefig(output, dpi=120, metadata=undated)

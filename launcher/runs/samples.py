@@ -106,7 +106,8 @@ def samples(run: Run, step: int, rank: int | None = None) -> dict[str, Any]:
 
 def _plan(attempt: Attempt, size: int) -> Plan:
     keys = attempt.settings
-    cuts = keys["TRAIN.BATCH_SIZE"], keys["TRAIN.DROP_LAST"], size, keys["TRAIN.MICRO_BATCH_SIZE"]
+    micro = keys["TRAIN.MICRO_BATCH_SIZE"]  # auto: how a share was cut is not recorded
+    cuts = keys["TRAIN.BATCH_SIZE"], keys["TRAIN.DROP_LAST"], size, 0 if micro == "auto" else micro
     return Plan(keys[DATA], *cuts)
 
 

@@ -46,7 +46,7 @@ def tail(run: Run, lines: int, follow: bool, as_json: bool = False) -> Iterator[
         for line in _from(file, place):
             place = Place(place.end + len(line), 0, line)
             yield from _told([line], as_json, after)
-        if status is not None and _ended(status):
+        if status is not None and ended(status):
             if not as_json:
                 reason = f" ({status.reason})" if status.reason else ""
                 yield f"--- {status.state}{reason}: step {status.step}, epoch {status.epoch}"
@@ -54,7 +54,8 @@ def tail(run: Run, lines: int, follow: bool, as_json: bool = False) -> Iterator[
         time.sleep(POLL_S)
 
 
-def _ended(status: RunStatus) -> bool:
+def ended(status: RunStatus) -> bool:
+    """Whether a run has come to its end, as far as that can be known."""
     if status.state in ("lost", "failed"):
         return time.time() - status.updated > GRACE_S
     return status.state != "running"

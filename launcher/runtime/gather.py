@@ -57,6 +57,7 @@ class Gather:
 
     def __init__(self, runtime: Runtime, evaluates: Callable[[], bool] = lambda: False) -> None:
         self.runtime, self.evaluates, self.pid = runtime, evaluates, os.getpid()
+        self.refused = ""  # why, where it is
         self.begun = 0  # collectives, on either group
         self._group: dist.ProcessGroup | None = None  # None: the default one
         self._last: torch.Tensor | None = None  # 0, through all gathers since `begin`
@@ -67,6 +68,8 @@ class Gather:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         if os.getpid() != self.pid:
             _refuse("in another process")
+        if self.refused:
+            raise RunError(self.refused)
         if self.evaluates():
             _refuse("in an evaluation: return values of each sample from eval_step instead")
         here = self.runtime.device

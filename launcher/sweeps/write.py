@@ -111,9 +111,10 @@ def _config(path: Path, base: Path, name: str, config: Config, keys: Sequence[st
     values = flatten(cfg)
     for key in keys:
         put(tree, key, values[key])
-    place, _, of = cfg.TASK.NAME.rpartition(":")
-    if place.endswith(".py"):
-        put(tree, "TASK.NAME", f"{os.path.abspath(place)}:{of}")
+    for key in ("TASK.NAME", "OPTIM.NAME"):
+        place, _, of = values[key].rpartition(":")
+        if place.endswith(".py"):
+            put(tree, key, f"{os.path.abspath(place)}:{of}")
     callbacks = [_in_full(entry, base.parent) for entry in cfg.CALLBACKS]
     if callbacks != list(cfg.CALLBACKS):
         put(tree, "CALLBACKS", callbacks)

@@ -37,25 +37,12 @@ class Digits(Task):
         return MODELS[name](self.cfg.TASK.DROPOUT)
 
     def build_dataset(self, split: str) -> Any:
-        import numpy as np
-        import torch
         from torch.utils.data import TensorDataset
 
-        # Found, not imported: scikit-learn takes longer to import than torch.
-        package = find_spec("sklearn")
-        if package is None or package.origin is None:
-            raise UsageError("the digits task needs scikit-learn: pip install 'launcher[examples]'")
-        file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
-        rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # pixels and a label
-        labels = rows[:, 64].long()
-        in_val = torch.zeros(len(rows), dtype=torch.bool)
-        in_val[labels.argsort(stable=True)[::5]] = True  # a fifth of each class
-        chosen = in_val if split == "val" else ~in_val
-        pixels = rows[chosen, :64].view(-1, 1, 8, 8) / 16  # they are 0 to 16
+        images, labels = read(split)
         if split == "val":
-            self.images = pixels  # to show those that are misread
-        # To about zero mean and unit variance.
-        return TensorDataset((pixels - 0.3) / 0.38, labels[chosen])
+            self.images = images  # to show those that are misread
+        return TensorDataset(normalised(images), labels)
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         from torch.nn.functional import cross_entropy
@@ -99,3 +86,26 @@ class Digits(Task):
             told = [f"{labels[i]} read as {guesses[i]}" for i in wrong.tolist()]
             self.recorder.text("misread_as", "In the image's order: " + ", ".join(told))
         return {}
+
+
+def read(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of a split, (N, 1, 8, 8) from 0 to 1, and their labels, int64."""
+    import numpy as np
+    import torch
+
+    # Found, not imported: scikit-learn takes longer to import than torch.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UsageError("the digits need scikit-learn: pip install 'launcher[examples]'")
+    file = Path(package.origin).parent / "datasets/data/digits.csv.gz"
+    rows = torch.from_numpy(np.loadtxt(file, np.float32, delimiter=","))  # pixels and a label
+    labels = rows[:, 64].long()
+    in_val = torch.zeros(len(rows), dtype=torch.bool)
+    in_val[labels.argsort(stable=True)[::5]] = True  # a fifth of each class
+    chosen = in_val if split == "val" else ~in_val
+    return rows[chosen, :64].view(-1, 1, 8, 8) / 16, labels[chosen]  # pixels are 0 to 16
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    """To about zero mean and unit variance."""
+    return (images - 0.3) / 0.38

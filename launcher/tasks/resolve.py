@@ -15,7 +15,13 @@ from launcher.errors import UsageError
 from launcher.tasks.task import Task, overrides
 
 # The tasks that ship. Their modules import torch where they use it, not when they are imported.
-BUILTIN = {"digits": "launcher.tasks.digits:Digits", "sine": "launcher.tasks.sine:Sine"}
+BUILTIN = {
+    "bytes-lm": "launcher.tasks.bytes_lm:BytesLM",
+    "digits": "launcher.tasks.digits:Digits",
+    "digits-caption": "launcher.tasks.digits_caption:DigitsCaption",
+    "image-list": "launcher.tasks.image_list:ImageList",
+    "sine": "launcher.tasks.sine:Sine",
+}
 
 
 def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> type[Task] | None:

@@ -11,8 +11,9 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from launcher.callbacks.plateau import Plateau
-from launcher.engine.schedule import Schedule, constant, linear
 from launcher.errors import UsageError
+from launcher.optim.curves import constant, linear
+from launcher.optim.schedules import Schedule
 from tests.callbacks.helpers import view
 from tests.callbacks.scripted import FAIL_AT, train, words
 from tests.edges.test_zoo import same

@@ -1,4 +1,4 @@
-"""`launcher config keys` and `launcher config diff`."""
+"""`launcher config list`, `launcher config keys` and `launcher config diff`."""
 
 import json
 from pathlib import Path
@@ -65,3 +65,22 @@ def test_diff_shows_both_values(capsys: pytest.CaptureFixture) -> None:
     ]
     assert main(["diff", "run", "run"]) == 0
     assert capsys.readouterr().out == "no key differs\n"
+
+
+def test_list_tells_what_ships(capsys: pytest.CaptureFixture) -> None:
+    assert main(["list", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
+    path = Path(rows["digits"]["path"])
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert path.samefile(ROOT / "configs/digits.yaml") and first == f"# {rows['digits']['comment']}"
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *rows]
+    assert all(row["comment"] in line for row, line in zip(rows.values(), lines[1:], strict=True))
+
+
+def test_diff_takes_names_of_configs_that_ship(capsys: pytest.CaptureFixture) -> None:
+    assert main(["diff", "digits", "digits_lenet", "--json"]) == 0
+    differing = {row["key"] for row in json.loads(capsys.readouterr().out)}
+    assert {"TASK.MODEL", "OPTIM.NAME"} <= differing

@@ -1,6 +1,7 @@
-"""ListFile: labelled images that a list file names, and mistakes told with their line."""
+"""ListFile and ImageFolder: labelled images, and mistakes told with their line or folder."""
 
 import logging
+import os
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from launcher.data.fetch import Fetcher
 from launcher.data.loader import load
 from launcher.data.plan import Request
-from launcher.datasets import ListFile
+from launcher.datasets import ImageFolder, ListFile
 from launcher.errors import RunError, UsageError
 
 Image = pytest.importorskip("PIL.Image")
@@ -146,3 +147,73 @@ def test_a_long_list_is_kept_as_three_blocks(tmp_path: Path) -> None:
     assert size < (tmp_path / "train.txt").stat().st_size + 17 * len(lines)
     with pytest.raises(RunError, match=r"train\.txt:12346: .* folder 45/image 12345\.jpg"):
         pickle.loads(pickle.dumps(dataset))[12_345]
+
+
+def test_a_folder_of_class_folders(tmp_path: Path) -> None:
+    save(tmp_path / "dog" / "more" / "2 b.JPG", (0, 255, 0))
+    save(tmp_path / "dog" / "#1.png", (255, 0, 0))
+    far = save(tmp_path / "elsewhere.png", (0, 0, 255))
+    save(tmp_path / "cät" / "3 4.png", 51, mode="L")
+    (tmp_path / "dog" / "0.png").symlink_to(far)
+    for left_out in (".hidden/a.png", "dog/.a.png", "dog/.more/a.png"):
+        save(tmp_path / left_out, 0)
+    (tmp_path / "dog" / "notes.txt").write_text("no image")
+    dataset = ImageFolder(tmp_path)
+    assert dataset.names == ["cät", "dog"] and dataset.classes == 2
+    assert dataset.labels.tolist() == [0, 1, 1, 1]
+    images = [image[:, 0, 0].tolist() for image, _ in (dataset[i] for i in range(4))]
+    assert images[0] == pytest.approx([0.2] * 3)
+    assert images[1:3] == [[1, 0, 0], [0, 0, 1]] and dataset[3][1] == 1  # "#" is before "0"
+    assert pickle.loads(pickle.dumps(dataset))[0][1] == 0
+    named = ImageFolder(tmp_path, ["ant", "dog", "bee", "cät"], transform=lambda image: image.size)
+    assert named.labels.tolist() == [3, 1, 1, 1] and named.classes == 4
+    assert named[2] == ((4, 3), 1)
+
+
+def test_class_folders_may_be_links(tmp_path: Path) -> None:
+    save(tmp_path / "all" / "cat" / "a.png", 0)
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "cat").symlink_to(tmp_path / "all" / "cat")
+    assert len(ImageFolder(tmp_path / "some")) == 1
+
+
+def test_mistakes_in_folders_name_them(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none: No such file"):
+        ImageFolder(tmp_path / "none")
+    save(tmp_path / "flat" / "a.png", 0)
+    with pytest.raises(UsageError, match=r"flat has no class folders: images lie in one folder a"):
+        ImageFolder(tmp_path / "flat")
+    save(tmp_path / "a" / "cat" / "a.png", 0)
+    (tmp_path / "a" / "dog").mkdir()
+    with pytest.raises(UsageError, match=r"a/dog has no images \(files that end in \.bmp, "):
+        ImageFolder(tmp_path / "a")
+    save(tmp_path / "a" / "dog" / "a.png", 0)
+    with pytest.raises(UsageError, match=r"a/dog: 'dog' is none of the 2 classes .*\(cat, cow\)"):
+        ImageFolder(tmp_path / "a", ["cat", "cow"])
+    save(tmp_path / "a" / "dog" / "two\nlines.png", 0)
+    with pytest.raises(UsageError, match=r"rename 'dog/two\\nlines\.png'"):
+        ImageFolder(tmp_path / "a")
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "cat" / "a.png", 0)
+    (tmp_path / "cat" / "closed").mkdir()
+    scandir = os.scandir  # root may read all: so it is refused by hand
+
+    def refused(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UsageError, match=r"cat/closed: Permission denied"):
+        ImageFolder(tmp_path)
+
+
+def test_a_bad_image_in_a_folder_is_named(tmp_path: Path) -> None:
+    save(tmp_path / "cat" / "a.png", 0)
+    (tmp_path / "cat" / "b.png").write_text("no image")
+    with pytest.raises(RunError, match=r"cannot read the image \./cat/b\.png: cannot identify"):
+        ImageFolder(tmp_path)[1]

@@ -42,6 +42,24 @@ def test_large_tokens_and_npy(tmp_path: Path) -> None:
     assert dataset.dtype == np.int32 and dataset[0][0].tolist() == [7, -8]
 
 
+def test_tokens_in_memory_are_as_those_of_a_file(tmp_path: Path) -> None:
+    array = np.arange(23, dtype=np.uint8)[::2]
+    array.tofile(tmp_path / "t.bin")
+    for made in (TokenFile, lambda *args: TokenWindows(args[0], 3, 9, 7, *args[2:])):
+        ours, theirs = made(array, 3), made(tmp_path / "t.bin", 3, "uint8")
+        assert len(ours) == len(theirs)
+        for copy in (ours, pickle.loads(pickle.dumps(ours))):
+            for sample, expected in zip(copy, theirs, strict=True):
+                assert all(map(torch.equal, sample, expected))
+    for wrong, told in (
+        (np.zeros((2, 3), np.int64), r"the array has the shape \(2, 3\)"),
+        (np.zeros(9), "the array: tokens are integers, not float64"),
+        (np.zeros(3, np.int8), "the array has 3 tokens; one sample of length 3 needs 4"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            TokenFile(wrong, 3)
+
+
 def test_a_batch_is_fetched_in_one_call_and_needs_no_seeds(tmp_path: Path) -> None:
     dataset = TokenFile(tokens(tmp_path / "t.bin", 101), length=10)
     fetcher = Fetcher(dataset, None, seed=0)

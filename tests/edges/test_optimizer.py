@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from launcher.edges.optimizer import check_optimizers, evaluated, rates, set_rate
-from launcher.engine.schedule import Schedule, constant, linear
 from launcher.errors import RunError, UsageError
+from launcher.optim.curves import constant, linear
+from launcher.optim.schedules import Schedule
 
 
 class TwoPasses(torch.optim.SGD):

@@ -33,9 +33,9 @@ class Strict(Task):
         return {"loss": model(x / 4096).square().mean(), "wrong": wrong}
 
     def on_step(self) -> None:
-        if self.run.step == 20:
+        if self.run.progress.step == 20:
             torch.cuda.set_sync_debug_mode("error")
-        if self.run.step == 39:
+        if self.run.progress.step == 39:
             torch.cuda.set_sync_debug_mode("default")
 
 

@@ -45,6 +45,11 @@ def test_a_point_is_its_base_with_its_values(capsys: Captured) -> None:
     assert "8 points in dir" in capsys.readouterr().out
 
 
+def test_a_base_that_ships_is_named_in_short() -> None:
+    assert run("sweep digits --grid SEED=3 -o dir") == 0
+    assert resolved("dir/configs/000.yaml")["SEED"] == 3
+
+
 def test_the_same_call_again_changes_nothing(capsys: Captured) -> None:
     words = f"sweep base.yaml {GRID} -o dir"
     assert run(words) == 0
@@ -65,11 +70,12 @@ def test_files_beside_the_base_are_found_from_the_point() -> None:
         task + "\n\nclass Seen:\n    def __init__(self, run, n=0): 0\n"
     )
     text = "TASK: {NAME: 'mine.py:Mine'}\nCALLBACKS: ['mine.py:Seen n=3', early_stopping]\n"
-    Path("project/base.yaml").write_text(text)
+    Path("project/base.yaml").write_text(text + "OPTIM: {NAME: 'mine.py:SGD'}\n")
     assert run("sweep project/base.yaml --grid SEED=1,2 -o dir") == 0
     found = yaml.safe_load(Path("dir/configs/001.yaml").read_text())
     file = f"{os.getcwd()}/project/mine.py"
     assert found["TASK"] == {"NAME": f"{file}:Mine"} and found["SEED"] == 2
+    assert found["OPTIM"] == {"NAME": f"{file}:SGD"}
     assert found["CALLBACKS"] == [f"{file}:Seen n=3", "early_stopping"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import multiprocessing
@@ -33,7 +34,7 @@ DIGITS = ROOT / "configs/digits.yaml"
 TASKS = Path(__file__).with_name("tasks.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch.utils.tensorboard", "launcher.engine.run"])
+SERVER.set_forkserver_preload(["torch.utils.tensorboard", "torch._dynamo", "launcher.engine.run"])
 # What a shell, a scheduler or an outer torchrun may have left, and would change a run.
 LEFTOVERS = re.compile(
     r"(OMP|MKL|OPENBLAS)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
@@ -221,10 +222,10 @@ class Group(Running):
 
     def poll(self) -> int | None:
         codes = [process.exitcode for process in self.processes]
-        if failed := [code for code in codes if code]:
+        if any(codes):
             for process in self.processes:
                 process.kill()
-            return failed[0]
+            return 1
         return None if None in codes else 0
 
     def kill(self) -> None:
@@ -244,6 +245,8 @@ def _forked(words: list[str], env: Mapping[str, str], cwd: str, out: str, err: s
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    gc.freeze()  # what the server has imported need not be looked through again in each process
+    multiprocessing.set_start_method(None, force=True)  # this Python's own, for loader workers
     sys.argv = ["launcher", *words]
     from launcher.cli import main
 
@@ -286,8 +289,11 @@ def start(
     cold: bool = False,
     options: Sequence[str] = (),
 ) -> Running:
-    """Start `launcher train`: under torchrun with `ranks`, and torchrun's own `options`, or as one
-    process; `cold` makes that a Python of its own, of which the interpreter's end is part."""
+    """Start `launcher train` as one process or as so many ranks. `cold` makes that a Python of its
+    own, of which the interpreter's end is part, and ranks workers of a real torchrun, which has its
+    own `options` too."""
+    if ranks is not None and not (cold or options):
+        return Group(["train", *args], ranks, env, cwd)
     if ranks is not None:
         torchrun = [*TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", *options]
         return Job([*torchrun, TRAIN, *args], env, cwd)

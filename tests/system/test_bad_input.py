@@ -166,7 +166,7 @@ def test_a_mistake_under_torchrun(
     words: list[str], told: Told, env: dict[str, str], here: Path
 ) -> None:
     """Contract, section 2: only rank 0 tells it; no rank hangs; no half-made run directory."""
-    ended = train(*words, ranks=2, env=env, cwd=here)
+    ended = train(*words, ranks=2, env=env, cwd=here, cold=True)
     assert ended.code == 1  # torchrun's own, whatever the workers' codes
     for pattern in told:
         lines = [line for line in ended.output.splitlines() if re.search(pattern, line)]

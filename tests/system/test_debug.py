@@ -114,7 +114,7 @@ def test_one_rank_waits_for_a_debugger_and_the_others_for_it(tmp_path: Path) -> 
 @pytest.mark.parametrize("ranks", [jobs.slow(None), 2])
 def test_a_dry_run_goes_through_everything(ranks: int | None, tmp_path: Path) -> None:
     words = ["--dry-run", *WORDS, "OUTPUT_DIR", tmp_path / "run", "EVAL.SPLITS", "[val, train]"]
-    ended = jobs.train(*words, ranks=ranks).ok()
+    ended = jobs.train(*words, ranks=ranks, cold=ranks is not None).ok()
     for phase in ("build everything", "train for a step", "evaluate val", "evaluate train_eval"):
         assert len(re.findall(rf"^  {phase}.* [\d.]+ s +[\d.]+ GiB", ended.out, re.M)) >= 1, phase
     assert "save a checkpoint" in ended.out and "load the checkpoint" in ended.out

@@ -41,7 +41,9 @@ def test_a_killed_run_resumes_exactly(
     draw = random.Random(ranks or 1)
     for victim, step in (("torchrun", 6), ("rank", 15)):
         env = {"LAUNCHER_TEST_SLEEP": "0.02"}
-        with jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=ranks, env=env) as job:
+        with jobs.start(
+            *args, "--resume", "OUTPUT_DIR", run, ranks=ranks, env=env, cold=True
+        ) as job:
             jobs.wait_for_step(run, step, job)
             time.sleep(draw.random() * 0.1)
             if victim == "rank":
@@ -114,7 +116,9 @@ def test_killed_at_random_instants(
         attempts += 1
         assert attempts < 4 * wanted + 10, f"kills come too late: {landed}, {late} late"
         began = time.time()
-        with jobs.start(*args, "--resume", "OUTPUT_DIR", run, ranks=launch, env=SLEEP) as job:
+        with jobs.start(
+            *args, "--resume", "OUTPUT_DIR", run, ranks=launch, env=SLEEP, cold=True
+        ) as job:
             hit = alive = False
             wait_for_own_step(job, run, began)
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -39,7 +39,8 @@ def test_a_killed_run_resumes_exactly(tmp_path: Path) -> None:
     jobs.train(*words("Contrast", reference, *micro), ranks=3).ok()
     for step in (6, 15):
         args = [*words("Contrast", run, *micro), "--resume"]
-        with jobs.start(*args, ranks=3, env={"LAUNCHER_TEST_SLEEP": "0.05"}) as job:
+        env = {"LAUNCHER_TEST_SLEEP": "0.05"}
+        with jobs.start(*args, ranks=3, env=env, cold=True) as job:
             jobs.wait_for_step(run, step, job)
             job.ranks()[step % 3].send_signal(signal.SIGKILL)
             assert job.wait().code != 0

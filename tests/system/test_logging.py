@@ -19,7 +19,7 @@ def test_each_line_stands_once_whatever_the_task_sets_up(tmp_path: Path) -> None
     keys += ["LOG.EVERY", "1step", "DATALOADER.NUM_WORKERS", "1", "LOG.TENSORBOARD", "False"]
     env = {"LAUNCHER_TEST_LOGS": str(theirs)}
     job = ["TASK.NAME", f"{TASK}:Speaks", *keys, "OUTPUT_DIR", run]
-    ended = jobs.train(*job, ranks=2, env=env).ok()
+    ended = jobs.train(*job, ranks=2, env=env, cold=True).ok()
     console = ended.output.splitlines()
     logs = [(run / f"logs/rank{rank}.log").read_text().splitlines() for rank in range(2)]
 

@@ -122,7 +122,8 @@ def test_signals_to_torchrun_and_everyone(reference: References, tmp_path: Path)
     stop(run, 2, signal.SIGKILL, "torchrun")
     # Once more, and the next attempt starts at once, while these ranks still end.
     env = {"LAUNCHER_TEST_SLEEP": "0.4"}
-    with jobs.start(*ONE_WORKER, "--resume", "OUTPUT_DIR", run, ranks=2, env=env) as job:
+    again = [*ONE_WORKER, "--resume", "OUTPUT_DIR", run]
+    with jobs.start(*again, ranks=2, env=env, cold=True) as job:
         next_record(run, job)
         orphans = job.descendants()
         send(job, signal.SIGKILL, "torchrun")
@@ -155,7 +156,7 @@ def test_a_signal_inside_a_save(ranks: int | None, tmp_path: Path) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     args = [*COMMON, "TASK.WIDTH", "2560"]  # large enough for a save to be caught at work
     env = {"LAUNCHER_TEST_SLEEP": "0.05"}
-    with jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=env) as job:
+    with jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=env, cold=True) as job:
         wait_for_step(run, 3, job)
         under_way = wait_until(lambda: saving(run), what="a save")
         send(job, signal.SIGTERM, "everyone")
@@ -194,7 +195,7 @@ def test_a_signal_while_ranks_start(tmp_path: Path) -> None:
     """Ranks that have met stop together, after the first step."""
     run = tmp_path / "run"
     env = {"LAUNCHER_TEST_BUILD_SLEEP": "8"}
-    with jobs.start(*COMMON, "OUTPUT_DIR", run, ranks=2, env=env) as job:
+    with jobs.start(*COMMON, "OUTPUT_DIR", run, ranks=2, env=env, cold=True) as job:
         job.until(lambda: "rank 0 of 2" in job.output(), "ranks that have met")
         send(job, signal.SIGTERM, "everyone")
         job.wait(60)
@@ -232,8 +233,8 @@ def test_a_stop_in_an_evaluation(ranks: int | None, tmp_path: Path) -> None:
     args: list[Any] = [*COMMON, "EVAL.BATCH_SIZE", "4"]
     slowly = {"LAUNCHER_TEST_EVAL_SLEEP": "2"}
     with (
-        jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=slowly) as job,
-        jobs.start(*args, "OUTPUT_DIR", whole, ranks=ranks) as other,
+        jobs.start(*args, "OUTPUT_DIR", run, ranks=ranks, env=slowly, cold=True) as job,
+        jobs.start(*args, "OUTPUT_DIR", whole, ranks=ranks, cold=True) as other,
     ):
         wait_for_step(run, 3, job)
         time.sleep(3)  # an evaluation, every fifth step, takes far longer than all between

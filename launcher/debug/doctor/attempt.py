@@ -7,7 +7,6 @@ import io
 import pickle
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from launcher.edges.batch import is_dense
 from launcher.edges.model import bits, model_state
 from launcher.engine.run import Job, build_state
 from launcher.engine.step import TrainStep
-from launcher.models.weights import load_weights
+from launcher.errors import RunError
+from launcher.models.init import start_weights
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime, seed_everything
 from launcher.runtime.progress import Progress
@@ -61,8 +61,7 @@ def attempt(job: Job, runtime: Runtime, steps: int, fill: int) -> Attempt:
     asked = {made for made, _ in job.callbacks}
     # The launcher's own have nothing to tell of a run without a directory.
     state.callbacks = Callbacks([c for c in state.callbacks.all if type(c) in asked], task)
-    if job.cfg.MODEL.WEIGHTS:
-        load_weights(Path(job.cfg.MODEL.WEIGHTS), state.model, job.cfg.MODEL.WEIGHTS_STRICT)
+    start_weights(job.cfg, state.model)
     found = Attempt(dict(data.lengths), _bits(state.model))
     try:
         data.start(0)
@@ -80,7 +79,10 @@ def attempt(job: Job, runtime: Runtime, steps: int, fill: int) -> Attempt:
             alone = replace(batch, batches=taken, rounds=count, full=count)
             operators.steps = {id(p.module) for p in step.phases}  # a thaw makes others
             with operators:
-                skipped, _ = step(alone, frozenset())
+                done = step(alone, frozenset())
+                if done is None:
+                    raise RunError("out of memory: give TRAIN.MICRO_BATCH_SIZE a number for this")
+                skipped, _ = done
                 progress.advance(batch.count, plan.samples_per_epoch, skipped)
                 if not skipped:
                     state.callbacks.call("on_step")

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from launcher.data.plan import Plan
 from launcher.edges.optimizer import rescale
-from launcher.engine import schedule
-from launcher.engine.schedule import Factor, Schedule, build_schedule
 from launcher.errors import RunError
+from launcher.optim import curves as schedule
+from launcher.optim.curves import Factor
+from launcher.optim.schedules import Schedule, build_schedule
 from tests.engine.helpers import Regression, Trainer, assert_close, config, drawn
 
 
