@@ -15,6 +15,7 @@ COMMANDS = {
     "new": "a small project to begin with: task, config, test, README, job file",
     "train": "train a task from a config, alone or under torchrun or srun",
     "checkpoint": "list, verify and export the checkpoints of a run",
+    "sweep": "a config for each point of a grid, or drawn at random; the jobs that run them all",
     "runs": "read runs back: how they are doing, what they recorded",
     "replay": "a step of a run once more, with the proof that it is the same",
     "config": "list what ships, a config's keys, and where their values come from; compare two",
@@ -67,6 +68,10 @@ def _command(name: str) -> Callable[[list[str]], int]:
         from launcher.cli.runs import main as runs
 
         return runs
+    if name == "sweep":
+        from launcher.cli.sweep import main as sweep
+
+        return sweep
     if name == "replay":
         from launcher.cli.replay import main as replay
 

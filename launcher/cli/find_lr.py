@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.cli.arguments import split_overrides
 from launcher.cli.imports import imported, resting
-from launcher.cli.train import check_task
 from launcher.config import Config, load_config
 from launcher.debug.preset import folder_of, implied
 from launcher.errors import RunError, UsageError
+from launcher.library.attempt import check_task
 from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
 

@@ -44,12 +44,14 @@ def _parser() -> argparse.ArgumentParser:
             found.add_argument("--json", action="store_true", help=f"print JSON instead of {json}")
         return found
 
-    c = command("list", "a line a run: state, step, best and last metric", 0, "a table")
+    text = "a line a run: state, step, best and last metric; of a sweep also what its points set"
+    c = command("list", text, 0, "a table")
     c.add_argument("root", type=Path, nargs="?", default=Path("runs"), metavar="ROOT")
     c.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=WHERE)
     c.add_argument("--sort", metavar="KEY", default="run", help="a column, metric or config key")
     c.add_argument("--reverse", action="store_true", help="the greatest first")
-    c.add_argument("--columns", default=COLUMNS, metavar="KEY,KEY", help=f"instead of {COLUMNS}")
+    c.add_argument("--columns", metavar="KEY,KEY", help=f"instead of {COLUMNS}")
+    c.set_defaults(usual=COLUMNS)
 
     c = command("show", "a run: its curves, what happened, environment, failure", 1, "text")
     c.add_argument("--key", action="append", default=[], help="draw this metric's curve")
@@ -61,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     c.add_argument("-f", "--follow", action="store_true", help="until the run ends")
     c.add_argument("-n", "--lines", type=_count, default=10, metavar="N", help="default 10")
 
-    c = command("compare", "config keys that differ, metrics side by side", "+", "tables")
+    text = "config keys that differ, metrics side by side; of a sweep a line a point"
+    c = command("compare", text, "+", "tables")
     c.add_argument("--key", action="append", default=[], help="compare this metric alone")
 
     c = command("samples", "the samples of one step, by rank and micro-batch", 1, "a table")

@@ -55,11 +55,13 @@ def load_config(
     overrides: Sequence[str] = (),
     resolve_task: ResolveTask | None = None,
     require_task: bool = True,
+    typed: str = COMMAND_LINE,
 ) -> Config:
     """Merge the defaults, the file with its bases, and the overrides; the last one wins.
 
     `config_file` is a path, or the name of a config that ships where no such file exists.
-    `overrides` are the words of the command line, `KEY VALUE` or `KEY=VALUE`. Without
+    `overrides` are the words of the command line, `KEY VALUE` or `KEY=VALUE`, or of where else they
+    were `typed`, as messages call it. Without
     `resolve_task` the keys under TASK are kept as YAML has them, unchecked.
     Raises ConfigError with every mistake that was found.
     """
@@ -70,7 +72,7 @@ def load_config(
     if config_file is not None:
         config_file = found(config_file)
         settings, complete = read_file(config_file, problems.append)
-    settings += read_overrides(overrides, keys, problems.append)
+    settings += read_overrides(overrides, keys, problems.append, typed)
     of_task = [s for s in settings if re.match(r"TASK\.(?!NAME(\.|$))", s.key)]
 
     merge = _Merge(defaults(), problems.append)
@@ -83,7 +85,7 @@ def load_config(
     name = cfg.TASK.NAME
     task: type | None = None
     if not name and require_task and complete and "TASK.NAME" not in merge.wrong:
-        problems.append(Problem(config_file or COMMAND_LINE, "TASK.NAME", _no_task(resolve_task)))
+        problems.append(Problem(config_file or typed, "TASK.NAME", _no_task(resolve_task)))
     if resolve_task and name and "TASK.NAME" not in merge.wrong:
         task = _resolve(resolve_task, name, config_file, merge, bool(problems))
     if task is not None:

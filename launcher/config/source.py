@@ -53,8 +53,11 @@ def read_file(path: str, report: Report) -> tuple[list[Setting], bool]:
     return _read(path, [], path, "", report)
 
 
-def read_overrides(words: Sequence[str], known: Iterable[str], report: Report) -> list[Setting]:
-    """Settings from `KEY VALUE` and `KEY=VALUE` words. A known key is not taken for a value."""
+def read_overrides(
+    words: Sequence[str], known: Iterable[str], report: Report, where: str = COMMAND_LINE
+) -> list[Setting]:
+    """Settings from `KEY VALUE` and `KEY=VALUE` words, which were given `where`. A known key is not
+    taken for a value."""
     dotted = {key for key in known if "." in key}
     settings = []
     rest = list(words)
@@ -62,11 +65,11 @@ def read_overrides(words: Sequence[str], known: Iterable[str], report: Report) -
         key, equals, text = rest.pop(0).partition("=")
         if not equals:
             if not rest or rest[0].partition("=")[0] in dotted:
-                report(Problem(COMMAND_LINE, key, "has no value; write KEY VALUE or KEY=VALUE"))
+                report(Problem(where, key, "has no value; write KEY VALUE or KEY=VALUE"))
                 continue
             text = rest.pop(0)
         tag = TAG + ("null" if text.lower() in ("null", "~") else "str")
-        settings.append(Setting(key, COMMAND_LINE, yaml.ScalarNode(tag, text), typed=text))
+        settings.append(Setting(key, where, yaml.ScalarNode(tag, text), typed=text))
     return settings
 
 

@@ -181,7 +181,7 @@ class Guard:
             elif self._begin_end():
                 told = self._failed(error)
             else:
-                self.clock.sleep(LAST_WORDS_S)  # the thread is telling of a hang, and leaves
+                self._thread.join(LAST_WORDS_S)  # it is telling of a hang, and leaves
             process.end()
         finally:
             self._close()

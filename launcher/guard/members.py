@@ -4,7 +4,6 @@ they disagree: later it would be a hang, or a run that nobody can repeat."""
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ from launcher.errors import UsageError
 from launcher.provenance.environment import versions
 from launcher.runtime.member import Member
 from launcher.runtime.process import Runtime
+from launcher.tasks.sources import file_of
 
 
 def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:
-    """The process of every rank. A collective.
-
-    Raises UsageError where ranks have another config, other versions or other code.
-    """
+    """The process of every rank. A collective. Raises UsageError where ranks have another config,
+    other versions or other code."""
     found = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(cfg).items()}
     found |= {f"version of {name}": version for name, version in versions().items()}
-    found[f"code of {task_class.__module__}"] = _code([inspect.getsourcefile(task_class)])
+    found[f"code of {task_class.__module__}"] = _code([file_of(task_class.__module__)])
     found["code of launcher"] = _code(sorted(Path(launcher.__file__).parent.rglob("*.py")))
     # A collective, the run's first: nothing is built yet.
     return compare(found, runtime)

@@ -22,6 +22,7 @@ from launcher.runs.report import report
 from launcher.runs.run import Run, find, load_summaries, open_runs, printable
 from launcher.runs.samples import samples
 from launcher.runs.status import read_status
+from launcher.runs.sweep import begun, read_sweep
 from launcher.runs.tail import tail
 from launcher.runs.verify import verify
 from launcher.runs.why import why
@@ -46,7 +47,10 @@ def call(options: Namespace) -> int:
             return _schedule(options)
         if not options.runs or options.output is None:
             raise UsageError("plot needs runs and -o FILE.png, or --schedule CONFIG")
-    runs = open_runs(options.runs)
+    # A sweep stands for its runs where there may be several.
+    several = options.command in ("compare", "plot", "export", "report")
+    paths = [run for path in options.runs for run in (begun(path) if several else [path])]
+    runs = open_runs(paths)
     try:
         code = COMMANDS[options.command](runs, options)
     except BrokenPipeError:  # `| head`
@@ -62,11 +66,14 @@ def _list(options: Namespace) -> int:
     if not options.root.is_dir():
         raise UsageError(f"{options.root} is no directory")
     tests = [select.condition(text) for text in options.where]
-    found = list(find(options.root))
+    sweep = read_sweep(options.root)
+    found = list(find(options.root)) if sweep is None else sweep.runs()
     if not found:
         print(f"launcher: no runs below {options.root}", file=sys.stderr)
     load_summaries(found, cpu_budget(1).usable)
-    columns = [column for column in options.columns.split(",") if column]
+    columns = [column for column in (options.columns or options.usual).split(",") if column]
+    if sweep is not None and not options.columns:
+        columns[1:1] = sweep.keys
     select.check(found, [*columns, options.sort, *(test.key for test in tests)])
     chosen = [run for run in found if all(test(run) for test in tests)]
     runs = select.ordered(chosen, options.sort, options.reverse)
@@ -118,8 +125,16 @@ def _tail(runs: Sequence[Run], options: Namespace) -> int:
 
 def _compare(runs: Sequence[Run], options: Namespace) -> int:
     select.check(runs, options.key)
-    found = compare(runs, options.key)
-    _tell(found, options, terminal.compare_tables)
+    sweep = read_sweep(options.runs[0]) if len(options.runs) == 1 else None
+    if sweep is None:
+        _tell(compare(runs, options.key), options, terminal.compare_tables)
+        return 0
+    found = compare(runs, options.key or [runs[0].metric])
+    swept = {key: [run.config.get(key) for run in runs] for key in sweep.keys}
+    found["config"] = swept | found["config"]
+    _tell(found, options, terminal.points_table)
+    if waiting := len(sweep.points) - len(runs):
+        print(f"launcher: {waiting} of {len(sweep.points)} points have not begun", file=sys.stderr)
     return 0
 
 

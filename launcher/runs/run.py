@@ -272,7 +272,7 @@ def find(root: Path) -> Iterator[Run]:
         if real in seen:
             return
         seen.add(real)
-        if (run := _at(path, name or path.name or str(path))) is not None:
+        if (run := run_at(path, name or path.name or str(path))) is not None:
             yield run
             return
         try:
@@ -288,7 +288,8 @@ def find(root: Path) -> Iterator[Run]:
     yield from search(root, "")
 
 
-def _at(path: Path, name: str) -> Run | None:
+def run_at(path: Path, name: str) -> Run | None:
+    """The run in this very directory, or of this file; None where there is none."""
     if path.name == "metrics.jsonl" and path.is_file():
         path = path.parent
     there = os.path.exists  # False also where a directory may not be read

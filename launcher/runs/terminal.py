@@ -180,6 +180,20 @@ def compare_tables(found: dict[str, Any]) -> Group:
     return Group(config if found["config"] else Text("the configs are equal"), Text(), metrics)
 
 
+def points_table(found: dict[str, Any]) -> Table:
+    """`compare.compare`'s outcome for a sweep: a line a run, which may be many."""
+    rows = found["metrics"]
+    table = plain_table("run", *found["config"], *(f"{row['key']} {row['which']}" for row in rows))
+    for place, run in enumerate(found["runs"]):
+        cells = [plain_text(number(values[place])) for values in found["config"].values()]
+        for row in rows:
+            best = place in row["best"]
+            text = number(row["values"][place]) + (" *" if best else "")
+            cells.append(Text(text, "bold" if best else ""))
+        table.add_row(plain_text(run), *cells)
+    return table
+
+
 def plain_table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):

@@ -34,6 +34,12 @@ def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> t
     if builtin_only and name not in BUILTIN:
         return None
     task = resolve_class(name, BUILTIN, "task", search)
+    check_methods(name, task)
+    return task
+
+
+def check_methods(name: str, task: type) -> None:
+    """Raise UsageError where a class of this name is no task."""
     missing = [
         method
         for method in ("build_model", "build_dataset", "train_step")
@@ -41,7 +47,6 @@ def resolve_task(name: str, search: list[Path], builtin_only: bool = False) -> t
     ]
     if missing:
         raise UsageError(f"{name} is no task: it lacks {', '.join(missing)}")
-    return task
 
 
 def resolve_class(name: str, builtin: Mapping[str, str], what: str, search: list[Path]) -> type:

@@ -64,7 +64,7 @@ def own_files(modules: Sequence[str]) -> Own:
     """The own files of some loaded modules."""
     roots, found, imported = list[Path](), dict[str, Path](), set[str]()
     for module in modules:
-        file = _file(module)
+        file = file_of(module)
         if file is None:
             continue
         root, files, reached = _of(module, file)
@@ -94,7 +94,7 @@ def _of(module: str, file: Path) -> tuple[Path, set[Path], set[Path]]:
         ours = name.partition(".")[0]
         if ours == "launcher" or name == "__main__" or (package and ours != top):
             continue
-        path = _file(name)
+        path = file_of(name)
         if path is not None and (package or _is_own(path, root)):
             files.add(path)
     # A file beside packages of its own, as tasks/mine.py, which imports models.net.
@@ -153,8 +153,8 @@ def _is_own(path: Path, folder: Path) -> bool:
     return not any(p.is_relative_to(folder) and path.is_relative_to(p) for p in PYTHON)
 
 
-def _file(module: str) -> Path | None:
-    """The file of a loaded module, which is not asked for its attributes either."""
+def file_of(module: str) -> Path | None:
+    """The file of a loaded module. Its attributes are not asked for: some are made on demand."""
     file = getattr(sys.modules.get(module), "__dict__", {}).get("__file__")
     return _resolved(file) if isinstance(file, str) else None
 

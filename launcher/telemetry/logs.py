@@ -201,4 +201,5 @@ class JsonFormatter(logging.Formatter):
 
 def _log_thread(hook: Any, args: threading.ExceptHookArgs) -> None:
     name = args.thread.name if args.thread else "?"
-    logger.critical("uncaught exception in thread %s", name, exc_info=args.exc_value)
+    if args.exc_type is not SystemExit:  # which ends a thread, and is no error
+        logger.critical("uncaught exception in thread %s", name, exc_info=args.exc_value)
