@@ -49,7 +49,7 @@ def test_they_stand_at_evaluations_checkpoints_and_the_period(tmp_path: Path) ->
     assert found[0] == int(Digest(Normed(None).build_model())())  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("fails", [3, 6, 7])
+@pytest.mark.parametrize("fails", [jobs.slow(3), jobs.slow(6), 7])
 def test_each_stands_once_over_a_crash(
     fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

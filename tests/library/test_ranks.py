@@ -111,7 +111,7 @@ def test_a_class_that_ranks_cannot_import(monkeypatch: pytest.MonkeyPatch) -> No
 
     with pytest.raises(UsageError, match="move the class to the top level"):
         launcher.train(CONFIG, Inside, ranks=2)
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     with pytest.raises(UsageError, match=r"%%writefile mine\.py"):
         launcher.train(CONFIG, made_at_a_prompt(), ranks=2)
     assert not Path("run").exists()

@@ -66,7 +66,7 @@ def test_it_reaches_what_it_states_also_over_a_kill(name: str, ranks: int, tmp_p
 
 
 # Of each kind one; the others train to their ends among the long tests.
-SHORT = ("vae", "distillation", "word_language_model", "detection", "text_classification")
+SHORT = ("vae", "distillation", "word_language_model", "detection")
 
 
 @pytest.mark.parametrize("name", [n if n in SHORT else jobs.slow(n) for n in NAMES])

@@ -100,7 +100,7 @@ def test_short_device_memory_names_the_key_to_change(tmp_path: Path) -> None:
     [
         *(slow("freeze", 1, 2), ("freeze", 0, 2), slow("freeze", 2, 4)),
         *(("hang", 0, None), slow("hang", 1, 2), slow("hang", 0, 2)),
-        *(("gil", 1, 2), slow("gil", 0, 2)),
+        *(slow("gil", 1, 2), slow("gil", 0, 2)),
     ],
 )
 def test_a_hang_names_its_rank(what: str, rank: int, ranks: int | None, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_ranks_that_built_different_things_are_named(what: str, told: str, tmp_p
     ("name", "more", "told"),
     [
         ("config.yaml", "OPTIM: {LR: 0.2}", "OPTIM.LR is 0.2, on rank 0 0.1"),
-        ("task.py", "\n", "code of"),
+        slow("task.py", "\n", "code of"),
     ],
 )
 def test_ranks_that_disagree_are_named(name: str, more: str, told: str, tmp_path: Path) -> None:

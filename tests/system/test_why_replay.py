@@ -44,7 +44,7 @@ def why(one: Path, other: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "more", "where", "keys"),
     [
-        (LABEL, (), "sample 17 has another content", None),
+        slow(LABEL, (), "sample 17 has another content", None),
         slow(LINE, (), "the output of module 0 is the first that differs", None),
         slow((), ("TRAIN.SAMPLER", "sequential"), "takes other samples", ["TRAIN.SAMPLER"]),
         slow(
