@@ -4,9 +4,9 @@
 
 Every figure is a ratio to the loop written by hand (benchmarks/loops/by_hand.py) in the same run:
 rounds in which all take turns, each in a process of its own; below 1 is better than by hand. Where
-steps are compared they take turns every half second. Told are the median and the tenth percentile
-of a step, in CPU time of the training thread and in wall time, as the median over rounds, with the
-least and the most of them.
+steps are compared they take turns every quarter of a second. Told are the median and the tenth
+percentile of a step, in CPU time of the training thread and in wall time, as the median over
+rounds, with the least and the most of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRAINERS = {
     "hf_trainer": "transformers",
 }
 WARM = 40  # steps before a step's time counts
-SLICE_S = 0.5
+SLICE_S = 0.25
 Told = dict[str, Any]
 
 
@@ -163,7 +163,7 @@ STEP = ["cpu p10", "cpu median", "wall p10", "wall median"]
 
 
 def step(trainers: list[str], quick: bool) -> None:
-    count, steps = (3, 240) if quick else (5, 600)
+    count, steps = (2, 1500) if quick else (5, 3000)  # many turns of each
     cases: list[tuple[str, dict[str, Any]]] = [
         ("tensors in memory", {"data": "tensors"}),
         ("tensors in memory, 2 ranks", {"data": "tensors", "ranks": 2}),
@@ -230,7 +230,7 @@ def growth(trainers: list[str], quick: bool) -> None:
     """What grows with the ranks, all of them on this machine."""
     for ranks in (1, 2, 4) if quick else (1, 2, 4, 8):
         pair = ["by_hand", "launcher_run"]
-        found = slices(pair, 3, of_steps, ranks, steps=240)
+        found = slices(pair, 2, of_steps, ranks, steps=1000)
         for name, more in rounds(pair, 3, whole, ranks, steps=3).items():
             found[name] = [a | b for a, b in zip(found[name], more, strict=True)]
         names = ["cpu p10", "first", "peak"]

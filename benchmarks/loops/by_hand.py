@@ -73,6 +73,8 @@ def main() -> None:
     if board is not None:
         board.close()
     report(asked)
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 main()

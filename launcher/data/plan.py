@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +47,7 @@ class Plan:
                 "TRAIN.DROP_LAST False or a smaller TRAIN.BATCH_SIZE."
             )
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         if self.drop_last:
             return self.length // self.batch_size
@@ -64,7 +65,7 @@ class Plan:
         cuts = (self.micro_batches(k, rank) for k in batches for rank in range(self.world_size))
         return any(stop - start == 1 for parts in cuts for start, stop in parts)
 
-    @property
+    @cached_property
     def samples_per_epoch(self) -> int:
         return min(self.length, self.steps_per_epoch * self.batch_size)
 

@@ -165,14 +165,15 @@ class Data:
     def batches(self) -> Iterator[GlobalBatch]:
         """The global batches from where `start` began to the end of TRAIN.DURATION, if that is in
         epochs. This rank's part of each is to be taken whole before the next."""
-        plan, rounds = self.train_plan, dict[int, tuple[int, int]]()  # by the size of the batch
+        plan, parts = self.train_plan, dict[int, tuple[list[int], int, int]]()
         for step in range(self._first, self._last):
             k = step % plan.steps_per_epoch
             start, stop = plan.batch(k)
-            sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
-            if (count := stop - start) not in rounds:
-                rounds[count] = plan.rounds(k), plan.full_rounds(k)
-            yield GlobalBatch(count, sizes, self._take(len(sizes)), *rounds[count])
+            if (count := stop - start) not in parts:  # the same for batches of one size
+                sizes = [b - a for a, b in plan.micro_batches(k, self.runtime.rank)]
+                parts[count] = sizes, plan.rounds(k), plan.full_rounds(k)
+            sizes, *rounds = parts[count]
+            yield GlobalBatch(count, sizes, self._take(len(sizes)), *rounds)
 
     def _take(self, count: int) -> Iterator[Any]:
         for _ in range(count):

@@ -35,6 +35,8 @@ def map_tensors(
     """
 
     def walk(value: Any) -> Any:
+        if type(value) is list:  # as most batches are
+            return [walk(item) for item in value]
         if isinstance(value, LEAVES):
             return value
         if isinstance(value, torch.Tensor) or callable(getattr(type(value), method, None)):

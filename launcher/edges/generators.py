@@ -96,7 +96,8 @@ class Seeding:
                 return self._first(make, asked)
             while True:
                 used = self.used
-                made = make(self._seed if used else None)
+                # The only one itself, which saves a call a sample.
+                made = make(used[0].seed if len(used) == 1 else self._seed if used else None)
                 moved = [g for g in GENERATORS if g not in used and g.mark() != before[g]]
                 moved += [g for g in asked[:1] if g not in used + moved]
                 if not moved:
