@@ -20,6 +20,8 @@ from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
+
 from launcher.edges.batch import pinned
 from launcher.errors import RunError, UsageError
 
@@ -42,14 +44,62 @@ REMEDIES = {
 }
 
 
+# Bytes of a tensor up to which they are sent as they are: shared memory costs half a millisecond,
+# and an open file until it is used.
+SMALL = 1 << 16
+
+
+class Aliased(Exception):
+    """Two tensors of one memory."""
+
+
+class Pickler(ForkingPickler):
+    """Tensors go through shared memory, as in any queue of torch, but for small plain ones, and for
+    those of which torch keeps the conjugate or the negative. Raises Aliased where two small ones
+    share their memory, which they then would no more."""
+
+    def __init__(self, buffer: io.BytesIO) -> None:
+        super().__init__(buffer, pickle.HIGHEST_PROTOCOL)
+        self.taken: dict[int, Any] = {}  # by where its memory lies; kept, for that to stay so
+
+    def reducer_override(self, thing: Any) -> Any:
+        if type(thing) is not torch.Tensor or thing.requires_grad or thing.device.type != "cpu":
+            return NotImplemented
+        if thing.is_conj() or thing.is_neg():  # torch's own loses the sign on the way
+            thing = thing.resolve_conj().resolve_neg()
+            thing = thing.clone(memory_format=torch.contiguous_format)
+        elif not _is_plain(thing):
+            return NotImplemented
+        elif thing.numel() and self.taken.setdefault(thing.data_ptr(), thing) is not thing:
+            raise Aliased
+        content = torch.empty(0, dtype=torch.uint8).set_(thing.untyped_storage()).numpy().tobytes()
+        return _tensor_of, (content, thing.dtype, tuple(thing.shape))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is small, all of its memory, and no more than its numbers."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.is_contiguous():
+        return False
+    return tensor.nbytes <= SMALL and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _tensor_of(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
+
+
 class Parcel:
     """A thing on its way between processes, pickled by whoever makes it."""
 
     def __init__(self, what: str, thing: Any) -> None:
         self.what, buffer = what, io.BytesIO()
         try:
-            # Tensors go through shared memory, as in any queue of torch.
-            ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(thing)
+            try:
+                Pickler(buffer).dump(thing)
+            except Aliased:
+                buffer = io.BytesIO()
+                ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(thing)
         except Exception as error:
             raise told(f"{what} could not be sent between processes", error) from error
         self.content = buffer.getvalue()

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from launcher.data.fetch import Fetcher
 from launcher.data.loader import load
 from launcher.data.plan import Request
-from launcher.edges.sending import Parcel, explained
+from launcher.edges.sending import SMALL, Parcel, explained
 from launcher.edges.sending import told as sending_told
 
 
@@ -79,10 +79,15 @@ class Faulty(Dataset):
             "lambda": lambda: lambda: 1,
             "shm": Refuses,
             "opened": Opens,
-            "many": lambda: [torch.ones(1) for _ in range(MANY)],
+            "many": lambda: [large([1]) for _ in range(MANY)],
             "exits": lambda: os._exit(3),
         }
         return made[self.kind]()
+
+
+def large(samples: list[Any]) -> Any:
+    """Too large to be sent but by shared memory."""
+    return torch.nn.functional.pad(torch.tensor([float(samples[0])]), (0, SMALL))
 
 
 def as_is(samples: list[Any]) -> Any:
@@ -244,9 +249,9 @@ def test_workers_that_cannot_be_started_leave_none_behind(monkeypatch: pytest.Mo
 
 def test_what_the_main_process_cannot_open_is_told_with_the_remedy() -> None:
     """It has as many open files as it may."""
-    stream = load(*asked("gradient", None), 1, 2, False, HOUR)
+    stream = load(*asked("gradient", large), 1, 2, False, HOUR)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    assert next(stream).tolist() == [0, 1]
+    assert next(stream)[0] == 0
     refused = pytest.raises(Exception, match=r"samples 2, 3 of .* could not be opened.*ulimit -n")
     with contextlib.ExitStack() as opened:
         opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
@@ -298,3 +303,46 @@ def test_tensors_go_through_shared_memory() -> None:
     parcel = Parcel("a batch", {"x": torch.arange(100_000)})
     assert len(parcel.content) < 1000
     assert parcel.open()["x"].tolist() == list(range(100_000))
+
+
+PLAIN = {
+    "floats": torch.arange(6.0).view(2, 3),
+    "halves": torch.arange(6).to(torch.bfloat16),
+    "complex": torch.tensor([1 + 2j, 3 - 1j]),
+    "flags": torch.tensor([True, False]),
+    "number": torch.tensor(7),
+    "none": torch.empty(0, 3),
+    "conjugate": torch.tensor([1 + 2j]).conj(),
+    "negative": torch.tensor([[1 + 2j, 3 - 1j], [0j, 5j]]).t().conj().imag,
+}
+OTHERS = {
+    "large": torch.arange(float(SMALL)),
+    "part": torch.arange(12.0)[3:7],
+    "turned": torch.arange(6.0).view(2, 3).t(),
+    "sparse": torch.eye(3).to_sparse(),
+    "weight": torch.nn.Parameter(torch.ones(2), requires_grad=False),
+    "wide": torch.ones(1).expand(4),
+}
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *OTHERS])
+def test_small_tensors_are_sent_as_they_are(name: str) -> None:
+    """Numbers, types and shapes of all arrive; of the small ones no file is left open, and what
+    arrives may be written into."""
+    tensor: Any = {**PLAIN, **OTHERS}[name]
+    sent = Parcel("it", [tensor, {"again": tensor}])
+    assert (b"_tensor_of" in sent.content) == (name in PLAIN)
+    first, second = sent.open()
+    assert type(first) is type(tensor) and first.dtype == tensor.dtype
+    assert torch.equal(first.to_dense(), tensor.to_dense()) and first.shape == tensor.shape
+    assert second["again"] is first
+    if name in PLAIN and first.numel():
+        first.zero_()
+        assert tensor.to_dense().any()
+
+
+def test_what_shares_its_memory_still_does() -> None:
+    one = torch.arange(6.0)
+    first, second = Parcel("it", [one, one.view(2, 3)]).open()
+    first.fill_(5)
+    assert (second == 5).all()
