@@ -55,7 +55,8 @@ def report(asked: SimpleNamespace) -> None:
     begun = psutil.Process().create_time() - time.time() + time.perf_counter()
     told = {
         "steps": NOTED,
-        "first": NOTED[1][0] - begun,  # from the start of the process over its first update
+        # From the start of the process over its first update.
+        "first": NOTED[1][0] - begun if len(NOTED) > 1 else None,
         "whole": time.perf_counter() - begun,
         "cpu": sum(os.times()[:4]),
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
