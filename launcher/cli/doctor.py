@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher.api.attempt import check_task
 from launcher.cli.arguments import split_overrides
 from launcher.config import load_config
 from launcher.config.checks import evaluates
 from launcher.config.keys import defaults
 from launcher.errors import UsageError
-from launcher.library.attempt import check_task
 from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
 from launcher.telemetry.rundir import RunDirectory

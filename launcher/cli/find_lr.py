@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.api.attempt import check_task
 from launcher.cli.arguments import split_overrides
 from launcher.cli.imports import imported, resting
 from launcher.config import Config, load_config
 from launcher.debug.preset import folder_of, implied
 from launcher.errors import RunError, UsageError
-from launcher.library.attempt import check_task
 from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
 

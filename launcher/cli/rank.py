@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+from launcher.api.ranks import ERROR_FILE
 from launcher.cli.train import train
 from launcher.errors import Ended, UsageError
-from launcher.library.ranks import ERROR_FILE
 
 
 def main(argv: list[str]) -> int:

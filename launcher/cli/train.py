@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from launcher.api.attempt import Asked, Train, attempt, check
 from launcher.cli.arguments import split_overrides
 from launcher.cli.imports import imported, resting
 from launcher.config import load_config
@@ -17,7 +18,6 @@ from launcher.config.problem import Mistake
 from launcher.debug.preset import PRESET, added, folder_of
 from launcher.errors import UsageError
 from launcher.guard.stop import STOPPED, Signals
-from launcher.library.attempt import Asked, Train, attempt, check
 from launcher.runtime.topology import read_topology
 from launcher.tasks import resolve_task
 

@@ -80,7 +80,7 @@ class Fetcher(Dataset):
 
     def __getitem__(self, request: Request) -> Any:
         if self.tensors:
-            # Half the time of dataset[samples], which also takes what no index is.
+            # Half the time of dataset[samples].
             chosen = torch.from_numpy(np.array(request.samples))
             return [t.index_select(0, chosen.to(t.device)) for t in self.dataset.tensors]
         if self.epoch != request.epoch:

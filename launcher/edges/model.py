@@ -282,12 +282,15 @@ def fitting(weights: Mapping[str, torch.Tensor], pattern: str, key: str) -> list
     found = [p for name, p in weights.items() if fits(name, pattern)]
     if not found:
         modules = {name.rpartition(".")[0] for name in weights}
-        near = difflib.get_close_matches(pattern, [*weights, *modules], 3)
-        raise UsageError(
-            f"{key}: {pattern!r} fits no weight of the model; "
-            + (f"near it are {', '.join(near)}" if near else f"it has {some(list(weights))}")
-        )
+        told = near_or_all(pattern, [*weights, *modules], list(weights))
+        raise UsageError(f"{key}: {pattern!r} fits no weight of the model; {told}")
     return found
+
+
+def near_or_all(pattern: str, known: Sequence[str], there: list[str]) -> str:
+    """What to try for a pattern that fits nothing: known names near it, or those that are there."""
+    near = difflib.get_close_matches(pattern, known, 3)
+    return f"near it are {', '.join(near)}" if near else f"it has {some(there)}"
 
 
 def fits(name: str, pattern: str) -> bool:

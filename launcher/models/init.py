@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import nn
 
 from launcher.config import CfgNode
 from launcher.config.inits import Init, parse_init
-from launcher.edges.model import plain_name, some
+from launcher.edges.model import near_or_all, plain_name, some
 from launcher.errors import UsageError
 from launcher.log import get_logger
 from launcher.models.freezing import fits
@@ -172,6 +171,5 @@ def _weights(model: nn.Module) -> Weights:
 
 
 def _nothing(key: str, text: str, which: str, known: list[str]) -> UsageError:
-    near = difflib.get_close_matches(which.removesuffix(".*"), known, 3)
-    told = f"near it are {', '.join(near)}" if near else f"it has {some(list(filter(None, known)))}"
+    told = near_or_all(which.removesuffix(".*"), known, list(filter(None, known)))
     return UsageError(f"{key} {text!r} fits nothing of the model; {told}")

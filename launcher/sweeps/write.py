@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
+from launcher.api.attempt import check_task
 from launcher.config import Config, ConfigError, flatten, load_config
 from launcher.config.checks import evaluates
 from launcher.config.keys import put
 from launcher.config.problem import Problem
 from launcher.errors import UsageError
-from launcher.library.attempt import check_task
 from launcher.runs.sweep import CONFIGS, FILE, RUNS, read_sweep
 from launcher.sweeps.points import names
 from launcher.sweeps.scripts import ARRAY, LOOP, filled

@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import pytest
 
 from launcher import __version__, cli
+from launcher.api.attempt import check_writable
 from launcher.errors import RunError, UsageError
-from launcher.library.attempt import check_writable
 from tests.cli.launched import imported_by, run
 from tests.system.jobs import DIGITS, Job
 

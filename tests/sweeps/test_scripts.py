@@ -138,7 +138,7 @@ def test_the_array_hides_no_failure() -> None:
 @pytest.mark.slow
 def test_a_real_sweep() -> None:
     """Killed in its midst, and started again: each point is what it is by itself."""
-    task = jobs.ROOT / "tests/library/line.py"
+    task = jobs.ROOT / "tests/api/line.py"
     Path("base.yaml").write_text(
         f"TASK: {{NAME: '{task}:Line'}}\nDIST: {{DEVICE: cpu}}\nTRAIN: {{DURATION: 300step}}\n"
         "CHECKPOINT: {EVERY: 50step}\nEVAL: {EVERY: 100step}\nLOG: {LEVEL: WARNING}\n"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import launcher
-from tests.library.scripts import Script
+from tests.api.scripts import Script
 from tests.system import jobs
 
 PAGE = (jobs.ROOT / "docs/library.md").read_text(encoding="utf-8")

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import launcher
+from launcher.api import ranks
+from launcher.api.settings import name_of
 from launcher.errors import RunError, UsageError
-from launcher.library import ranks
-from launcher.library.settings import name_of
 from launcher.telemetry.rundir import RunDirectory
-from tests.library.line import Line
-from tests.library.test_train import CONFIG, assert_trained, by_hand
+from tests.api.line import Line
+from tests.api.test_train import CONFIG, assert_trained, by_hand
 from tests.system import jobs
 
 # The tests' root is not where the ranks would look by themselves.
@@ -125,7 +125,7 @@ def test_the_names_of_classes() -> None:
     from launcher.tasks.digits import Digits
 
     assert name_of(Digits) == "launcher.tasks.digits:Digits"
-    assert name_of(Line) == "tests.library.line:Line"
+    assert name_of(Line) == "tests.api.line:Line"
     sys.path.insert(0, str(Path(__file__).parent))
     try:
         import line

@@ -14,8 +14,8 @@ import torch
 
 import launcher
 from launcher.errors import RunError, UsageError
-from tests.library.line import Line
-from tests.library.test_train import CONFIG
+from tests.api.line import Line
+from tests.api.test_train import CONFIG
 from tests.runs.made import append, make_run, record
 from tests.system import jobs
 

@@ -25,7 +25,7 @@ from torch.backends import cudnn
 import launcher
 from launcher import CfgNode
 from launcher.errors import RunError, UsageError
-from tests.library.line import Line, X, Y
+from tests.api.line import Line, X, Y
 from tests.system import jobs
 from tests.system.exact import records
 

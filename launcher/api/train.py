@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.api.attempt import Asked, Train, attempt, check
+from launcher.api.kept import EarlyStop, Interrupts, kept
+from launcher.api.ranks import run_ranks
+from launcher.api.runs import OpenRun, open_run
+from launcher.api.settings import as_words, check_found_elsewhere, name_of
 from launcher.config import Config, load_config
 from launcher.config.coerce import expand
 from launcher.config.problem import Mistake
 from launcher.debug.preset import implied
 from launcher.errors import Ended, RunError, UsageError
 from launcher.guard import stop
-from launcher.library.attempt import Asked, Train, attempt, check
-from launcher.library.kept import EarlyStop, Interrupts, kept
-from launcher.library.ranks import run_ranks
-from launcher.library.runs import OpenRun, open_run
-from launcher.library.settings import as_words, check_found_elsewhere, name_of
 from launcher.runtime.topology import Topology, read_topology
 from launcher.tasks import resolve_task
 from launcher.tasks.resolve import check_methods
