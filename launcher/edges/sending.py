@@ -65,8 +65,9 @@ class Pickler(ForkingPickler):
     def reducer_override(self, thing: Any) -> Any:
         if type(thing) is not torch.Tensor or thing.requires_grad or thing.device.type != "cpu":
             return NotImplemented
-        if thing.is_conj() or thing.is_neg():  # torch's own loses the sign on the way
-            thing = thing.resolve_conj().resolve_neg()
+        if (
+            thing.is_conj() or thing.is_neg()
+        ):  # torch loses the sign; a copy has it
             thing = thing.clone(memory_format=torch.contiguous_format)
         elif not _is_plain(thing):
             return NotImplemented

@@ -70,3 +70,25 @@ def test_values_of_a_network_are_taken_as_they_are() -> None:
     sums, loss = Sums(), torch.tensor(0.1, requires_grad=True)
     sums.add(["loss", "n"], [loss, torch.tensor(2**40, dtype=torch.int64)], torch.tensor(3))
     assert sums.means() == {"loss": loss.item(), "n": float(2**40)}
+
+
+def test_what_is_cleared_is_gone() -> None:
+    """Also what was read and not yet added up."""
+    sums = Sums()
+    sums.add(["a"], [1.0], 2.0)
+    sums.clear()
+    sums.add(["b"], [3.0], 1.0)
+    assert sums.means() == {"b": 3.0}
+
+
+def test_what_another_one_holds_is_taken_in() -> None:
+    """As if all had been added to one, whether or not it was added up before."""
+    one, other, whole = Sums(), Sums(), Sums()
+    for number, sums in ((0.1, one), (0.2, other), (0.3, other)):
+        for each in (sums, whole):
+            each.add(["a"], [number], number)
+    other.means()
+    other.add(["b"], [5.0], 1.0)
+    whole.add(["b"], [5.0], 1.0)
+    one.absorb(other)
+    assert one.state() == whole.state()
