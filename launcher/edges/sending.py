@@ -65,9 +65,7 @@ class Pickler(ForkingPickler):
     def reducer_override(self, thing: Any) -> Any:
         if type(thing) is not torch.Tensor or thing.requires_grad or thing.device.type != "cpu":
             return NotImplemented
-        if (
-            thing.is_conj() or thing.is_neg()
-        ):  # torch loses the sign; a copy has it
+        if thing.is_conj() or thing.is_neg():  # torch loses the sign; a copy has it
             thing = thing.clone(memory_format=torch.contiguous_format)
         elif not _is_plain(thing):
             return NotImplemented
