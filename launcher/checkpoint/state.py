@@ -218,8 +218,8 @@ class TrainingState:
         afresh += load_state_of(self.task, theirs, runtime, "TASK_STATE" in allow)
         if runtime.rank < len(ranks) and "SEED" not in changed:
             set_random_state(ranks[runtime.rank]["random"])
-        if runtime.rank < len(ranks):
-            self.threads = ranks[runtime.rank]["threads"]
+        if runtime.rank < len(ranks) or self.cfg.TRAIN.SHARDS:
+            self.threads = ranks[runtime.rank % len(ranks)]["threads"]
         if same:
             ours = [ranks[runtime.rank]]
         else:

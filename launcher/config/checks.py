@@ -165,6 +165,28 @@ def _static_graph(cfg: CfgNode) -> str | None:
     return None
 
 
+def _shards(cfg: CfgNode) -> str | None:
+    if not cfg.TRAIN.SHARDS:
+        return None
+    if cfg.TRAIN.MICRO_BATCH_SIZE == "auto":
+        return "is exact: give TRAIN.MICRO_BATCH_SIZE a number, for auto goes by a GPU's memory"
+    if not cfg.DATALOADER.SEED_SAMPLES:
+        return "needs DATALOADER.SEED_SAMPLES True: else samples draw otherwise on other ranks"
+    if cfg.MODEL.COMPILE_MODE.startswith("max-autotune") and cfg.MODEL.COMPILE:
+        return "is exact, and MODEL.COMPILE_MODE max-autotune chooses by time; take default"
+    used = {
+        "MODEL.SYNC_BN": "batch-norm over all ranks; take GroupNorm",
+        "DIST.GRADIENT_COMPRESSION": "an option of DDP's all-reduce, which is not used",
+        "DIST.STATIC_GRAPH": "an option of DDP, which is not used",
+        "DIST.FIND_UNUSED_PARAMETERS": "not needed: weights that a step does not use are found",
+    }
+    for key, why in used.items():
+        node, _, name = key.partition(".")
+        if cfg[node][name]:
+            return f"does not go with {key}: {why}"
+    return None
+
+
 def _backend(cfg: CfgNode) -> str | None:
     if cfg.DIST.BACKEND == "nccl" and cfg.DIST.DEVICE == "cpu":
         return "nccl works on CUDA only; use gloo, or DIST.DEVICE cuda"
@@ -180,6 +202,14 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (("TRAIN.GRAD_CLIP_SKIP", "TRAIN.GRAD_CLIP_BY"), _clip_skip),
     (("DIST.STATIC_GRAPH", "DIST.FIND_UNUSED_PARAMETERS"), _static_graph),
     (("MODEL.INIT", "MODEL.WEIGHTS", "MODEL.WEIGHTS_STRICT", "MODEL.REINIT"), _init),
+    (
+        (
+            *("TRAIN.SHARDS", "TRAIN.MICRO_BATCH_SIZE", "DATALOADER.SEED_SAMPLES"),
+            *("MODEL.COMPILE", "MODEL.COMPILE_MODE", "MODEL.SYNC_BN", "DIST.STATIC_GRAPH"),
+            *("DIST.GRADIENT_COMPRESSION", "DIST.FIND_UNUSED_PARAMETERS"),
+        ),
+        _shards,
+    ),
     (("EVAL.SPLITS",), _splits),
     (("EVAL.AT_START", "EVAL.EVERY", "EVAL.SPLITS"), _at_start),
 ]

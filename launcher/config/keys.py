@@ -121,6 +121,9 @@ KEYS: list[Key] = [
         "grouped by its `groups` or `lengths`, dataset by its `order`",
         choices=("shuffle", "sequential", "replacement", "weighted", "grouped", "dataset")),
     Key("TRAIN.DROP_LAST", False, "Leave out an epoch's last, smaller global batch"),
+    Key("TRAIN.SHARDS", 0,
+        "Parts of a global batch that go through the model one by one and are summed in one order: "
+        "the same bits on any number of ranks that divides it; 0: as fast as can be", at_least=0),
     Key("TRAIN.DURATION", "10ep", "How long to train, in epochs or steps", unit=STEPS,
         not_time="a time limit is not the duration of a schedule"),
     Key("TRAIN.MAX_TIME", "",

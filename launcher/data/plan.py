@@ -38,6 +38,7 @@ class Plan:
     drop_last: bool = False
     world_size: int = 1
     micro_batch_size: int = 0
+    shards: int = 0  # that a global batch is cut into before ranks take them; 0: one a rank
 
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
@@ -81,14 +82,20 @@ class Plan:
     def micro_batches(self, k: int, rank: int) -> list[tuple[int, int]]:
         """[start, stop) positions of a rank's micro-batches of global batch `k`; may be empty.
 
-        The share is cut into equal parts, so that no micro-batch is a small leftover.
+        A share is cut into equal parts, so that no micro-batch is a small leftover.
         """
         start, stop = self.batch(k)
-        first, last = share(stop - start, self.world_size, rank)
-        count = last - first
-        parts = -(-count // self.micro_batch_size) if self.micro_batch_size else min(count, 1)
-        cuts = [share(count, parts, part) for part in range(parts)]
-        return [(start + first + a, start + first + b) for a, b in cuts]
+        shards = self.shards or self.world_size
+        mine = share(shards, self.world_size, rank)
+        cuts = [cut for shard in range(*mine) for cut in self.cuts(stop - start, shard)]
+        return [(start + a, start + b) for a, b in cuts]
+
+    def cuts(self, count: int, shard: int) -> list[tuple[int, int]]:
+        """[start, stop) of a shard's micro-batches in a global batch of `count` samples."""
+        first, last = share(count, self.shards or self.world_size, shard)
+        size = last - first
+        parts = -(-size // self.micro_batch_size) if self.micro_batch_size else min(size, 1)
+        return [(first + a, first + b) for a, b in (share(size, parts, i) for i in range(parts))]
 
     def rounds(self, k: int) -> int:
         """The most micro-batches that any rank has of global batch `k`."""

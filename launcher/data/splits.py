@@ -72,7 +72,7 @@ class Data:
             self.eval_plan(split)
         self.length, train = self.lengths["train"], cfg.TRAIN
         micro = 0 if train.MICRO_BATCH_SIZE == "auto" else train.MICRO_BATCH_SIZE
-        sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, micro
+        sizes = train.BATCH_SIZE, train.DROP_LAST, runtime.world_size, micro, train.SHARDS
         self.train_plan = Plan(self.length, *sizes)
         self.total_steps = in_steps(train.DURATION, self.train_plan.steps_per_epoch)
         sampler, dataset = train.SAMPLER, self.datasets["train"]
@@ -246,7 +246,8 @@ class Data:
 
     def _size(self, split: str) -> LoaderSize:
         keys, kind = self.cfg.DATALOADER, self.kinds[split]
-        return size_loader(keys, self.runtime, kind, *self._memory, self._nbytes.get(split, 0))
+        known = *self._memory, self._nbytes.get(split, 0), self.cfg.TRAIN.SHARDS
+        return size_loader(keys, self.runtime, kind, *known)
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""

@@ -113,9 +113,22 @@ def state_of(task: Any) -> Any:
         return on_cpu(task.state_dict())
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two nests of plain values and tensors hold the same."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other or (one != one and other != other))  # NaN, too
+
+
 def load_state_of(task: Any, states: Sequence[Any], runtime: Any, may_begin: bool) -> list[str]:
     """Give a task the state that it had on this rank; `states` are those of all ranks, None for one
-    without.
+    without. Where it was the same on all, any number of ranks may have it.
 
     Returns what was not restored, in words: all of it on another number of ranks, or where the task
     keeps none any more, if this one `may_begin` afresh. Raises UsageError if not.
@@ -123,6 +136,8 @@ def load_state_of(task: Any, states: Sequence[Any], runtime: Any, may_begin: boo
     ranks, name = len(states), type(task).__name__
     if all(state is None for state in states):
         return []
+    if ranks != runtime.world_size and all(alike(states[0], state) for state in states):
+        ranks, states = runtime.world_size, [states[0]] * runtime.world_size
     if keeps_state(task) and ranks == runtime.world_size:
         if states[runtime.rank] is not None:
             with calling(f"{name}.load_state_dict"):

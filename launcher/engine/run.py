@@ -46,6 +46,8 @@ from launcher.provenance.code import Code
 from launcher.provenance.environment import describe, this_rank
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
+from launcher.shards.checks import NO_GATHER, check_shards, check_threads, kind_of_machine
+from launcher.shards.sums import Shards
 from launcher.tasks import make_task
 from launcher.tasks.run import LiveRun
 from launcher.telemetry.logs import Logs
@@ -97,8 +99,12 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             "the model's layout": model_layout(state.model),
         }
     )
-    # Collectives: where buffers are made of random numbers, rank 0's are everybody's.
-    fill(state.model.buffers(), runtime.broadcast_state(list(state.model.buffers())))
+    if cfg.TRAIN.SHARDS:
+        check_shards(cfg, state.model, runtime)
+        gather.refused = f"Task.gather: {NO_GATHER}"
+    # Collectives: where a model is made of random numbers, rank 0's are everybody's.
+    made = [*state.model.buffers(), *(state.model.parameters() if cfg.TRAIN.SHARDS else ())]
+    fill(made, runtime.broadcast_state(made))
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
     differs: list[str] = []  # from the checkpoint that the run goes on from
@@ -130,6 +136,11 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     if plan.gives_one_sample:
         warn_of_one_sample(state.model)
     data.start(progress.samples, found.state["stream"] if found else None, state.threads)
+    shards = None
+    if cfg.TRAIN.SHARDS:  # collectives
+        check_threads(state.threads)
+        guard.agree(kind_of_machine(runtime))
+        shards = Shards(cfg, state.model, task, plan, runtime)
     resumed = found is not None and found.step is not None
     open_directory(job, state, runtime, resumed, differs)
     logs.open(directory.logs)
@@ -159,13 +170,15 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         saver = Saver(store, saved) if job.saves else None
     completed = False
     try:
-        step = TrainStep(cfg, task, state, runtime, gather)
+        step = TrainStep(cfg, task, state, runtime, gather, shards)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
         completed = stopped is None
     finally:
         guard.enter("save")
         data.close()
+        if shards is not None:
+            shards.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
         writer.close(completed)

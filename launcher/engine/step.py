@@ -31,8 +31,15 @@ from launcher.models.parallel import exchanging
 from launcher.optim.schedules import Schedule, build_schedule
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
+from launcher.shards.checks import NO_GATHER
+from launcher.shards.sums import GradientSums, Shards
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+UNEVEN = (
+    "ranks have different numbers of micro-batches in some global batch, at least in an epoch's "
+    "last one: those with fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, "
+    "with TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
+)
 
 
 def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -66,8 +73,9 @@ class StepModule(nn.Module):
         self.phase = (phase,) if phase else ()
         self.name = f"{type(task).__name__}.train_step" + (f" ({phase})" if phase else "")
         self.task, self.model, self.agreement, self.gather = task, model, agreement, gather
-        # Counts those that were begun, where a task may begin none.
+        # Counts those that were begun, where a task may begin none, and why it may not.
         self.collectives: Callable[[], int] = lambda: 0
+        self.may_begin_none = UNEVEN if not cfg.TRAIN.SHARDS else NO_GATHER
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
         self.watches = cfg.DEBUG.NONFINITE != ""
@@ -88,12 +96,7 @@ class StepModule(nn.Module):
         with self.autocast:
             returned = self.task.train_step(self.model, batch, *self.phase)
         if self.collectives() != begun:
-            raise RunError(
-                f"{self.name} begins a collective of its own, but ranks have different numbers of "
-                "micro-batches in some global batch, at least in an epoch's last one: those with "
-                "fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, with "
-                "TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
-            )
+            raise RunError(f"{self.name} begins a collective of its own, but {self.may_begin_none}")
         values = scalars(returned, self.carrier.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
@@ -123,6 +126,7 @@ class Phase:
         gather: Gather,
         schedule: Schedule,
         pending: deque[Any],
+        shards: Shards | None,
     ) -> None:
         self.name, self.schedule = name, schedule
         self.optimizer, self.scaler = state.optimizers[name], state.scalers[name]
@@ -130,12 +134,16 @@ class Phase:
         own = {id(p) for p in weights_of(self.optimizer)}
         self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
         self.parameters = [p for p, on in zip(self.weights, self.trains, strict=True) if on]
-        alone = not runtime.distributed
-        self.agreement = Agreement(runtime.device, runtime.world_size, pending, alone)
+        ddp = runtime.distributed and shards is None
+        world_size = 1 if shards else runtime.world_size  # a sum over shards is no average
+        self.agreement = Agreement(runtime.device, world_size, pending, alone=not ddp)
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, name)
-        if state.data.train_plan.uneven or cfg.TRAIN.MICRO_BATCH_SIZE == "auto":
+        if state.data.train_plan.uneven or cfg.TRAIN.MICRO_BATCH_SIZE == "auto" or shards:
             self.module.collectives = lambda: runtime.collectives() - gather.begun
-        if runtime.distributed:
+        number = [*state.optimizers].index(name)
+        sums = shards and GradientSums(shards, self.parameters, self.agreement.carrier, number)
+        self.sums = sums or None
+        if ddp:
             ignored = [f"model.{name}" for name in own_buffers(self.model, state.alike)]
             with self.alone():
                 self.module = exchanging(self.module, cfg, ignored, self.agreement.carrier)
@@ -191,15 +199,21 @@ class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
     def __init__(
-        self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime, gather: Gather
+        self,
+        cfg: CfgNode,
+        task: Any,
+        state: TrainingState,
+        runtime: Runtime,
+        gather: Gather,
+        shards: Shards | None = None,
     ) -> None:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
-        self.gather = gather
+        self.gather, self.shards = gather, shards
         self.recorder, self.callbacks = state.recorder, state.callbacks
         self.moving = state.ema if cfg.MODEL.EMA_DECAY > 0 else None
         self.clip, self.watches = Clip(cfg, state.model), cfg.DEBUG.NONFINITE != ""
         # Whether a weight may go without a gradient.
-        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed
+        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed or bool(shards)
         plan = state.data.train_plan
         self.schedules = {name: build_schedule(cfg, task, plan, name) for name in state.optimizers}
         self.pending: deque[Any] = deque(state.agreed)
@@ -218,7 +232,7 @@ class TrainStep:
             gc.collect()
         parts = self.cfg, self.task, self.state, self.runtime, self.gather
         for name, schedule in self.schedules.items():
-            self.phases.append(Phase(name, *parts, schedule, self.pending))
+            self.phases.append(Phase(name, *parts, schedule, self.pending, self.shards))
         self.agreement = self.phases[0].agreement
 
     def __call__(
@@ -243,6 +257,8 @@ class TrainStep:
         step, freezing = self.state.progress.step, self.state.freezing
         if freezing.left and freezing.thaw(self.state.progress):
             self._begin()
+        if self.shards is not None:
+            self.shards.seed(step)
         self.callbacks.call("before_step", sum(batch.sizes))
         phases, skipped, seen = self._running(step), True, frozenset[str]()
         # Each phase takes the same micro-batches.
@@ -288,8 +304,15 @@ class TrainStep:
         apart = self.fitting is not None and self.runtime.distributed
         rounds = batch.rounds + (batch.full < batch.rounds or apart)
         sizes = batch.sizes + [0] * (rounds - len(batch.sizes))
+        walk: Iterator[tuple[int, int]] = enumerate(sizes)
+        if self.fitting is not None:
+            walk = self.fitting.rounds(sizes)
+        elif phase.sums is not None:
+            walk = phase.sums.rounds(batch.count, self.state.progress.step)
+            if not batch.sizes:
+                phase.agreement.loss_term(requests, 0.0, False)
         with phase.alone():
-            for i, samples in enumerate(sizes) if not self.fitting else self.fitting.rounds(sizes):
+            for i, samples in walk:
                 micro_batch = next(batches) if samples else None
                 # Gradients cross the ranks once a step: in the last round.
                 with phase.held_back() if i < rounds - 1 else contextlib.nullcontext():

@@ -23,11 +23,14 @@ from launcher.runs.run import Run
 
 # What the global batches of a run depend on.
 CUTS = (DATA, "TRAIN.BATCH_SIZE", "TRAIN.DROP_LAST")
-USED = (*CUTS, "TRAIN.MICRO_BATCH_SIZE", "TRAIN.SAMPLER", "TRAIN.PRECISION", "SEED")
+USED = (
+    *CUTS,
+    *("TRAIN.MICRO_BATCH_SIZE", "TRAIN.SHARDS", "TRAIN.SAMPLER", "TRAIN.PRECISION", "SEED"),
+)
 # Those that give the samples of a position without the data set.
 BY_ARITHMETIC = ("shuffle", "sequential", "replacement")
 # Keys of other orders, that this file does not know.
-OTHER_ORDERS = ("DEBUG.OVERFIT_BATCHES", "TRAIN.SHARDS")
+OTHER_ORDERS = ("DEBUG.OVERFIT_BATCHES",)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _plan(attempt: Attempt, size: int) -> Plan:
     keys = attempt.settings
     micro = keys["TRAIN.MICRO_BATCH_SIZE"]  # auto: how a share was cut is not recorded
     cuts = keys["TRAIN.BATCH_SIZE"], keys["TRAIN.DROP_LAST"], size, 0 if micro == "auto" else micro
-    return Plan(keys[DATA], *cuts)
+    return Plan(keys[DATA], *cuts, keys.get("TRAIN.SHARDS", 0))
 
 
 def _batch(run: Run, found: list[Attempt], number: int, step: int, plan: Plan) -> int:

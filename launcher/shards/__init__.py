@@ -1,0 +1,1 @@
+"""TRAIN.SHARDS: the same bits on any number of ranks (docs/shards.md)."""
