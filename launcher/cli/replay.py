@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="launcher replay",
         description="Start from the newest kept checkpoint before a step, on as many ranks as the "
-        "run had, run to the step and compare all that is recorded on the way. Nothing in RUN is "
-        "changed. Exits 1 where anything differs.",
+        "run had (on one where it has TRAIN.SHARDS), run to the step and compare all that is "
+        "recorded on the way. Nothing in RUN is changed. Exits 1 where anything differs.",
         allow_abbrev=False,
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run directory")
@@ -67,8 +67,8 @@ def main(argv: list[str]) -> int:
     plan = plan_replay(run, options.step, options.before, options.changed)
     if options.pdb and MEMBER not in os.environ and not sys.stdin.isatty():
         raise UsageError("--pdb needs a terminal")
-    if not 0 <= options.rank < plan.world_size:
-        raise UsageError(f"--rank {options.rank}: the run had ranks 0 to {plan.world_size - 1}")
+    if not 0 <= options.rank < plan.ranks:
+        raise UsageError(f"--rank {options.rank}: the run had ranks 0 to {plan.ranks - 1}")
     if MEMBER in os.environ or plan.world_size == 1:
         with tempfile.TemporaryDirectory(prefix="launcher-replay-") as own:
             return _replay(options, run, plan, Path(os.environ.get(MEMBER, own)))
@@ -238,6 +238,8 @@ def told(run: Any, plan: ReplayPlan, comparison: Any, now: Path) -> int:
     """Say what was the same and what not, and what differs between then and `now`, the directory of
     this replay; the exit code."""
     ranks = f"{plan.world_size} rank{'s' * (plan.world_size > 1)}"
+    if plan.world_size < plan.ranks:
+        ranks = f"1 rank, for the {plan.ranks} that the run had (TRAIN.SHARDS)"
     print(f"replayed steps {plan.begin + 1} to {plan.step} of {run.path} on {ranks}", flush=True)
     if not comparison.differing:
         at = comparison.proved
@@ -249,8 +251,8 @@ def told(run: Any, plan: ReplayPlan, comparison: Any, now: Path) -> int:
                 "so nothing proves the weights (LOG.DIGEST records some)"
             )
         return 0
-    step, key, then, now = comparison.differing[0]
-    print(f"NOT the same: {key} at step {step} was {then}, and is {now}")
+    step, key, before, after = comparison.differing[0]
+    print(f"NOT the same: {key} at step {step} was {before}, and is {after}")
     if (digest := comparison.first_digest()) is not None:
         equal = max((at for at in comparison.proved if at < digest), default=None)
         known = "" if equal is None else f", equal at step {equal}"

@@ -22,7 +22,8 @@ class ReplayPlan:
     """What a replay starts from, and as what."""
 
     step: int
-    world_size: int  # of the attempt that did it
+    ranks: int  # of the attempt that did it
+    world_size: int  # to replay it on: as many, or one where that gives the same bits
     checkpoint: Path | None  # to start from; None: from the start
     begin: int  # its step
     allow: frozenset[str]  # keys that were changed between it and the step
@@ -51,7 +52,8 @@ def plan_replay(
     # Those that did the steps on the way.
     way = [a for a in found if a.begin < step and (a.end is None or a.end > begin)]
     sizes = [a.world_size for a in way]
-    if len(set(sizes)) > 1:
+    shards = last.settings.get("TRAIN.SHARDS", 0)
+    if len(set(sizes)) > 1 and not shards:
         raise UsageError(
             f"{path}: step {step} cannot be replayed. The newest checkpoint before it that is kept "
             f"is of step {begin}, and on the way the run had {', then '.join(map(str, sizes))} "
@@ -63,7 +65,8 @@ def plan_replay(
     saved = attempt_of(found, begin) if begin else None
     others = [a.settings for a in (*way, saved) if a is not None]
     allow = {key for s in others for key in s if s[key] != last.settings.get(key)} | set(changed)
-    return ReplayPlan(step, last.world_size, checkpoint, begin, frozenset(allow), config, last.code)
+    ranks = last.world_size, 1 if shards else last.world_size
+    return ReplayPlan(step, *ranks, checkpoint, begin, frozenset(allow), config, last.code)
 
 
 def _start(run: Run, most: int, first: Attempt) -> tuple[int, Path | None]:

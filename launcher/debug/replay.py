@@ -7,6 +7,7 @@ import json
 import pdb
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ class Replay:
     ) -> None:
         """`inside` is the step, while it is looked into; for the caller to close where it fails."""
         self.run, self.plan, self.comparison = run, plan, comparison
-        self.how = how if run.runtime.rank == rank or how == "trace" else ""
+        self.rank = rank
+        here = run.runtime.rank == rank or plan.world_size < plan.ranks
+        self.how = how if here or how == "trace" else ""
         self.out, self.trace = out, None
         if how == "trace":
             self.trace = Trace(run, Path(f"{out}.rank{run.runtime.rank}"), self._indices)
@@ -106,13 +109,15 @@ class Replay:
 
     def _pdb(self) -> None:
         task, of = self.run.task, type(self.run.task).train_step
-        samples, taken = self._indices(), Counter[str]()
+        samples, taken, mine = self._indices(), Counter[str](), self._of_rank()
 
         def train_step(model: Any, batch: Any, *phase: str) -> Any:
             at = self.run.recorder.phase  # each goes through the same micro-batches
+            number = taken[at]
             taken[at] += 1
-            optimizer = self.run.optimizers[at]
-            return look(task, of, model, batch, samples[taken[at] - 1], optimizer, *phase)
+            if number not in mine:
+                return of(task, model, batch, *phase)
+            return look(task, of, model, batch, samples[number], self.run.optimizers[at], *phase)
 
         task.train_step = train_step
         self.inside.callback(lambda: task.__dict__.pop("train_step", None))
@@ -120,10 +125,22 @@ class Replay:
     def _indices(self) -> list[list[int]]:
         """The samples of each of this rank's micro-batches, as indices of the data set (positions
         in the stream of an iterable one)."""
-        plan, data = self.run.data.train_plan, self.run.data
-        epoch, k = divmod(plan.batches_in(self.run.progress.samples), plan.steps_per_epoch)
-        cuts = plan.micro_batches(k, self.run.runtime.rank)
+        data, (epoch, k) = self.run.data, self._batch()
+        cuts = data.train_plan.micro_batches(k, self.run.runtime.rank)
         return [data.order(epoch, np.arange(*cut)).tolist() for cut in cuts]
+
+    def _batch(self) -> tuple[int, int]:
+        """The epoch, and the number of the global batch in it."""
+        plan = self.run.data.train_plan
+        return divmod(plan.batches_in(self.run.progress.samples), plan.steps_per_epoch)
+
+    def _of_rank(self) -> range:
+        """Which of these micro-batches were those of the rank that is looked at."""
+        if self.plan.world_size == self.plan.ranks:
+            return range(len(self._indices()))
+        plan = replace(self.run.data.train_plan, world_size=self.plan.ranks)
+        counts = [len(plan.micro_batches(self._batch()[1], r)) for r in range(self.rank + 1)]
+        return range(sum(counts[:-1]), sum(counts))
 
     def _stats(self) -> None:
         stats = Stats(self.run.model)

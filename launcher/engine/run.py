@@ -135,41 +135,40 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     check({**state.shared(), "rank": state.of_rank()}, UsageError)
     if plan.gives_one_sample:
         warn_of_one_sample(state.model)
-    data.start(progress.samples, found.state["stream"] if found else None, state.threads)
-    shards = None
-    if cfg.TRAIN.SHARDS:  # collectives
-        check_threads(state.threads)
-        guard.agree(kind_of_machine(runtime))
-        shards = Shards(cfg, state.model, task, plan, runtime)
-    resumed = found is not None and found.step is not None
-    open_directory(job, state, runtime, resumed, differs)
-    logs.open(directory.logs)
-    guard.open(keep_stderr=runtime.distributed)  # where others can read it
-    saver = None
-    if runtime.is_main:
-        store.clean(found.damaged if found else ())
-        if found and found.step is not None:
-            directory.rewind(found.state["files"], progress.step, found.damaged)
-
-        def beat() -> None:
-            directory.heartbeat(progress.as_dict())
-            guard.look_for_stop_file()
-
-        def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
-            how: dict[str, Any] = {"seconds": seconds}
-            if error is not None:
-                how = {"failed": f"{type(error).__name__}: {error}"}
-            step = manifest["step"]
-            directory.write_history("checkpoint", step, path=f"step_{step}", **how)
-            guard.saved(seconds)
-            if error is None:
-                state.callbacks.call("on_saved", seconds)
-
-        sinks = [JsonLines(directory.metrics), *state.callbacks.sinks()]
-        writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
-        saver = Saver(store, saved) if job.saves else None
+    shards = saver = None
     completed = False
     try:
+        data.start(progress.samples, found.state["stream"] if found else None, state.threads)
+        if cfg.TRAIN.SHARDS:  # collectives
+            check_threads(state.threads)
+            guard.agree(kind_of_machine(runtime))
+            shards = Shards(cfg, state.model, task, plan, runtime)
+        resumed = found is not None and found.step is not None
+        open_directory(job, state, runtime, resumed, differs)
+        logs.open(directory.logs)
+        guard.open(keep_stderr=runtime.distributed)  # where others can read it
+        if runtime.is_main:
+            store.clean(found.damaged if found else ())
+            if found and found.step is not None:
+                directory.rewind(found.state["files"], progress.step, found.damaged)
+
+            def beat() -> None:
+                directory.heartbeat(progress.as_dict())
+                guard.look_for_stop_file()
+
+            def saved(manifest: dict[str, Any], seconds: float, error: Exception | None) -> None:
+                how: dict[str, Any] = {"seconds": seconds}
+                if error is not None:
+                    how = {"failed": f"{type(error).__name__}: {error}"}
+                step = manifest["step"]
+                directory.write_history("checkpoint", step, path=f"step_{step}", **how)
+                guard.saved(seconds)
+                if error is None:
+                    state.callbacks.call("on_saved", seconds)
+
+            sinks = [JsonLines(directory.metrics), *state.callbacks.sinks()]
+            writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
+            saver = Saver(store, saved) if job.saves else None
         step = TrainStep(cfg, task, state, runtime, gather, shards)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()

@@ -209,6 +209,7 @@ class TrainStep:
     ) -> None:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
         self.gather, self.shards = gather, shards
+        state.recorder.alike = shards is not None
         self.recorder, self.callbacks = state.recorder, state.callbacks
         self.moving = state.ema if cfg.MODEL.EMA_DECAY > 0 else None
         self.clip, self.watches = Clip(cfg, state.model), cfg.DEBUG.NONFINITE != ""
@@ -311,6 +312,7 @@ class TrainStep:
             walk = phase.sums.rounds(batch.count, self.state.progress.step)
             if not batch.sizes:
                 phase.agreement.loss_term(requests, 0.0, False)
+        self.recorder.alike = False
         with phase.alone():
             for i, samples in walk:
                 micro_batch = next(batches) if samples else None
@@ -335,6 +337,7 @@ class TrainStep:
             gradients = numbers_of(phase.parameters)
             if len(gradients) < len(phase.parameters) and not self.may_miss:
                 raise unused(phase.model)
+        self.recorder.alike = phase.sums is not None
         return gradients, weighted
 
     def _normalise(
@@ -365,6 +368,6 @@ class TrainStep:
             skipped = scaler.get_scale() < before
         else:
             phase.optimizer.step()
-        if not skipped:
-            self.recorder.add({"grad_norm": norm}, 1.0)  # the same on all ranks, once a step
+        if not skipped and self.runtime.is_main:  # it is the same on all ranks
+            self.recorder.add({"grad_norm": norm}, 1.0)
         return skipped

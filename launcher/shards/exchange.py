@@ -16,6 +16,7 @@ from launcher.shards.tree import turns
 
 # What goes to or comes from a rank, under a tag that is the same for both.
 Message = tuple[int, int, torch.Tensor]
+CLOSE_S = 2.0
 
 
 def summing(
@@ -53,13 +54,14 @@ class Exchange:
     def __init__(self, runtime: Runtime, shards: int) -> None:
         self.runtime, self.shards = runtime, shards
         # A collective. A group of its own: others may be under way on the default one.
-        self.group = dist.new_group(timeout=runtime.timeout)
+        self.group: Any = dist.new_group(timeout=runtime.timeout)
         cuda = runtime.device.type == "cuda"
         self.stream = torch.cuda.Stream(runtime.device) if cuda else None
         # gloo sends only what lies on the host.
         self.by_host = cuda and dist.get_backend(self.group) == "gloo"
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._work, daemon=True, name="shards").start()
+        self.thread = threading.Thread(target=self._work, daemon=True, name="shards")
+        self.thread.start()
 
     def sum(self, vectors: Sequence[torch.Tensor]) -> Future[None]:
         """Begin to sum what this rank's nodes hold, of shape (length,) each, and is written to."""
@@ -76,8 +78,11 @@ class Exchange:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def close(self) -> None:
-        """End the thread, once it has done all that it was given."""
+        """End the thread, once it has done all that it was given, and let go of the group: gloo's
+        threads abort a process that keeps one to its end."""
         self.jobs.put(None)
+        self.thread.join(CLOSE_S)  # longer where another rank has failed: that ends this one, too
+        self.group = None
 
     @torch.no_grad()
     def _work(self) -> None:

@@ -35,6 +35,8 @@ class Recorder(recorder.Recorder):
         self.pid = os.getpid()
         self.sums = Sums(runtime.device)  # of this rank since the last record
         self.split = "train"
+        # Whether what a task records of the training is the same on all ranks now: rank 0's counts.
+        self.alike = False
         # The phase under way, and of each name the phases that have given it; rank 0 counts.
         self.phase, self.phases = "", dict[str, list[str]]()
         # Of an evaluation: scalars since `take`, and what is shown when it is complete.
@@ -61,6 +63,8 @@ class Recorder(recorder.Recorder):
             self.notes.append((name, value, weight))
             return
         check_name(name, "recorder.scalar")
+        if self.alike and self.runtime.rank:
+            return
         self.add({name: on_device(value, self.runtime.device)}, weight)
 
     def image(self, name: str, image: Any) -> None:
