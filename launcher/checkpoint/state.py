@@ -32,6 +32,7 @@ from launcher.optim.curves import SCHEDULED
 from launcher.provenance.environment import versions
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
+from launcher.shards.sums import Shards
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
 from launcher.telemetry.sinks import strict
@@ -84,6 +85,7 @@ class TrainingState:
     threads: int = 0  # those of the attempt before, or 0
     alike: Sequence[str] = ()  # patterns of buffers that are rank 0's everywhere
     task: Any = None
+    shards: Shards | None = None  # with TRAIN.SHARDS
 
     def __post_init__(self) -> None:
         self.config = self.cfg.dump()  # frozen, and as slow as a small step

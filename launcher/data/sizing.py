@@ -28,20 +28,13 @@ class LoaderSize:
 
 
 def size_loader(
-    keys: CfgNode,
-    runtime: Runtime,
-    kind: str,
-    free: MemoryBudget,
-    own_memory: int,
-    nbytes: int = 0,
-    shards: int = 0,
+    keys: CfgNode, runtime: Runtime, kind: str, free: MemoryBudget, own_memory: int, nbytes: int = 0
 ) -> LoaderSize:
     """Choose for one rank. What the user sets wins.
 
     `keys` is DATALOADER; `kind` that of the data set: "iterable", "tensors" or "map-style"; `free`
     the node's memory and `own_memory` the bytes that a forked worker may come to copy, both from
-    before there were workers; `nbytes` those of a batch, 0 where that is not known yet. With
-    `shards` the threads are those that as many ranks would have, on any number of ranks.
+    before there were workers; `nbytes` those of a batch, 0 where that is not known yet.
     """
     cpu, cuda = runtime.cpu, runtime.device.type == "cuda"
     local_ranks = runtime.topology.local_world_size
@@ -58,7 +51,6 @@ def size_loader(
         workers = cpu.per_rank - 1 if cuda else cpu.per_rank // 2
         why = f"{cpu.usable} usable CPUs ({cpu.reason}), {among}"
     threads = max(1, cpu.per_rank - workers)  # before memory, which differs from run to run
-    threads = max(1, cpu.usable // shards) if shards else threads
     caps = [(free.available, own_memory + nbytes * (keys.PREFETCH_FACTOR + 1), free.reason)]
     if free.shm is not None:
         caps.append((free.shm, nbytes * keys.PREFETCH_FACTOR, "/dev/shm"))

@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -246,8 +246,10 @@ class Data:
 
     def _size(self, split: str) -> LoaderSize:
         keys, kind = self.cfg.DATALOADER, self.kinds[split]
-        known = *self._memory, self._nbytes.get(split, 0), self.cfg.TRAIN.SHARDS
-        return size_loader(keys, self.runtime, kind, *known)
+        size = size_loader(keys, self.runtime, kind, *self._memory, self._nbytes.get(split, 0))
+        if shards := self.cfg.TRAIN.SHARDS:  # as if on so many ranks, whatever their number
+            size = replace(size, threads=max(1, self.runtime.cpu.usable // shards))
+        return size
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""

@@ -46,7 +46,7 @@ from launcher.provenance.code import Code
 from launcher.provenance.environment import describe, this_rank
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
-from launcher.shards.checks import NO_GATHER, check_shards, check_threads, kind_of_machine
+from launcher.shards.checks import check_shards, kind_of_machine
 from launcher.shards.sums import Shards
 from launcher.tasks import make_task
 from launcher.tasks.run import LiveRun
@@ -100,11 +100,9 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
         }
     )
     if cfg.TRAIN.SHARDS:
-        check_shards(cfg, state.model, runtime)
-        gather.refused = f"Task.gather: {NO_GATHER}"
-    # Collectives: where a model is made of random numbers, rank 0's are everybody's.
-    made = [*state.model.buffers(), *(state.model.parameters() if cfg.TRAIN.SHARDS else ())]
-    fill(made, runtime.broadcast_state(made))
+        check_shards(cfg, state.model, runtime, gather)
+    # Collectives: where buffers are made of random numbers, rank 0's are everybody's.
+    fill(state.model.buffers(), runtime.broadcast_state(list(state.model.buffers())))
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     found = find(store, job.resume, job.resume_from, runtime)
     differs: list[str] = []  # from the checkpoint that the run goes on from
@@ -135,14 +133,12 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     check({**state.shared(), "rank": state.of_rank()}, UsageError)
     if plan.gives_one_sample:
         warn_of_one_sample(state.model)
-    shards = saver = None
-    completed = False
+    saver, completed = None, False
     try:
         data.start(progress.samples, found.state["stream"] if found else None, state.threads)
         if cfg.TRAIN.SHARDS:  # collectives
-            check_threads(state.threads)
-            guard.agree(kind_of_machine(runtime))
-            shards = Shards(cfg, state.model, task, plan, runtime)
+            guard.agree(kind_of_machine(runtime, state.threads))
+            state.shards = Shards(cfg, state.model, task, plan, runtime)
         resumed = found is not None and found.step is not None
         open_directory(job, state, runtime, resumed, differs)
         logs.open(directory.logs)
@@ -169,15 +165,15 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
             sinks = [JsonLines(directory.metrics), *state.callbacks.sinks()]
             writer.open(sinks, directory.write_history, state.callbacks.late_figures, beat)
             saver = Saver(store, saved) if job.saves else None
-        step = TrainStep(cfg, task, state, runtime, gather, shards)
+        step = TrainStep(cfg, task, state, runtime, gather)
         evaluation = Evaluation(cfg, task, runtime, guard, data)
         stopped = Loop(runtime, guard, state, step, evaluation, saver).train()
         completed = stopped is None
     finally:
         guard.enter("save")
         data.close()
-        if shards is not None:
-            shards.close()
+        if state.shards is not None:
+            state.shards.close()
         if saver is not None:
             saver.close()  # a checkpoint that is being written is finished and told of
         writer.close(completed)

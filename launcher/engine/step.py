@@ -31,15 +31,8 @@ from launcher.models.parallel import exchanging
 from launcher.optim.schedules import Schedule, build_schedule
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
-from launcher.shards.checks import NO_GATHER
-from launcher.shards.sums import GradientSums, Shards
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-UNEVEN = (
-    "ranks have different numbers of micro-batches in some global batch, at least in an epoch's "
-    "last one: those with fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, "
-    "with TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
-)
 
 
 def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -73,9 +66,8 @@ class StepModule(nn.Module):
         self.phase = (phase,) if phase else ()
         self.name = f"{type(task).__name__}.train_step" + (f" ({phase})" if phase else "")
         self.task, self.model, self.agreement, self.gather = task, model, agreement, gather
-        # Counts those that were begun, where a task may begin none, and why it may not.
+        # Counts those that were begun, where a task may begin none.
         self.collectives: Callable[[], int] = lambda: 0
-        self.may_begin_none = UNEVEN if not cfg.TRAIN.SHARDS else NO_GATHER
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
         self.watches = cfg.DEBUG.NONFINITE != ""
@@ -96,7 +88,12 @@ class StepModule(nn.Module):
         with self.autocast:
             returned = self.task.train_step(self.model, batch, *self.phase)
         if self.collectives() != begun:
-            raise RunError(f"{self.name} begins a collective of its own, but {self.may_begin_none}")
+            raise RunError(
+                f"{self.name} begins a collective of its own, but ranks have different numbers of "
+                "micro-batches in some global batch, at least in an epoch's last one: those with "
+                "fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, with "
+                "TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
+            )
         values = scalars(returned, self.carrier.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
@@ -126,7 +123,6 @@ class Phase:
         gather: Gather,
         schedule: Schedule,
         pending: deque[Any],
-        shards: Shards | None,
     ) -> None:
         self.name, self.schedule = name, schedule
         self.optimizer, self.scaler = state.optimizers[name], state.scalers[name]
@@ -134,15 +130,14 @@ class Phase:
         own = {id(p) for p in weights_of(self.optimizer)}
         self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
         self.parameters = [p for p, on in zip(self.weights, self.trains, strict=True) if on]
-        ddp = runtime.distributed and shards is None
-        world_size = 1 if shards else runtime.world_size  # a sum over shards is no average
-        self.agreement = Agreement(runtime.device, world_size, pending, alone=not ddp)
+        shards, number = state.shards, [*state.optimizers].index(name)
+        ddp = runtime.distributed and not shards
+        averages = runtime.world_size if ddp else 1
+        self.agreement = Agreement(runtime.device, averages, pending, alone=not ddp)
         self.module: nn.Module = StepModule(task, self.model, self.agreement, cfg, gather, name)
-        if state.data.train_plan.uneven or cfg.TRAIN.MICRO_BATCH_SIZE == "auto" or shards:
+        if (state.data.train_plan.uneven or cfg.TRAIN.MICRO_BATCH_SIZE == "auto") and not shards:
             self.module.collectives = lambda: runtime.collectives() - gather.begun
-        number = [*state.optimizers].index(name)
-        sums = shards and GradientSums(shards, self.parameters, self.agreement.carrier, number)
-        self.sums = sums or None
+        self.sums = shards.sums(self.parameters, self.agreement.carrier, number) if shards else None
         if ddp:
             ignored = [f"model.{name}" for name in own_buffers(self.model, state.alike)]
             with self.alone():
@@ -199,22 +194,16 @@ class TrainStep:
     """Runs optimiser steps. Called the same way, the same number of times, on every rank."""
 
     def __init__(
-        self,
-        cfg: CfgNode,
-        task: Any,
-        state: TrainingState,
-        runtime: Runtime,
-        gather: Gather,
-        shards: Shards | None = None,
+        self, cfg: CfgNode, task: Any, state: TrainingState, runtime: Runtime, gather: Gather
     ) -> None:
         self.cfg, self.task, self.state, self.runtime = cfg, task, state, runtime
-        self.gather, self.shards = gather, shards
-        state.recorder.alike = shards is not None
+        self.gather, self.shards = gather, state.shards
         self.recorder, self.callbacks = state.recorder, state.callbacks
         self.moving = state.ema if cfg.MODEL.EMA_DECAY > 0 else None
         self.clip, self.watches = Clip(cfg, state.model), cfg.DEBUG.NONFINITE != ""
         # Whether a weight may go without a gradient.
-        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not runtime.distributed or bool(shards)
+        ddp = runtime.distributed and not self.shards
+        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not ddp
         plan = state.data.train_plan
         self.schedules = {name: build_schedule(cfg, task, plan, name) for name in state.optimizers}
         self.pending: deque[Any] = deque(state.agreed)
@@ -233,7 +222,7 @@ class TrainStep:
             gc.collect()
         parts = self.cfg, self.task, self.state, self.runtime, self.gather
         for name, schedule in self.schedules.items():
-            self.phases.append(Phase(name, *parts, schedule, self.pending, self.shards))
+            self.phases.append(Phase(name, *parts, schedule, self.pending))
         self.agreement = self.phases[0].agreement
 
     def __call__(
@@ -312,7 +301,6 @@ class TrainStep:
             walk = phase.sums.rounds(batch.count, self.state.progress.step)
             if not batch.sizes:
                 phase.agreement.loss_term(requests, 0.0, False)
-        self.recorder.alike = False
         with phase.alone():
             for i, samples in walk:
                 micro_batch = next(batches) if samples else None
@@ -337,7 +325,6 @@ class TrainStep:
             gradients = numbers_of(phase.parameters)
             if len(gradients) < len(phase.parameters) and not self.may_miss:
                 raise unused(phase.model)
-        self.recorder.alike = phase.sums is not None
         return gradients, weighted
 
     def _normalise(

@@ -16,6 +16,7 @@ from launcher.edges.gradients import sparse_weights
 from launcher.edges.model import some
 from launcher.edges.state import alike, state_of
 from launcher.errors import RunError, UsageError
+from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 
 NO_GATHER = (
@@ -24,8 +25,9 @@ NO_GATHER = (
 )
 
 
-def check_shards(cfg: CfgNode, model: nn.Module, runtime: Runtime) -> None:
+def check_shards(cfg: CfgNode, model: nn.Module, runtime: Runtime, gather: Gather) -> None:
     """Raise UsageError for what would give other bits on another number of ranks."""
+    gather.refused = f"Task.gather: {NO_GATHER}"
     shards = cfg.TRAIN.SHARDS
     if shards % runtime.world_size:
         fit = [n for n in range(1, shards + 1) if shards % n == 0]
@@ -59,49 +61,55 @@ def check_shards(cfg: CfgNode, model: nn.Module, runtime: Runtime) -> None:
         dynamo.fail_on_recompile_limit_hit = True
 
 
-def kind_of_machine(runtime: Runtime) -> dict[str, Any]:
-    """What the bits of a step hang on beside the config; to be the same on all ranks."""
+def kind_of_machine(runtime: Runtime, threads: int) -> dict[str, Any]:
+    """What the bits of a step hang on beside the config; to be the same on all ranks. Raises
+    UsageError where a checkpoint has these `threads` (0: there is none), and now there are others.
+    """
+    now = torch.get_num_threads()
+    if threads and threads != now:
+        raise UsageError(
+            f"TRAIN.SHARDS: the checkpoint was computed with {threads} threads a rank; with {now} "
+            f"sums round otherwise. Set OMP_NUM_THREADS={threads}, or do not set it."
+        )
     cuda = runtime.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return {"the kind of device": f"{platform.machine()} {device}", "the threads a rank": threads}
+    return {"the kind of device": f"{platform.machine()} {device}", "the threads a rank": now}
 
 
-def check_threads(before: int) -> None:
-    """Raise UsageError where a checkpoint's threads are not those of now."""
-    if before and before != (now := torch.get_num_threads()):
-        raise UsageError(
-            f"TRAIN.SHARDS: the checkpoint was computed with {before} threads a rank; with {now} "
-            f"sums round otherwise. Set OMP_NUM_THREADS={before}, or do not set it."
-        )
+class Watch:
+    """Over what the forward passes of a step may not do, for it would follow from the shards that a
+    rank has: change the model's buffers or, looked at in an attempt's first step, the task's state,
+    or begin collectives."""
 
-
-class Unchanged:
-    """What the forward passes of a step may not change, for it would follow from the shards that a
-    rank has: the model's buffers and, looked at in an attempt's first step, the task's state."""
-
-    def __init__(self, model: nn.Module, task: Any) -> None:
-        self.model, self.task, self.name = model, task, type(task).__name__
+    def __init__(self, model: nn.Module, task: Any, runtime: Runtime) -> None:
+        self.model, self.task, self.runtime = model, task, runtime
         self.looked = False
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
         """Around them. Raises RunError."""
-        before, state = self._buffers(), None if self.looked else copy.deepcopy(state_of(self.task))
+        before, begun = self._buffers(), self._collectives()
+        state = None if self.looked else copy.deepcopy(state_of(self.task))
         yield
-        now, changed = self._buffers(), list[str]()
+        now, name, changed = self._buffers(), f"{type(self.task).__name__}.train_step", list[str]()
         if now != before:
-            changed = [name for name in {**before, **now} if now.get(name) != before.get(name)]
-            changed = [f"buffers of the model ({some(changed)})"]
+            names = [name for name in {**before, **now} if now.get(name) != before.get(name)]
+            changed = [f"buffers of the model ({some(names)})"]
         if not self.looked and not alike(state, state_of(self.task)):
             changed.append("the task's own state")
         self.looked = True
         if changed:
             raise RunError(
-                f"TRAIN.SHARDS: {self.name}.train_step changes {' and '.join(changed)}; that would "
-                "follow from the shards that a rank has. Change it in on_step, from what is the "
-                "same on all ranks, or set TRAIN.SHARDS 0."
+                f"TRAIN.SHARDS: {name} changes {' and '.join(changed)}; that would follow from the "
+                "shards that a rank has. Change it in on_step, from what is the same on all ranks, "
+                "or set TRAIN.SHARDS 0."
             )
+        if self._collectives() != begun:
+            raise RunError(f"{name} begins a collective of its own, but {NO_GATHER}")
 
     def _buffers(self) -> dict[str, tuple[int, int]]:
         return {name: (id(b), b._version) for name, b in self.model.named_buffers()}
+
+    def _collectives(self) -> int:
+        """Those on the default group."""
+        return self.runtime.collectives() - self.runtime.beside.begun

@@ -14,9 +14,10 @@ from launcher.config import CfgNode
 from launcher.data.order import keys
 from launcher.data.plan import Plan
 from launcher.edges.generators import seed_generators
+from launcher.edges.model import fill
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
-from launcher.shards.checks import Unchanged
+from launcher.shards.checks import Watch
 from launcher.shards.exchange import Exchange
 from launcher.shards.tree import Node, grow, turns
 
@@ -32,11 +33,14 @@ class Shards:
         self, cfg: CfgNode, model: nn.Module, task: Any, plan: Plan, runtime: Runtime
     ) -> None:
         self.count, self.plan, self.runtime = cfg.TRAIN.SHARDS, plan, runtime
-        self.unchanged = Unchanged(model, task)
+        self.watch, self.recorder = Watch(model, task, runtime), task.recorder
+        self.recorder.alike = True
         self.run_seed, self.bucket_mb = cfg.SEED, cfg.DIST.BUCKET_MB or BUCKET_MB
         each = self.count // runtime.world_size
         self.mine = range(runtime.rank * each, (runtime.rank + 1) * each)
         self.exchange = Exchange(runtime, self.count) if runtime.world_size > 1 else None
+        # Collectives: where weights are made of random numbers, rank 0's are everybody's.
+        fill(model.parameters(), runtime.broadcast_state(list(model.parameters())))
 
     def seed(self, step: int, phase: int = 0, shard: int = -1) -> None:
         """Seed all generators from (SEED, step, phase, shard), the same on any rank. Shard -1 is
@@ -47,7 +51,14 @@ class Shards:
         if self.runtime.device.type == "cuda":
             torch.cuda.manual_seed(number >> 1)
 
+    def sums(
+        self, weights: Sequence[torch.Tensor], carrier: torch.Tensor, phase: int
+    ) -> GradientSums:
+        """Of the phase of this number, which trains these weights; see there."""
+        return GradientSums(self, weights, carrier, phase)
+
     def close(self) -> None:
+        """End its thread."""
         if self.exchange is not None:
             self.exchange.close()
 
@@ -155,7 +166,8 @@ class GradientSums:
         """
         shards, unused = self.shards, set(map(id, self.weights))
         self.handed, self.again = 0, False
-        with shards.unchanged.watch():
+        shards.recorder.alike = False
+        with shards.watch():
             for shard in shards.mine:
                 shards.seed(step, self.phase, shard)
                 yield from self._shard(shard, [b - a for a, b in shards.plan.cuts(count, shard)])
@@ -166,6 +178,7 @@ class GradientSums:
                 "go through the backward pass twice, as with torch.utils.checkpoint and "
                 "use_reentrant=True. Set that False, for TRAIN.SHARDS."
             )
+        shards.recorder.alike = True
         self._settle(unused)
         shards.seed(step, self.phase, shards.count)  # what the update draws
 

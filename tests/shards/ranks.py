@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def samples(count: int) -> torch.Tensor:
 def sums_of(runtime: Runtime, model: nn.Module, bucket_mb: float) -> Any:
     plan = Plan(100, 50, world_size=runtime.world_size, micro_batch_size=2, shards=SHARDS)
     cfg = config("TRAIN.SHARDS", SHARDS, "DIST.BUCKET_MB", bucket_mb)
-    shards = Shards(cfg, model, object(), plan, runtime)
+    task: Any = SimpleNamespace(recorder=SimpleNamespace())
+    shards = Shards(cfg, model, task, plan, runtime)
     carrier = nn.Parameter(torch.zeros(8))
     return shards, plan, carrier, GradientSums(shards, list(model.parameters()), carrier, 0)
 
