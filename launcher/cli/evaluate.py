@@ -11,6 +11,7 @@ from launcher.edges.model import check_model, load_model_state, model_state
 from launcher.engine.evaluate import Evaluation
 from launcher.engine.run import Job
 from launcher.guard.guard import Guard
+from launcher.guard.members import compare
 from launcher.log import get_logger
 from launcher.models.weights import choose_checkpoint, load_weights
 from launcher.runtime.gather import Gather
@@ -40,7 +41,7 @@ def evaluate_only(job: Job, runtime: Runtime, guard: Guard) -> bool:
         data.eval_plan(split)
     model = task.build_model().to(runtime.device)
     check_model(model)
-    guard.agree({"the data sets' length": data.lengths})
+    compare({"the data sets' length": data.lengths}, runtime)
     data.set_threads()
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))
     # Collectives: rank 0 alone need see the checkpoints.

@@ -37,6 +37,7 @@ from launcher.engine.resume import find
 from launcher.engine.step import TrainStep
 from launcher.errors import UsageError
 from launcher.guard.guard import Guard
+from launcher.guard.members import compare
 from launcher.log import get_logger
 from launcher.models.freezing import Freezing
 from launcher.models.init import start_weights, starts_otherwise
@@ -92,13 +93,9 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     told.begin(data)
     state = build_state(job, task, data, recorder, runtime, logs.console)
     plan, progress = data.train_plan, state.progress
-    guard.agree(
-        {
-            "the data sets' length": data.lengths,
-            "the number of steps": data.total_steps,
-            "the model's layout": model_layout(state.model),
-        }
-    )
+    found_here = {"the number of steps": data.total_steps, "the data sets' length": data.lengths}
+    # A collective, as is every comparison of what the ranks have found.
+    compare({**found_here, "the model's layout": model_layout(state.model)}, runtime)
     if cfg.TRAIN.SHARDS:
         check_shards(cfg, state.model, runtime, gather)
     # Collectives: where buffers are made of random numbers, rank 0's are everybody's.
@@ -137,7 +134,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     try:
         data.start(progress.samples, found.state["stream"] if found else None, state.threads)
         if cfg.TRAIN.SHARDS:  # collectives
-            guard.agree(kind_of_machine(runtime, state.threads))
+            compare(kind_of_machine(runtime, state.threads), runtime)
             state.shards = Shards(cfg, state.model, task, plan, runtime)
         resumed = found is not None and found.step is not None
         open_directory(job, state, runtime, resumed, differs)

@@ -143,18 +143,11 @@ class Phase:
             with self.alone():
                 self.module = exchanging(self.module, cfg, ignored, self.agreement.carrier)
                 if not cfg.DIST.FIND_UNUSED_PARAMETERS:  # which keeps the layout
-                    self._settle_buckets()
-
-    def _settle_buckets(self) -> None:
-        """Take DDP through one backward pass of zeros.
-
-        DDP lays its gradient buckets out anew after its first backward pass, and the layout decides
-        in which order gloo and NCCL sum. Done here, each attempt's first real step already has the
-        final layout, so a resumed run sums as the uninterrupted one did.
-        """
-        out = self.module(None, 0, 1, frozenset())
-        (out.loss + out.term).backward()
-        self.module.zero_grad()
+                    # After its first backward pass DDP lays its buckets out anew, by which it sums:
+                    # one of zeros, so that each attempt's first step has the final layout.
+                    out = self.module(None, 0, 1, frozenset())
+                    (out.loss + out.term).backward()
+                    self.module.zero_grad()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

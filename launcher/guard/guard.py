@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import IO, Any
 
@@ -36,7 +36,7 @@ from launcher.guard import stop
 from launcher.guard.board import Board, Unreachable
 from launcher.guard.failure import Failure, describe, lost_connection, show, tell_torchrun
 from launcher.guard.hang import ALONE, Beat, in_debugger, judge, process_state, stacks
-from launcher.guard.members import compare, introduce
+from launcher.guard.members import introduce
 from launcher.log import get_logger
 from launcher.runtime import process
 from launcher.runtime.member import Member
@@ -130,11 +130,6 @@ class Guard:
             self.board = Board(runtime.store, self.rank, len(members))
         self._runtime, self._members = runtime, members
         self._signals.wake()  # for the first beat, of a rank that may be gone within a second
-
-    def agree(self, found: Mapping[str, Any]) -> None:
-        """Raise UsageError, naming ranks, where they have found different things. A collective."""
-        assert self._runtime is not None
-        compare(found, self._runtime)
 
     def open(self, keep_stderr: bool = False) -> None:
         """The directory is this attempt's from now on, with this rank's stderr for the others."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launcher.config import Duration, parse_duration
 
@@ -31,7 +31,7 @@ class Progress:
         return (self.epoch if duration.unit == "ep" else self.step) >= duration.amount
 
     def copy(self) -> Progress:
-        return replace(self)
+        return Progress(self.step, self.epoch, self.samples)
 
     def as_dict(self) -> dict[str, int]:
         return dict(vars(self))
