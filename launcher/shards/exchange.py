@@ -16,7 +16,7 @@ from launcher.shards.tree import turns
 
 # What goes to or comes from a rank, under a tag that is the same for both.
 Message = tuple[int, int, torch.Tensor]
-CLOSE_S = 2.0
+CLOSE_S = 10.0  # for what is under way, which other ranks may be late with
 
 
 def summing(
@@ -81,7 +81,7 @@ class Exchange:
         """End the thread, once it has done all that it was given, and let go of the group: gloo's
         threads abort a process that keeps one to its end."""
         self.jobs.put(None)
-        self.thread.join(CLOSE_S)  # longer where another rank has failed: that ends this one, too
+        self.thread.join(CLOSE_S)
         self.group = None
 
     @torch.no_grad()
