@@ -36,7 +36,7 @@ class StepParts:
 
     def __init__(self, run: Run) -> None:
         self.step, self.ended = run.progress.step + 1, False
-        self.device = run.runtime.device
+        self.device, self.shards = run.runtime.device, run.cfg.TRAIN.SHARDS
         self.cuda = self.device.type == "cuda"
         self.stream = torch.cuda.current_stream(self.device) if self.cuda else None
         self.marks: list[tuple[str, Any]] = []  # a part, and when it begins
@@ -62,7 +62,8 @@ class StepParts:
 
         def own_part_is_done() -> None:
             self.mark("exchange")
-            queue(lambda: self.mark("other"))  # after DDP's, which was asked for during the pass
+            if not self.shards:  # which are summed up to the next part
+                queue(lambda: self.mark("other"))  # after DDP's, which was asked for in the pass
 
         loss.register_hook(started)
         self.mark("backward")

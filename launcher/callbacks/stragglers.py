@@ -38,7 +38,7 @@ class Stragglers:
 
     def before_step(self, samples: int) -> None:
         self.steps += 1
-        self.began = self._now()
+        self.began = self.ended = self._now()  # the end of a rank without samples
 
     def on_backward(self, loss: torch.Tensor) -> None:
         def started(_: torch.Tensor) -> None:
@@ -55,7 +55,7 @@ class Stragglers:
             self._settle()
         else:
             self.seconds += self.ended - self.began
-        self.began = self._now()  # of the next phase
+        self.began = self.ended = self._now()  # of the next phase
 
     def local_figures(self) -> dict[str, float]:
         """Seconds a step since the last record."""

@@ -32,6 +32,7 @@ from launcher.optim.curves import SCHEDULED
 from launcher.provenance.environment import versions
 from launcher.runtime.process import Runtime
 from launcher.runtime.progress import Progress
+from launcher.shards.checks import check_alike
 from launcher.shards.sums import Shards
 from launcher.telemetry.recorder import Recorder
 from launcher.telemetry.rundir import RunDirectory
@@ -118,6 +119,8 @@ class TrainingState:
             check_groups(optimizer, self.made[phase])
         buffers = self.whole.of_rank(runtime, self.progress.step)
         ranks = runtime.gather({**self.of_rank(), "buffers": buffers})
+        if self.shards is not None:
+            check_alike(ranks or [])
         return None if ranks is None else {**self.shared(), "ranks": ranks}
 
     def of_rank(self) -> dict[str, Any]:
@@ -218,10 +221,11 @@ class TrainingState:
         self.callbacks.load_state_dict(ranks[min(runtime.rank, len(ranks) - 1)]["callbacks"])
         theirs = [rank.get("task") for rank in ranks]
         afresh += load_state_of(self.task, theirs, runtime, "TASK_STATE" in allow)
-        if runtime.rank < len(ranks) and "SEED" not in changed:
-            set_random_state(ranks[runtime.rank]["random"])
-        if runtime.rank < len(ranks) or self.cfg.TRAIN.SHARDS:
-            self.threads = ranks[runtime.rank % len(ranks)]["threads"]
+        # With shards all ranks are alike, however many there are.
+        if (rank := 0 if self.cfg.TRAIN.SHARDS else runtime.rank) < len(ranks):
+            self.threads = ranks[rank]["threads"]
+            if "SEED" not in changed:
+                set_random_state(ranks[rank]["random"])
         if same:
             ours = [ranks[runtime.rank]]
         else:

@@ -174,6 +174,8 @@ def _shards(cfg: CfgNode) -> str | None:
         return "needs DATALOADER.SEED_SAMPLES True: else samples draw otherwise on other ranks"
     if cfg.MODEL.COMPILE_MODE.startswith("max-autotune") and cfg.MODEL.COMPILE:
         return "is exact, and MODEL.COMPILE_MODE max-autotune chooses by time; take default"
+    if cfg.MODEL.COMPILE_DYNAMIC and cfg.MODEL.COMPILE:
+        return "is exact, and MODEL.COMPILE_DYNAMIC goes by the shape that comes first on a rank"
     used = {
         "MODEL.SYNC_BN": "batch-norm over all ranks; take GroupNorm",
         "DIST.GRADIENT_COMPRESSION": "an option of DDP's all-reduce, which is not used",
@@ -205,8 +207,8 @@ CHECKS: list[tuple[tuple[str, ...], Callable[[CfgNode], str | None]]] = [
     (
         (
             *("TRAIN.SHARDS", "TRAIN.MICRO_BATCH_SIZE", "DATALOADER.SEED_SAMPLES"),
-            *("MODEL.COMPILE", "MODEL.COMPILE_MODE", "MODEL.SYNC_BN", "DIST.STATIC_GRAPH"),
-            *("DIST.GRADIENT_COMPRESSION", "DIST.FIND_UNUSED_PARAMETERS"),
+            *("MODEL.COMPILE", "MODEL.COMPILE_MODE", "MODEL.COMPILE_DYNAMIC", "MODEL.SYNC_BN"),
+            *("DIST.GRADIENT_COMPRESSION", "DIST.STATIC_GRAPH", "DIST.FIND_UNUSED_PARAMETERS"),
         ),
         _shards,
     ),

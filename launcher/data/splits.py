@@ -247,9 +247,8 @@ class Data:
     def _size(self, split: str) -> LoaderSize:
         keys, kind = self.cfg.DATALOADER, self.kinds[split]
         size = size_loader(keys, self.runtime, kind, *self._memory, self._nbytes.get(split, 0))
-        if shards := self.cfg.TRAIN.SHARDS:  # as if on so many ranks, whatever their number
-            size = replace(size, threads=max(1, self.runtime.cpu.usable // shards))
-        return size
+        # With shards whatever the ranks' number and the CPUs that each is bound to.
+        return replace(size, threads=1) if self.cfg.TRAIN.SHARDS else size
 
     def _unwrapped(self, answers: Iterator[Any]) -> Iterator[Any]:
         """Batches, with the states that come along put aside."""

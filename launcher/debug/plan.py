@@ -52,7 +52,8 @@ def plan_replay(
     # Those that did the steps on the way.
     way = [a for a in found if a.begin < step and (a.end is None or a.end > begin)]
     sizes = [a.world_size for a in way]
-    shards = last.settings.get("TRAIN.SHARDS", 0)
+    with_shards = [a.settings.get("TRAIN.SHARDS", 0) for a in way]
+    shards = all((changed or {}).get("TRAIN.SHARDS", one) for one in with_shards)
     if len(set(sizes)) > 1 and not shards:
         raise UsageError(
             f"{path}: step {step} cannot be replayed. The newest checkpoint before it that is kept "

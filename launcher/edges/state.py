@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from launcher.edges.batch import is_dense, map_tensors, on_cpu
+from launcher.edges.digest import words
 from launcher.edges.returned import calling
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
@@ -114,16 +115,18 @@ def state_of(task: Any) -> Any:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two nests of plain values and tensors hold the same."""
+    """Whether two nests of plain values and tensors hold the same, NaN for NaN."""
+    one, other = plain(one), plain(other)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
+        kind = one.dtype, one.shape
+        return kind == (other.dtype, other.shape) and torch.equal(words(one), words(other))
     if type(one) is not type(other):
         return False
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(alike, one, other))
-    return bool(one == other or (one != one and other != other))  # NaN, too
+    return bool(one == other or (one != one and other != other))
 
 
 def load_state_of(task: Any, states: Sequence[Any], runtime: Any, may_begin: bool) -> list[str]:

@@ -70,7 +70,7 @@ class Evaluation:
     def _resting(self, model: nn.Module) -> Iterator[None]:
         """The model in eval mode without gradients, with rank 0's buffers; then as it was."""
         modes = [(module, module.training) for module in model.modules()]
-        buffers = [buffer.clone() for buffer in model.buffers()] if self.runtime.distributed else []
+        buffers = [buffer.clone() for buffer in model.buffers()]
         model.eval()
         with torch.no_grad():
             # Each rank has buffers of its own by now; rank 0's are evaluated. Collectives.

@@ -97,7 +97,7 @@ def run(job: Job, runtime: Runtime, guard: Guard, logs: Logs) -> bool:
     # A collective, as is every comparison of what the ranks have found.
     compare({**found_here, "the model's layout": model_layout(state.model)}, runtime)
     if cfg.TRAIN.SHARDS:
-        check_shards(cfg, state.model, runtime, gather)
+        check_shards(cfg, state, runtime, gather)
     # Collectives: where buffers are made of random numbers, rank 0's are everybody's.
     fill(state.model.buffers(), runtime.broadcast_state(list(state.model.buffers())))
     store = CheckpointStore(directory.checkpoints, Retention.from_config(cfg))

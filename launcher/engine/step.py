@@ -194,9 +194,8 @@ class TrainStep:
         self.recorder, self.callbacks = state.recorder, state.callbacks
         self.moving = state.ema if cfg.MODEL.EMA_DECAY > 0 else None
         self.clip, self.watches = Clip(cfg, state.model), cfg.DEBUG.NONFINITE != ""
-        # Whether a weight may go without a gradient.
-        ddp = runtime.distributed and not self.shards
-        self.may_miss = cfg.DIST.FIND_UNUSED_PARAMETERS or not ddp
+        ddp = runtime.distributed and not self.shards  # no weight goes without a gradient
+        self.may_miss = not ddp or cfg.DIST.FIND_UNUSED_PARAMETERS
         plan = state.data.train_plan
         self.schedules = {name: build_schedule(cfg, task, plan, name) for name in state.optimizers}
         self.pending: deque[Any] = deque(state.agreed)
@@ -294,6 +293,7 @@ class TrainStep:
             walk = phase.sums.rounds(batch.count, self.state.progress.step)
             if not batch.sizes:
                 phase.agreement.loss_term(requests, 0.0, False)
+                phase.scaler.scale(torch.zeros((), device=self.runtime.device))  # its first, maybe
         with phase.alone():
             for i, samples in walk:
                 micro_batch = next(batches) if samples else None

@@ -34,7 +34,17 @@ def set_modes(cfg: CfgNode, model: nn.Module) -> None:
             # In place: no wrapper, so no other name. One graph for each shape, or one for all,
             # never the one that follows from which shape came first: that is another after a
             # resume, and may round otherwise.
-            module.compile(mode=cfg.MODEL.COMPILE_MODE, dynamic=cfg.MODEL.COMPILE_DYNAMIC)
+            _compile(module, mode=cfg.MODEL.COMPILE_MODE, dynamic=cfg.MODEL.COMPILE_DYNAMIC)
+
+
+def _compile(module: nn.Module, **how: Any) -> None:
+    """As module.compile(), which compiles no frame of torch's own modules: of an nn.Sequential of
+    such nothing at all. A frame that is not torch's is compiled with all that it calls."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **how)
 
 
 def compiled_parts(model: nn.Module) -> list[nn.Module]:

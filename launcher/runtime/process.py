@@ -160,7 +160,7 @@ def start(topology: Topology, cfg: CfgNode) -> Runtime:
         _end_with_parent()
     device = choose_device(topology, cfg.DIST.DEVICE)
     _set_precision(cfg)
-    seed_everything(cfg.SEED, topology.rank)
+    seed_everything(cfg.SEED, 0 if cfg.TRAIN.SHARDS else topology.rank)
     limits = (cfg.DIST.INIT_TIMEOUT, cfg.DIST.TRAIN_TIMEOUT, cfg.DIST.SAVE_TIMEOUT)
     timeout = timedelta(seconds=max(map(seconds, limits)) + BEYOND_GUARD_S)
     store = _join_group(topology, cfg, device, timeout) if topology.distributed else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -16,7 +18,6 @@ from launcher.shards.tree import turns
 
 # What goes to or comes from a rank, under a tag that is the same for both.
 Message = tuple[int, int, torch.Tensor]
-CLOSE_S = 10.0  # for what is under way, which other ranks may be late with
 
 
 def summing(
@@ -54,11 +55,14 @@ class Exchange:
     def __init__(self, runtime: Runtime, shards: int) -> None:
         self.runtime, self.shards = runtime, shards
         # A collective. A group of its own: others may be under way on the default one.
-        self.group: Any = dist.new_group(timeout=runtime.timeout)
+        group = dist.new_group(timeout=runtime.timeout)
+        # torch keeps it until all groups are taken down: gloo's threads abort a process that still
+        # has one at its end.
+        self.group = weakref.ref(group)
         cuda = runtime.device.type == "cuda"
         self.stream = torch.cuda.Stream(runtime.device) if cuda else None
         # gloo sends only what lies on the host.
-        self.by_host = cuda and dist.get_backend(self.group) == "gloo"
+        self.by_host = cuda and dist.get_backend(group) == "gloo"
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, daemon=True, name="shards")
         self.thread.start()
@@ -78,29 +82,29 @@ class Exchange:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def close(self) -> None:
-        """End the thread, once it has done all that it was given, and let go of the group: gloo's
-        threads abort a process that keeps one to its end."""
+        """End the thread, once it has done all that it was given."""
         self.jobs.put(None)
-        self.thread.join(CLOSE_S)
-        self.group = None
 
     @torch.no_grad()
     def _work(self) -> None:
         if self.stream is not None:
             torch.cuda.set_device(self.runtime.device)
         while (job := self.jobs.get()) is not None:
-            done, ready, vectors = job
+            self._do(*job)
+            del job  # memory that is not needed while it waits for more
+
+    def _do(self, done: Future[None], ready: Any, vectors: list[torch.Tensor]) -> None:
+        # No stream is asked for on a CPU, which would make a context on a GPU that is there.
+        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             try:
-                with torch.cuda.stream(self.stream):
-                    if self.stream is not None:
-                        self.stream.wait_event(ready)
-                    parts = self.shards, self.runtime.world_size, self.runtime.rank, vectors
-                    for sent, received in summing(*parts):
-                        self._swap(sent, received)
+                if self.stream is not None:
+                    self.stream.wait_event(ready)
+                world = self.shards, self.runtime.world_size, self.runtime.rank
+                for sent, received in summing(*world, vectors):
+                    self._swap(sent, received)
                 done.set_result(None)
             except BaseException as error:  # for whoever waits for it
                 done.set_exception(error)
-            del job, vectors  # memory that is not needed while it waits for more
 
     def _swap(self, sent: list[Message], received: list[Message]) -> None:
         """Point to point, all at the same time, each waited for."""
@@ -109,7 +113,7 @@ class Exchange:
         into = [(rank, tag, t.cpu() if self.by_host else t) for rank, tag, t in received]
         ways = ((dist.isend, sent), (dist.irecv, into))
         works = [
-            dist.P2POp(way, tensor, rank, self.group, tag)
+            dist.P2POp(way, tensor, rank, self.group(), tag)
             for way, messages in ways
             for rank, tag, tensor in messages
         ]

@@ -17,7 +17,7 @@ from launcher.edges.generators import seed_generators
 from launcher.edges.model import fill
 from launcher.errors import RunError
 from launcher.runtime.process import Runtime
-from launcher.shards.checks import Watch
+from launcher.shards.checks import SPARSE, Watch, many_compilations
 from launcher.shards.exchange import Exchange
 from launcher.shards.tree import Node, grow, turns
 
@@ -33,7 +33,10 @@ class Shards:
         self, cfg: CfgNode, model: nn.Module, task: Any, plan: Plan, runtime: Runtime
     ) -> None:
         self.count, self.plan, self.runtime = cfg.TRAIN.SHARDS, plan, runtime
-        self.watch, self.recorder = Watch(model, task, runtime), task.recorder
+        self.model, self.task, self.recorder = model, task, task.recorder
+        self.ends = contextlib.ExitStack()
+        if cfg.MODEL.COMPILE:
+            self.ends.enter_context(many_compilations())
         self.recorder.alike = True
         self.run_seed, self.bucket_mb = cfg.SEED, cfg.DIST.BUCKET_MB or BUCKET_MB
         each = self.count // runtime.world_size
@@ -59,6 +62,7 @@ class Shards:
 
     def close(self) -> None:
         """End its thread."""
+        self.ends.close()
         if self.exchange is not None:
             self.exchange.close()
 
@@ -113,6 +117,8 @@ class Bucket:
         found = [(p, w.grad) for p, w in zip(self.sums[-1].parts, self.weights, strict=True)]
         parts, without = [p for p, g in found if g is not None], [p for p, g in found if g is None]
         grads = [g for _, g in found if g is not None]
+        if any(g.layout is not torch.strided for g in grads):
+            raise RunError(f"TRAIN.SHARDS: some weights {SPARSE}")
         if summed and grads:  # the sum of its left neighbours is there
             torch._foreach_add_(parts, grads)
         elif grads:
@@ -150,6 +156,7 @@ class GradientSums:
         """`carrier` is one more weight, whose gradient is complete when all others are; `phase` the
         number of this one."""
         self.shards, self.weights, self.phase = shards, weights, phase
+        self.watch = Watch(shards.model, shards.task, shards.runtime)
         # How many shards have given each weight a gradient.
         self.used = nn.Parameter(torch.zeros(len(weights), device=carrier.device))
         self.all = torch.ones_like(self.used, requires_grad=False)
@@ -167,7 +174,7 @@ class GradientSums:
         shards, unused = self.shards, set(map(id, self.weights))
         self.handed, self.again = 0, False
         shards.recorder.alike = False
-        with shards.watch():
+        with self.watch():
             for shard in shards.mine:
                 shards.seed(step, self.phase, shard)
                 yield from self._shard(shard, [b - a for a, b in shards.plan.cuts(count, shard)])
@@ -186,8 +193,10 @@ class GradientSums:
         self.without.clear()
         for i, samples in enumerate(sizes):
             last = shard == self.shards.mine[-1] and i == len(sizes) - 1
-            with self._watching(shard) if last else contextlib.nullcontext():
+            begun = self.watch.collectives()
+            with self._watching(shard if last else None):
                 yield -1, samples
+            self.watch.check_collectives(begun)
         for bucket in self.buckets[self.handed :]:
             self._take(bucket, shard)
 
@@ -204,23 +213,26 @@ class GradientSums:
             self.handed += 1
 
     @contextlib.contextmanager
-    def _watching(self, shard: int) -> Iterator[None]:
-        """Around the last backward pass: buckets are taken as they are complete, but for the last
-        one, which has what is known at the end."""
-        early = self.buckets[:-1] if self.shards.exchange is not None else []
+    def _watching(self, last: int | None) -> Iterator[None]:
+        """Around a backward pass; that of the `last` shard's takes buckets as they are complete,
+        but for the last one, which has what is known at the end."""
+        early = self.buckets[:-1] if last is not None and self.shards.exchange else []
         for bucket in early:
             bucket.waits_for = set(map(id, bucket.weights))
+        complete = set[int]()
 
-        def complete(weight: torch.Tensor) -> None:
-            if (number := self.of[id(weight)]) < self.handed:
-                self.again = True
-                return
+        def one_more(weight: torch.Tensor) -> None:
+            number = self.of[id(weight)]
+            self.again |= id(weight) in complete or number < self.handed
+            complete.add(id(weight))
             self.buckets[number].waits_for.discard(id(weight))
-            while self.handed < len(early) and not early[self.handed].waits_for:
-                self._take(early[self.handed], shard)
+            while last is not None and self.handed < len(early):
+                if early[self.handed].waits_for:
+                    break
+                self._take(early[self.handed], last)
 
-        weights = [w for bucket in early for w in bucket.weights]
-        handles = [w.register_post_accumulate_grad_hook(complete) for w in weights]
+        watched = self.weights if self.watch.first else [w for one in early for w in one.weights]
+        handles = [w.register_post_accumulate_grad_hook(one_more) for w in watched]
         try:
             yield
         finally:

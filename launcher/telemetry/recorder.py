@@ -35,8 +35,7 @@ class Recorder(recorder.Recorder):
         self.pid = os.getpid()
         self.sums = Sums(runtime.device)  # of this rank since the last record
         self.split = "train"
-        # Whether what a task records of the training is the same on all ranks now: rank 0's counts.
-        self.alike = False
+        self.alike = False  # whether all ranks record the same of the training: rank 0's counts
         # The phase under way, and of each name the phases that have given it; rank 0 counts.
         self.phase, self.phases = "", dict[str, list[str]]()
         # Of an evaluation: scalars since `take`, and what is shown when it is complete.

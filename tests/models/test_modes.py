@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from launcher import Task
 from launcher.errors import UsageError
+from launcher.models import modes
 from launcher.models.modes import compiled_parts, set_modes
 from tests.edges.test_zoo import same
 from tests.engine.helpers import config
@@ -174,7 +175,7 @@ def test_channels_last(tmp_path: Path) -> None:
 def test_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model in place, or what a container holds, never as torch guesses by what came first."""
     asked: list[Any] = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: asked.append((self, how)))
+    monkeypatch.setattr(modes, "_compile", lambda module, **how: asked.append((module, how)))
     gan = nn.ModuleDict({"critic": nn.Linear(2, 1), "makers": nn.ModuleList([nn.Linear(1, 2)])})
     set_modes(config("MODEL.COMPILE", True, "MODEL.COMPILE_MODE", "reduce-overhead"), gan)
     assert [m for m, _ in asked] == compiled_parts(gan) == [gan["critic"], gan["makers"][0]]  # type: ignore[index]

@@ -190,3 +190,73 @@ class Sparse(Mixed):
         model: Any = super().build_model()
         model["table"] = nn.Embedding(4, 4, sparse=True)
         return model
+
+
+class Teacher(Mixed):
+    """Moves weights in its forward pass, past autograd's own count of changes."""
+
+    def build_model(self) -> nn.Module:
+        model: Any = super().build_model()
+        model["teacher"] = nn.Linear(2, 2).requires_grad_(False)
+        return model
+
+    def train_step(self, model: Any, batch: Any) -> dict[str, Any]:
+        for p in model["teacher"].parameters():
+            p.data.mul_(0.9)
+        return super().train_step(model, batch)
+
+
+class Late(Game):
+    """The second phase alone changes a state, and not in the first steps."""
+
+    seen = 0
+
+    def train_step(self, model: Any, batch: Any, phase: str) -> dict[str, Any]:
+        self.seen += phase == "generator" and self.run.progress.step > 3
+        return super().train_step(model, batch, phase)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen * (1 + self.run.rank), "none": np.array([1.0, np.nan])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+Thawing = Normed
+
+
+class Remembering(Mixed):
+    """Its evaluation changes a buffer that training goes by."""
+
+    def build_model(self) -> nn.Module:
+        model: Any = super().build_model()
+        model["body"].register_buffer("seen", torch.zeros(()))
+        return model
+
+    def train_step(self, model: Any, batch: Any) -> dict[str, Any]:
+        out = super().train_step(model, batch)
+        return {**out, "loss": out["loss"] * (1 + model["body"].seen)}
+
+    def eval_step(self, model: Any, batch: Any) -> dict[str, Any]:
+        model["body"].seen += 1
+        return super().eval_step(model, batch)
+
+
+class Begun(Mixed):
+    def build_model(self) -> nn.Module:
+        self.model: Any = super().build_model()
+        self.projection = torch.randn(32, 32) / 6
+        return self.model
+
+    def build_dataset(self, split: str) -> Any:
+        data = super().build_dataset(split)
+        if split != "train":
+            return data
+        return torch.utils.data.random_split(data, [40, 13])[0]
+
+    def on_start(self) -> None:
+        with torch.no_grad():
+            self.model["head"].weight.add_(torch.randn(()), alpha=0.1)
+
+    def train_step(self, model: Any, batch: Any) -> dict[str, Any]:
+        return super().train_step(model, (batch[0] @ self.projection, batch[1]))

@@ -175,7 +175,19 @@ def test_a_state_that_is_the_same_on_all_ranks_goes_to_any_number(tmp_path: Path
         (["TASK.NAME=Normed"], None, 2, "body.1 normalise by the samples"),
         (["TASK.NAME=Sparse"], None, 2, "table.weight have sparse gradients"),
         ([], 3, 2, "not divisible by 3 ranks: start 1, 2, 4 of them"),
-        (["TASK.NAME=Spectral"], None, 1, "changes buffers of the model (head.parametrizations"),
+        (["TASK.NAME=Spectral"], None, 1, "changes head.parametrizations"),
+        (["TASK.NAME=Teacher"], None, 1, "changes teacher.weight, teacher.bias: that would follow"),
+        (["TASK.NAME=Late"], 2, 1, "changes the task's own state"),
+        (
+            ["TASK.NAME=Thawing", "MODEL.FREEZE", "['body.1']", "MODEL.THAW", "['body.1@1ep']"],
+            *(None, 2, "body.1 normalise by the samples"),
+        ),
+        (
+            ["MODEL.COMPILE", "True", "MODEL.COMPILE_DYNAMIC", "True"],
+            None,
+            2,
+            "COMPILE_DYNAMIC goes by",
+        ),
         (["TASK.NAME=Counting"], None, 1, "changes the task's own state"),
         (["TASK.NAME=Gathering"], None, 1, "Task.gather: with TRAIN.SHARDS each shard"),
         (["TASK.NAME=Reducing"], 2, 1, "collective of its own, but with TRAIN.SHARDS each shard"),
@@ -193,9 +205,39 @@ def test_what_cannot_hold_is_refused(
     words = [word.replace("TASK.NAME=", f"TASK.NAME={TASK}:") for word in words]
     run = tmp_path / "run"
     ended = jobs.train(*MIXED, "TRAIN.SHARDS", "4", "OUTPUT_DIR", run, *words, ranks=ranks)
-    assert told in ended.output
+    failure = run / "failure.json"
+    assert told in (failure.read_text() if failure.exists() else ended.output)
     assert ended.code == (code if ranks is None else 1)
-    assert not run.exists() if code == 2 else jobs.status(run)["step"] == 0
+    step = 8 if f"TASK.NAME={TASK}:Late" in words else 0  # its first checkpoint that shows it
+    assert not run.exists() if code == 2 else jobs.status(run)["step"] == step
+
+
+def test_ranks_without_samples_in_an_attempts_first_step(tmp_path: Path) -> None:
+    """In fp16, whose scaler makes itself at the first loss; resumed at an epoch's last batch, which
+    has fewer samples than there are ranks."""
+    words = [*MIXED, "TRAIN.PRECISION", "fp16", "TRAIN.SHARDS", "4", "TASK.SAMPLES", "22"]
+    words += ["TRAIN.BATCH_SIZE", "10", "CHECKPOINT.EVERY", "2step", "TRAIN.DURATION", "6step"]
+    reference, run = tmp_path / "reference", tmp_path / "run"
+    jobs.train(*words, "OUTPUT_DIR", reference).ok()
+    jobs.train(*words, "OUTPUT_DIR", run, "TRAIN.DURATION", "2step", ranks=4).ok()
+    more = ["--resume", "--allow", "TRAIN.DURATION"]
+    jobs.train(*words, "OUTPUT_DIR", run, *more, ranks=4).ok()
+    assert same(jobs.state(run)["model"], jobs.state(reference)["model"])
+
+
+def test_what_an_evaluation_changes_is_undone_on_any_number(tmp_path: Path) -> None:
+    words = [*MIXED, "TASK.NAME", f"{TASK}:Remembering", "TRAIN.SHARDS", "4"]
+    jobs.train(*words, "OUTPUT_DIR", tmp_path / "1").ok()
+    jobs.train(*words, "OUTPUT_DIR", tmp_path / "2", ranks=2).ok()
+    assert_same(tmp_path / "2", tmp_path / "1")
+
+
+def test_what_is_drawn_before_the_first_step_is_the_same(tmp_path: Path) -> None:
+    """A split of the data, a constant projection, weights that on_start moves."""
+    words = [*MIXED, "TASK.NAME", f"{TASK}:Begun", "TRAIN.SHARDS", "4", "TRAIN.DURATION", "6step"]
+    jobs.train(*words, "OUTPUT_DIR", tmp_path / "1").ok()
+    jobs.train(*words, "OUTPUT_DIR", tmp_path / "2", ranks=2).ok()
+    assert_same(tmp_path / "2", tmp_path / "1")
 
 
 def test_frozen_batch_norm_is_taken(tmp_path: Path) -> None:

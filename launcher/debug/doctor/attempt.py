@@ -26,6 +26,7 @@ from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime, seed_everything
 from launcher.runtime.progress import Progress
 from launcher.runtime.topology import Topology
+from launcher.shards.checks import check_shards
 from launcher.tasks import make_task
 from launcher.tasks.run import LiveRun
 from launcher.telemetry.recorder import Recorder
@@ -61,6 +62,8 @@ def attempt(job: Job, runtime: Runtime, steps: int, fill: int) -> Attempt:
     asked = {made for made, _ in job.callbacks}
     # The launcher's own have nothing to tell of a run without a directory.
     state.callbacks = Callbacks([c for c in state.callbacks.all if type(c) in asked], task)
+    if job.cfg.TRAIN.SHARDS:
+        check_shards(job.cfg, state, runtime, gather)
     start_weights(job.cfg, state.model)
     found = Attempt(dict(data.lengths), _bits(state.model))
     try:
