@@ -177,7 +177,7 @@ def test_a_state_that_is_the_same_on_all_ranks_goes_to_any_number(tmp_path: Path
         ([], 3, 2, "not divisible by 3 ranks: start 1, 2, 4 of them"),
         (["TASK.NAME=Spectral"], None, 1, "changes head.parametrizations"),
         (["TASK.NAME=Teacher"], None, 1, "changes teacher.weight, teacher.bias: that would follow"),
-        (["TASK.NAME=Late"], 2, 1, "changes the task's own state"),
+        (["TASK.NAME=Late"], 2, 1, "own state differ between rank 1 and rank 0"),
         (
             ["TASK.NAME=Thawing", "MODEL.FREEZE", "['body.1']", "MODEL.THAW", "['body.1@1ep']"],
             *(None, 2, "body.1 normalise by the samples"),
