@@ -197,8 +197,8 @@ def test_a_compiled_run(more: tuple[object, ...], tmp_path: Path) -> None:
     jobs.train(*words(plain, *kept)).ok()
     how = (*kept, "MODEL.COMPILE", True, *more)
     jobs.train(*words(whole, *how), cold=True).ok()
-    # Where it is computed again, compiled dropout draws other numbers than torch's.
-    assert losses(whole)[0] == pytest.approx(losses(plain)[0], rel=0.1 if more else 1e-4)
+    # Compiled dropout draws other numbers than torch's.
+    assert losses(whole)[0] == pytest.approx(losses(plain)[0], rel=0.1)
     assert jobs.state(whole)["model"].keys() == jobs.state(plain)["model"].keys()
     assert jobs.state(whole)["ema"].keys() == jobs.state(plain)["ema"].keys()
     short = jobs.start(*words(broken, *how), cold=True)
