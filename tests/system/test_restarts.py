@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.system import jobs
+from tests.system.exact import records
 from tests.system.test_failures import COMMON
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -64,10 +65,11 @@ def test_a_killed_rank_of_two_agents(rank: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fewer_and_more_nodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [0, 4])
+def test_fewer_and_more_nodes(shards: int, tmp_path: Path) -> None:
     """The node of rank 0 is lost and the other goes on; it comes back and takes part again."""
     run, whole = tmp_path / "run", tmp_path / "whole"
-    args = [*COMMON, "TRAIN.DURATION", "100step"]
+    args = [*COMMON, "TRAIN.DURATION", "100step", "TRAIN.SHARDS", shards]
     # As docs/clusters.md says: with a store that is shared, torchrun takes no new node in.
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "LAUNCHER_TEST_SLEEP_ALONE": "0.3"}
     with Agents("1:2", [*args, "OUTPUT_DIR", run], **env) as agents:
@@ -84,7 +86,9 @@ def test_fewer_and_more_nodes(tmp_path: Path) -> None:
     (stop,) = jobs.history(run, "stop")
     assert stop["step"] == jobs.history(run, "resume")[1]["step"]
     jobs.train(*args, "OUTPUT_DIR", whole, ranks=2, env=ONE_THREAD).ok()
-    assert_like(run, whole, exactly=False)
+    assert_like(run, whole, exactly=shards > 0)
+    if shards:
+        assert records(run) == records(whole)
 
 
 def sizes(run: Path) -> list[int]:
