@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -154,6 +155,9 @@ def test_a_step_of_four_ranks_is_replayed_in_one_process(tmp_path: Path) -> None
     jobs.train(*MIXED, "TRAIN.SHARDS", "4", "OUTPUT_DIR", run, ranks=4).ok()
     told = jobs.launch("replay", run, "--step", "7", "--rank", "3").ok().out
     assert "on 1 rank, for the 4 that the run had" in told and "digests at steps [6]" in told
+    listed = json.loads(jobs.launch("runs", "samples", run, "--step", "7", "--json").ok().out)
+    sizes = [[len(samples) for samples in rank["micro_batches"]] for rank in listed["ranks"]]
+    assert sizes == [[2, 2, 1]] * 3 + [[2, 2]]  # of 19 samples
     refused = jobs.launch("replay", run, "--step", "7", "--rank", "4")
     assert refused.code == 2 and "ranks 0 to 3" in refused.output
 
