@@ -1,4 +1,4 @@
-"""What TRAIN.SHARDS costs: `python benchmarks/shards.py [--quick]`.
+"""What TRAIN.SHARDS costs: `python benchmarks/shards.py [--ranks ...] [--rounds N]`.
 
 A step of bytes-lm (1 million weights, 16 windows of 256 bytes) and of the digits (a small CNN, 64
 images), by number of ranks, all on this machine: with 8 shards, with one for each rank, and without
@@ -41,17 +41,18 @@ def run(config: str, steps: int, ranks: int, shards: int) -> tuple[float, float]
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--quick", action="store_true", help="fewer ranks and rounds")
-    quick = p.parse_args().quick
+    p.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    p.add_argument("--rounds", type=int, default=5)
+    options = p.parse_args()
     for config, steps in CASES.items():
         print(f"\n**{config}**\n")
         print("| ranks | without: ms a step | 8 shards | a shard a rank | memory, 8 shards |")
         print("| --- | --- | --- | --- | --- |", flush=True)
-        for ranks in (1, 2) if quick else (1, 2, 4, 8):
+        for ranks in options.ranks:
             kinds = dict.fromkeys((0, 8, ranks))
             found = [
                 {kind: run(config, steps, ranks, kind) for kind in kinds}
-                for _ in range(2 if quick else 5)
+                for _ in range(options.rounds)
             ]
             plain = statistics.median(one[0][0] for one in found)
             line = [str(ranks), f"{1000 * plain:.1f}"]
