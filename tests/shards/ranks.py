@@ -17,7 +17,7 @@ from launcher.shards.sums import GradientSums, Shards
 from tests.engine.helpers import config
 from tests.groups import serve
 
-WORLDS = (6, 4, 3, 2, 1)
+WORLDS = (4, 3, 2, 1)
 SHARDS = 12
 # Samples of global batches: more than one a shard, unevenly; fewer than shards; one.
 COUNTS = (29, 12, 7, 1)

@@ -71,8 +71,8 @@ def test_there_is_one_bucket_a_type_or_many(ranks: list[Any]) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_sums_are_kept_from_step_to_step(ranks: list[Any], world: int) -> None:
-    """As many as the tree is deep for a rank's shards: 12, 6, 4, 3 or 2."""
-    depth = {1: 4, 2: 3, 3: 3, 4: 2, 6: 2}[world]
+    """As many as the tree is deep for a rank's shards: 12, 6, 4 or 3."""
+    depth = {1: 4, 2: 3, 3: 3, 4: 2}[world]
     for count in COUNTS:
         assert max(ranks[0][world][f"1.0 {count}"]["kept"]) <= depth
 
