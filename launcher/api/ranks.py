@@ -3,7 +3,6 @@ is theirs, and what the first of them failed with is raised."""
 
 from __future__ import annotations
 
-import json
 import os
 import selectors
 import signal
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from launcher.errors import RunError, UsageError
-from launcher.telemetry.rundir import RunDirectory
+from launcher.telemetry.rundir import RunDirectory, read_json
 
 # Where a rank leaves its last word: torchrun's name for it, which the guard writes to as well.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -143,7 +142,7 @@ def _copy(pipe: Any, shown: IO[str], kept: bytearray, whole: bool) -> bool:
 def _failure(codes: Sequence[int], words: Sequence[Path], directory: RunDirectory) -> Exception:
     """What the ranks ended with, as an exception: a mistake of usage before a failure, the rank's
     own word before that of others about it."""
-    told = {rank: word for rank, path in enumerate(words) if (word := _read(path))}
+    told = {rank: word for rank, path in enumerate(words) if (word := read_json(path))}
     for word in told.values():
         if "usage" in word:
             return (UsageError if word["exit_code"] == 2 else RunError)(word["usage"])
@@ -160,11 +159,3 @@ def _failure(codes: Sequence[int], words: Sequence[Path], directory: RunDirector
         return RunError(f"rank {rank} failed: {said}\n{more['py_callstack']}")
     ended = ", ".join(f"rank {rank}: {code}" for rank, code in enumerate(codes) if code)
     return RunError(f"ranks ended without a word ({ended}, exit codes); see {directory.logs}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

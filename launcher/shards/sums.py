@@ -107,9 +107,8 @@ class Bucket:
         self.waits_for = set[int]()  # the ids of weights without a gradient so far
         self.done: Future[None] | None = None
 
-    def take(self, shard: int) -> set[int]:
-        """Take the weights' gradients, as those of a shard. A weight without one has zeros; gives
-        the ids of such."""
+    def take(self, shard: int) -> None:
+        """Take the weights' gradients, as those of a shard. A weight without one has zeros."""
         summed = grow(self.nodes, shard, self.shards)
         if not summed:
             room = self.spare.pop() if self.spare else Sum(self.weights, self.starts, self.length)
@@ -125,14 +124,12 @@ class Bucket:
             torch._foreach_copy_(parts, grads)
         for part in without:  # as any sum with zeros: -0.0 becomes 0.0
             part.add_(0.0) if summed else part.zero_()
-        lacking = {id(w) for w in self.weights if w.grad is None} if without else set[int]()
         for weight in self.weights:
             weight.grad = None
         for _ in range(summed - 1):
             right = self.sums.pop()
             self.sums[-1].vector.add_(right.vector)
             self.spare.append(right)
-        return lacking
 
     def give(self, number: int) -> None:
         """One of its sums becomes the weights' gradients."""
@@ -201,13 +198,13 @@ class GradientSums:
             self._take(bucket, shard)
 
     def _take(self, bucket: Bucket, shard: int) -> None:
+        self.without |= {id(w) for w in bucket.weights if w.grad is None}
         if bucket is self.buckets[-1]:
-            self.without |= {id(w) for w in bucket.weights if w.grad is None}
             flags = [float(id(w) not in self.without) for w in self.weights]
             self.used.grad = self.all
             if not all(flags):
                 self.used.grad = torch.tensor(flags, device=self.used.device)
-        self.without |= bucket.take(shard)
+        bucket.take(shard)
         if self.shards.exchange is not None and shard == self.shards.mine[-1]:
             bucket.done = self.shards.exchange.sum([one.vector for one in bucket.sums])
             self.handed += 1

@@ -69,7 +69,7 @@ class RunDirectory:
 
     def begun_by(self, job_id: str) -> bool:
         """Whether the run here was begun, or gone on with, by this same job."""
-        return job_id != "" and _read_json(self.environment).get("job") == job_id
+        return job_id != "" and read_json(self.environment).get("job") == job_id
 
     # Whose it is.
 
@@ -116,7 +116,7 @@ class RunDirectory:
 
     def _owner(self) -> Member | None:
         with contextlib.suppress(TypeError):
-            return Member(**_read_json(self.lock))
+            return Member(**read_json(self.lock))
         return None
 
     def begin(self) -> None:
@@ -167,7 +167,7 @@ class RunDirectory:
 
     def read_status(self) -> dict[str, Any]:
         """status.json, or {} where there is none that can be read."""
-        return _read_json(self.status)
+        return read_json(self.status)
 
     def write_status(self, state: str, position: Mapping[str, int], reason: str = "") -> None:
         """Replace status.json: state, step, epoch, reason, host, pid, updated.
@@ -266,7 +266,7 @@ def _cut(path: Path, length: int, aside: Path) -> int:
     return len(tail)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or {} where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -37,11 +37,7 @@ class Script(jobs.Group):
 
 
 def _forked(words: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
-    for number, name in enumerate((out, err), start=1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
-    os.environ.clear()
-    os.environ.update(env)
-    os.chdir(cwd)
+    jobs.settle_in(env, cwd, out, err)
     sys.argv, sys.path[0] = words, cwd
     if KILL_AT in env:
         _kill_at(int(env[KILL_AT]))

@@ -239,12 +239,17 @@ class Group(Running):
             process.join(30)
 
 
-def _forked(words: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+def settle_in(env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+    """Have this process write to two files, with this environment and folder."""
     for number, name in enumerate((out, err), start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+
+
+def _forked(words: list[str], env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
+    settle_in(env, cwd, out, err)
     gc.freeze()  # what the server has imported need not be looked through again in each process
     multiprocessing.set_start_method(None, force=True)  # this Python's own, for loader workers
     sys.argv = ["launcher", *words]
