@@ -34,7 +34,8 @@ def modules_of(name: str, found: type, builtin: Mapping[str, str]) -> list[str]:
     place, _, class_name = builtin.get(name, name).rpartition(":")
     if place.endswith(".py"):  # which may stand in packages
         stem = Path(place).stem
-        has = [m for m, module in list(sys.modules.items()) if _holds(module, class_name, found)]
+        loaded = sys.modules.copy()  # at once: a thread may be importing
+        has = [m for m, module in loaded.items() if _holds(module, class_name, found)]
         place = next((m for m in has if m.rpartition(".")[2] == stem), stem)
     return list(dict.fromkeys([place, found.__module__]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,30 @@ def test_of_a_class_that_the_named_file_has_imported(tmp_path: Path) -> None:
     found = own_files(modules)
     assert found.root == folder
     assert found.files["src_callback.py"] == tmp_path / "b/src_callback.py"
+
+
+def test_while_something_else_imports(tmp_path: Path) -> None:
+    # As a thread may that makes its way between any two lines: here what tidies up memory does.
+    (tmp_path / "src_busy.py").write_text("class Mine:\n    pass\n")
+    name = "src_busy.py:Mine"
+    found = resolve_class(name, {}, "task", [tmp_path])
+    added: list[str] = []
+
+    def imports(phase: str, info: dict[str, int]) -> None:
+        added.append(f"src_busy_{len(added)}")
+        sys.modules[added[-1]] = sys
+
+    before = gc.get_threshold()
+    gc.callbacks.append(imports)
+    gc.set_threshold(1)
+    try:
+        modules = modules_of(name, found, {})
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(imports)
+        for module in added:
+            del sys.modules[module]
+    assert added and modules == ["src_busy"]
 
 
 def test_what_is_loaded_but_not_imported(tmp_path: Path) -> None:
