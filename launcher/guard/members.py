@@ -4,14 +4,13 @@ they disagree: later it would be a hang, or a run that nobody can repeat."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import launcher
 from launcher.config import CfgNode, flatten
 from launcher.errors import UsageError
-from launcher.provenance.environment import versions
+from launcher.provenance.environment import source, versions
 from launcher.runtime.member import Member
 from launcher.runtime.process import Runtime
 from launcher.tasks.sources import file_of
@@ -22,8 +21,8 @@ def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:
     other versions or other code."""
     found = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(cfg).items()}
     found |= {f"version of {name}": version for name, version in versions().items()}
-    found[f"code of {task_class.__module__}"] = _code([file_of(task_class.__module__)])
-    found["code of launcher"] = _code(sorted(Path(launcher.__file__).parent.rglob("*.py")))
+    found[f"code of {task_class.__module__}"] = _code(file_of(task_class.__module__))
+    found["code of launcher"] = source()[:12]
     # A collective, the run's first: nothing is built yet.
     return compare(found, runtime)
 
@@ -46,6 +45,5 @@ def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
     return [member for member, _ in everywhere]
 
 
-def _code(files: Iterable[str | Path | None]) -> str:
-    whole = b"".join(Path(file).read_bytes() for file in files if file is not None)
-    return hashlib.sha256(whole).hexdigest()[:12]
+def _code(file: Path | None) -> str:
+    return hashlib.sha256(file.read_bytes() if file is not None else b"").hexdigest()[:12]

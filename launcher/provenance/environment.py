@@ -51,7 +51,7 @@ def describe(argv: Sequence[str], code: Code | None = None) -> dict[str, Any]:
         "directory": os.getcwd(),
         "platform": platform.platform(),
         "versions": {**known, **(code.packages(known) if code is not None else {})},
-        "launcher_source": _source(),
+        "launcher_source": source(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "variables": {name: os.environ[name] for name in sorted(os.environ) if matters(name)},
         "git": _git(),
@@ -63,7 +63,8 @@ def matters(name: str) -> bool:
     return name in VARIABLES or name.startswith(PREFIXES)
 
 
-def _source() -> str:
+@functools.cache
+def source() -> str:
     """The SHA-256 over the launcher's own files: two checkouts of one version may differ."""
     folder, found = Path(launcher.__file__).parent, hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
