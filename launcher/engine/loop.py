@@ -233,12 +233,14 @@ class Loop:
     def save(self, last: bool = False) -> None:
         """Start to save this step boundary; the last save is waited for. A collective."""
         self.callbacks.call("on_checkpoint")
-        self.guard.enter("save")
         state = self.state
+        self.guard.enter("save")  # what rank 0 does alone: it may take long
         # A checkpoint says how long the files are up to it: the records must be in them, and nobody
         # records anything until `capture` has taken their lengths.
         written = state.recorder.writer.flush()
+        self.guard.enter("step")
         captured = self._capture()
+        self.guard.enter("save")
         if captured is not None and self.saver is not None:
             if written:
                 manifest = state.manifest(self.runtime.world_size, self.metrics)

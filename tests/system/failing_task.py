@@ -97,6 +97,10 @@ class Failing(Task):
             time.sleep(1.5)  # the timer is set anew only every half a second
             ctypes.PyDLL(None).sleep(1000)  # keeps Python's lock, so no thread of Python's runs
 
+    def on_checkpoint(self) -> None:
+        if self._is_odd("freeze before a save"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+
     def eval_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
         x, y = batch
         if self.cfg.TASK.SLOW == "evaluation" and RANK == 0:

@@ -120,6 +120,15 @@ def test_a_hang_names_its_rank(what: str, rank: int, ranks: int | None, tmp_path
             assert "Timeout" in log and "in _fail" in log  # its stack is written by a timer
 
 
+def test_a_hang_where_a_checkpoint_is_taken_names_its_rank(tmp_path: Path) -> None:
+    """What ranks do together for it has the timeout of a step: only writing has a long one."""
+    args = [*COMMON, "TASK.FAILURE", "freeze before a save", "OUTPUT_DIR", tmp_path / "run"]
+    assert jobs.train(*args, ranks=2, timeout=60).code == 1
+    failure = jobs.failure(tmp_path / "run")
+    assert (failure["rank"], failure["step"]) == (1, 3)
+    assert "all ranks wait for rank 1" in failure["exception"]
+
+
 @pytest.mark.slow
 def test_a_hang_in_eval_only_names_its_rank(tmp_path: Path) -> None:
     """On the console; the run's own status and failure.json are not those of an evaluation."""
