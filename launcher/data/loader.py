@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from launcher.data.plan import Request
 from launcher.edges.batch import mover, pinned
@@ -25,6 +26,15 @@ from launcher.runtime.memory import oom_kills
 
 logger = get_logger(__name__)
 POLL_S = 1.0  # how often a wait for a batch looks whether the workers live
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """torch's own asks which workers there are when it is collected, also where its start failed
+    before it knew: an error whenever the collector comes by, whatever runs then."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._workers_status = [False] * loader.num_workers
+        super().__init__(loader)
 
 
 def load(
@@ -63,7 +73,7 @@ def load(
     try:
         make_room()
         try:
-            iterator = iter(loader)
+            iterator = _Workers(loader)
         except OSError as error:
             raise told("the loader workers could not be started", error) from error
         # torch's own handler raises wherever the training happens to be when a worker dies; the
@@ -98,8 +108,8 @@ def load(
         # Tells the workers to leave, and waits a while. What the iterator does when it is dropped
         # comes too late: an error's traceback keeps it.
         if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-            for process in iterator._workers:  # type: ignore[attr-defined]
+            iterator._shutdown_workers()
+            for process in iterator._workers:
                 process.kill()  # one that is stuck in a read, say: it ignores SIGTERM
 
 

@@ -6,6 +6,7 @@ timeout is an hour: a case that waits for it never ends.
 
 import contextlib
 import errno
+import gc
 import os
 import resource
 import signal
@@ -240,11 +241,16 @@ def test_workers_that_cannot_be_started_leave_none_behind(monkeypatch: pytest.Mo
 
     begin = process.start
     monkeypatch.setattr(process, "start", start)
+    ignored: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     with pytest.raises(Exception, match="workers could not be started") as caught:
         next(load(*asked("gradient"), 2, 2, False, HOUR))
     assert "DATALOADER.NUM_WORKERS" in str(caught.value)
     started[0].join(60)
     assert started[0].exitcode == -signal.SIGKILL
+    del caught  # and with the traceback the iterator that was begun
+    gc.collect()
+    assert not ignored
 
 
 def test_what_the_main_process_cannot_open_is_told_with_the_remedy() -> None:
