@@ -20,6 +20,8 @@ RUN ?= runs/$(STEM)-$(shell expr 0$(LAST) + 1)
 PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Where it is set, as in many images, each of the tests' processes compiles the launcher anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help train test test-all test-gpu lint bench
 
