@@ -28,6 +28,7 @@ from launcher.errors import RunError, UsageError
 from tests.api.line import Line, X, Y
 from tests.system import jobs
 from tests.system.exact import records
+from tests.waiting import wait_until
 
 # Whole batches, so that a loop by hand needs no order.
 CONFIG: dict[str, Any] = {
@@ -159,6 +160,8 @@ def test_the_process_is_left_as_it_was(do: str, error: Any) -> None:
         assert run.status.state == ("stopped" if do else "completed")
     except BaseException as caught:
         assert error is not None and type(caught) is error, caught
+    # The threads of queues end soon after their queues.
+    wait_until(lambda: threading.active_count() <= len(before["threads"][1]), 30, "no more threads")
     after = everything()
     for name, found in before.items():
         assert after[name] == found, name

@@ -27,10 +27,10 @@ ASKING = Path(__file__).with_name("asking.py")
 
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[Path]:
-    """A working directory with the wrong files in it. Nothing may come to it."""
+    """A working directory with the wrong files in it. Nothing may come to it, but from Python."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    with unchanged(tmp_path):
+    with unchanged(tmp_path, "__pycache__"):
         yield tmp_path
 
 
