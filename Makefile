@@ -91,7 +91,7 @@ $(VENV)/.installed-examples: $(PACKAGING) | $(BIN)/pip
 
 $(VENV)/.installed-test: $(PACKAGING) | $(BIN)/pip
 	@echo '# Installing into $(VENV); the first time takes some minutes, torch is large.'
-	$(BIN)/pip install -q -c constraints.txt -e '.[examples,test]'
+	$(BIN)/pip install -q --no-compile -c constraints.txt -e '.[examples,test]'  # a minute less
 	-$(BIN)/pip install -q --no-deps timm==1.0.31  # of which tests import what needs torch alone
 	@touch $(VENV)/.installed-examples $@
 
