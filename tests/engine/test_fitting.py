@@ -70,7 +70,9 @@ AUTO = ("TRAIN.MICRO_BATCH_SIZE", "auto")
 CUT = {1: 3, 2: 3}
 
 
-@pytest.mark.parametrize(("ranks", "late"), [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("ranks", "late"), [(1, False), jobs.slow(1, True), jobs.slow(2, False), (2, True)]
+)
 def test_it_is_the_run_that_began_so(ranks: int, late: bool, tmp_path: Path) -> None:
     """To the last bit, with one process: weights, buffers, dropout, augmentation and records, the
     failed attempt's numbers not among them. With two gradients cross in a round of their own."""

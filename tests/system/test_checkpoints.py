@@ -125,6 +125,7 @@ def test_a_second_live_job_is_refused(run: Path, whole: Path, tmp_path: Path) ->
     assert_same(run, whole)
 
 
+@pytest.mark.slow
 def test_of_two_jobs_that_start_at_once_one_is_refused(tmp_path: Path) -> None:
     """Both found the directory free, and built their models; nothing of the first is set aside."""
     run = tmp_path / "run"

@@ -38,7 +38,7 @@ def failing(
     return ended, failure
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(1, 2), (0, None), slow(0, 2), slow(2, 4)])
+@pytest.mark.parametrize(("rank", "ranks"), [(1, 2), slow(0, None), slow(0, 2), slow(2, 4)])
 def test_the_first_exception_is_what_people_see(
     rank: int, ranks: int | None, tmp_path: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_short_device_memory_names_the_key_to_change(tmp_path: Path) -> None:
     ("what", "rank", "ranks"),
     [
         *(slow("freeze", 1, 2), ("freeze", 0, 2), slow("freeze", 2, 4)),
-        *(("hang", 0, None), slow("hang", 1, 2), slow("hang", 0, 2)),
+        *(slow("hang", 0, None), slow("hang", 1, 2), slow("hang", 0, 2)),
         *(slow("gil", 1, 2), slow("gil", 0, 2)),
     ],
 )

@@ -199,6 +199,7 @@ def test_the_loop_goes_on_until_the_run_is_complete(tmp_path: Path) -> None:
     assert steps == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_the_loop_ends_where_it_gets_nowhere(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = looped(run, "TASK.FAILURE", "start")

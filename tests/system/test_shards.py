@@ -64,7 +64,7 @@ def assert_same(run: Path, reference: Path) -> None:
     [
         pytest.param([*MIXED, "DATALOADER.NUM_WORKERS", "1"], 4, (2, 4), id="mixed"),
         pytest.param([*GAME, "TRAIN.GRAD_CLIP", "0.1"], 4, (2,), id="phases"),
-        pytest.param([*TEXT, "TRAIN.PRECISION", "bf16"], 6, (3,), id="text in bf16"),
+        slow([*TEXT, "TRAIN.PRECISION", "bf16"], 6, (3,), id="text in bf16"),
         slow([*MIXED, "TASK.WIDTH", "2000", "DIST.BUCKET_MB", "1"], 8, (2, 4, 8), id="buckets"),
         slow([*MIXED, "TASK.DRAWS", "True"], 8, (2, 8), id="an optimiser that draws"),
         slow([*MIXED, "TASK.WEIGHS", "False"], 12, (2, 3, 4, 6), id="unweighted, uneven"),
