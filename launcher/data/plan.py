@@ -6,6 +6,7 @@ collective is needed to agree. Seeking is free: nothing before it is computed or
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,9 +124,9 @@ def train_requests(plan: Plan, order: Order, rank: int, first: int, last: int) -
         stop = min(k + many, plan.steps_per_epoch, k + last - first)
         cuts = [cut for i in range(k, stop) for cut in plan.micro_batches(i, rank)]
         if cuts:
-            samples = order(epoch, np.concatenate([np.arange(*cut) for cut in cuts]))
-            for part in np.split(samples, np.cumsum([b - a for a, b in cuts])[:-1]):
-                yield Request(epoch, part.tolist())
+            samples = iter(order(epoch, np.concatenate([np.arange(*cut) for cut in cuts])).tolist())
+            for start, end in cuts:
+                yield Request(epoch, [*itertools.islice(samples, end - start)])
         first += stop - k
 
 

@@ -26,11 +26,12 @@ ASKING = Path(__file__).with_name("asking.py")
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Iterator[Path]:
-    """A working directory with the wrong files in it. Nothing may come to it, but from Python."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with the wrong files in it. Nothing may come to it."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # as Python would, beside a task
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    with unchanged(tmp_path, "__pycache__"):
+    with unchanged(tmp_path):
         yield tmp_path
 
 
