@@ -16,25 +16,15 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from launcher.data.plan import Request
+from launcher.edges import sending
 from launcher.edges.batch import mover, pinned
-from launcher.edges.sending import TIMED_OUT, Parcel, Sender, explained, make_room, named, told
 from launcher.log import get_logger
 from launcher.runtime.memory import oom_kills
 
 logger = get_logger(__name__)
 POLL_S = 1.0  # how often a wait for a batch looks whether the workers live
-
-
-class _Workers(_MultiProcessingDataLoaderIter):
-    """torch's own asks which workers there are when it is collected, also where its start failed
-    before it knew: an error whenever the collector comes by, whatever runs then."""
-
-    def __init__(self, loader: DataLoader[Any]) -> None:
-        self._workers_status = [False] * loader.num_workers
-        super().__init__(loader)
 
 
 def load(
@@ -50,7 +40,7 @@ def load(
     Raises RunError that names the samples for a worker that failed, was killed, or took longer
     than `timeout_s` for one batch. Closing it ends the workers.
     """
-    sender = Sender(fetcher)
+    sender = sending.Sender(fetcher)
     if not workers:
         for batch in map(sender.fetched, requests):
             yield pinned(batch) if pin_memory else batch
@@ -71,11 +61,11 @@ def load(
     killed_before, handler = oom_kills(), signal.getsignal(signal.SIGCHLD)
     others, iterator = multiprocessing.active_children(), None
     try:
-        make_room()
+        sending.make_room()
         try:
-            iterator = _Workers(loader)
+            iterator = sending.Workers(loader)
         except OSError as error:
-            raise told("the loader workers could not be started", error) from error
+            raise sending.told("the loader workers could not be started", error) from error
         # torch's own handler raises wherever the training happens to be when a worker dies; the
         # next batch tells of it as well.
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
@@ -86,11 +76,11 @@ def load(
             except StopIteration:
                 return
             except RuntimeError as error:
-                if time.monotonic() > deadline or not str(error).startswith(TIMED_OUT):
+                if time.monotonic() > deadline or not str(error).startswith(sending.TIMED_OUT):
                     raise
                 continue
             # One that was to be pinned is open already.
-            batch = answer.open() if isinstance(answer, Parcel) else answer
+            batch = answer.open() if isinstance(answer, sending.Parcel) else answer
             next(unanswered)
             yield batch
             deadline = time.monotonic() + timeout_s
@@ -99,8 +89,10 @@ def load(
         logger.error("%s", error, extra={"file_only": True})
         started = [p for p in multiprocessing.active_children() if p not in others]
         processes = getattr(iterator, "_workers", started)
-        due = f"{named(next(unanswered, None))} of data set {type(fetcher.dataset).__name__}"
-        failure = explained(error, due, timeout_s, processes, oom_kills() > killed_before)
+        due = (
+            f"{sending.named(next(unanswered, None))} of data set {type(fetcher.dataset).__name__}"
+        )
+        failure = sending.explained(error, due, timeout_s, processes, oom_kills() > killed_before)
         for process in processes:
             process.kill()  # nobody waits for what they are at
         raise failure from None
@@ -120,7 +112,7 @@ def _start_worker(worker_id: int) -> None:
         signal.signal(name, signal.SIG_IGN)
     # torch itself gives a worker one thread; libraries that it loads later get one too.
     os.environ["OMP_NUM_THREADS"] = "1"
-    make_room()  # a fork server keeps the limits that it was started with
+    sending.make_room()  # a fork server keeps the limits that it was started with
 
 
 def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:

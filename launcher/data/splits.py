@@ -82,8 +82,7 @@ class Data:
                 raise UsageError(f"TRAIN.SAMPLER {sampler}: {name} is iterable, its order its own")
             sampler = "sequential"
         self.order = make_order(sampler, dataset, self.length, cfg.SEED, train.BATCH_SIZE)
-        # Before there are workers, whose memory would count as taken. To ask for one's own takes
-        # tens of milliseconds.
+        # Before there are workers, whose memory would count as taken.
         own = psutil.Process().memory_full_info().uss if cfg.DATALOADER.NUM_WORKERS < 0 else 0
         self._memory = memory_budget(), own
         self._nbytes = dict[str, int]()  # of a batch, once one is known

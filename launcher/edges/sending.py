@@ -21,6 +21,8 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from launcher.edges.batch import pinned
 from launcher.errors import RunError, UsageError
@@ -112,6 +114,15 @@ class Parcel:
     def pin_memory(self) -> Any:
         """For torch's pinning thread."""
         return self.open(pinned)
+
+
+class Workers(_MultiProcessingDataLoaderIter):
+    """torch's own asks which workers there are when it is collected, also where its start failed
+    before it knew: an error whenever the collector comes by, whatever runs then."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._workers_status = [False] * loader.num_workers
+        super().__init__(loader)
 
 
 class Sender:

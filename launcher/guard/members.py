@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from launcher.config import CfgNode, flatten
@@ -21,8 +20,9 @@ def introduce(cfg: CfgNode, task_class: type, runtime: Runtime) -> list[Member]:
     other versions or other code."""
     found = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(cfg).items()}
     found |= {f"version of {name}": version for name, version in versions().items()}
-    found[f"code of {task_class.__module__}"] = _code(file_of(task_class.__module__))
-    found["code of launcher"] = source()[:12]
+    file = file_of(task_class.__module__)
+    code = hashlib.sha256(file.read_bytes() if file is not None else b"").hexdigest()[:12]
+    found |= {f"code of {task_class.__module__}": code, "code of launcher": source()[:12]}
     # A collective, the run's first: nothing is built yet.
     return compare(found, runtime)
 
@@ -43,7 +43,3 @@ def compare(found: Mapping[str, Any], runtime: Runtime) -> list[Member]:
             "packages and command line?\n" + "\n".join(lines)
         )
     return [member for member, _ in everywhere]
-
-
-def _code(file: Path | None) -> str:
-    return hashlib.sha256(file.read_bytes() if file is not None else b"").hexdigest()[:12]
