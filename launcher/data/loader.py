@@ -89,9 +89,8 @@ def load(
         logger.error("%s", error, extra={"file_only": True})
         started = [p for p in multiprocessing.active_children() if p not in others]
         processes = getattr(iterator, "_workers", started)
-        due = (
-            f"{sending.named(next(unanswered, None))} of data set {type(fetcher.dataset).__name__}"
-        )
+        asked = sending.named(next(unanswered, None))
+        due = f"{asked} of data set {type(fetcher.dataset).__name__}"
         failure = sending.explained(error, due, timeout_s, processes, oom_kills() > killed_before)
         for process in processes:
             process.kill()  # nobody waits for what they are at

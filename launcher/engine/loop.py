@@ -238,7 +238,7 @@ class Loop:
         # A checkpoint says how long the files are up to it: the records must be in them, and nobody
         # records anything until `capture` has taken their lengths.
         written = state.recorder.writer.flush()
-        self.guard.enter("step")
+        self.guard.enter("step")  # what ranks do together: one that is lost is found out as in one
         captured = self._capture()
         self.guard.enter("save")
         if captured is not None and self.saver is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
@@ -11,7 +10,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 
 import launcher
 from launcher.provenance.code import Code
+from launcher.provenance.packages import installed
 
 # What changes numbers: how many threads share a sum, which algorithms are taken.
 VARIABLES = (
@@ -76,9 +75,7 @@ def source() -> str:
 def versions() -> dict[str, str]:
     """Versions of Python, the launcher and the packages that a run depends on."""
     found = {"launcher": launcher.__version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "yacs", "tensorboard", "psutil", "rich"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
+    found |= installed(("torch", "numpy", "yacs", "tensorboard", "psutil", "rich"))
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import itertools
 import os
 import sys
 import sysconfig
@@ -120,26 +119,37 @@ def _reached(files: set[Path], roots: tuple[Path, ...], near: tuple[Path, ...]) 
 def _imported(file: Path, roots: tuple[Path, ...]) -> frozenset[Path]:
     """The files below these roots that a file's import statements name, wherever they stand."""
     try:
-        tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # no Python, or not ours to read
+        source = file.read_bytes()
+    except OSError:  # not ours to read
         return frozenset()
     found: set[Path] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            bases, named = roots, [alias.name.split(".") for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            bases = (file.parents[node.level - 1],) if node.level else roots
-            module = node.module.split(".") if node.module else []
-            named = [[*module, alias.name] for alias in node.names]
-        else:
+    for dots, parts in imports(source):
+        if not dots and parts[0] == "launcher":
             continue
-        if bases is roots:
-            named = [parts for parts in named if parts[0] != "launcher"]
-        for base, parts in itertools.product(bases, named):
+        for base in (file.parents[dots - 1],) if dots else roots:
             for count in range(1, len(parts) + 1):  # a package's own file comes with its modules
                 place = base.joinpath(*parts[:count])
                 found |= {place.with_name(f"{place.name}.py"), place / "__init__.py"}
     return frozenset(path.resolve() for path in found if path.is_file())
+
+
+@functools.cache
+def imports(source: bytes) -> list[tuple[int, list[str]]]:
+    """What a source file's import statements name, wherever they stand: how many dots come first,
+    and the names between dots, what is imported from a module as the last. What cannot be parsed
+    names nothing."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    found: list[tuple[int, list[str]]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            found += [(node.level, [*module, alias.name]) for alias in node.names]
+    return found
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import library, nn
 from torch.utils.data import Dataset
 
 import launcher
@@ -173,7 +173,7 @@ class InBackward(Steady):
         return Straight()
 
 
-@torch.library.custom_op("planted::jitter", mutates_args=())
+@library.custom_op("planted::jitter", mutates_args=())
 def jitter(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(x.numpy() + np.random.default_rng().random())
 
