@@ -141,9 +141,13 @@ class Callbacks:
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all that have it. Raises RunError for a request that is none."""
-        for owner, told_with, method in self.hooks(hook):
-            with told_with:
+        hooks = self._hooks.get(hook)  # no call of ours where there are none
+        for owner, told_with, method in self.hooks(hook) if hooks is None else hooks:
+            try:  # costs nothing, which `with` does
                 request = method(*arguments)
+            except Exception as error:
+                told_with.note(error)
+                raise
             if request is None:
                 continue
             if not isinstance(request, str) or request not in REQUESTS:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset, IterDataPipe, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, IterDataPipe, TensorDataset
 
 from launcher.data.order import keys, mix
 from launcher.data.plan import Request
+from launcher.edges.batch import stacked
 from launcher.edges.generators import Seeding, generators_kept, seed_generators
 from launcher.edges.sending import told
 from launcher.errors import RunError, UsageError
@@ -72,7 +73,7 @@ class Fetcher(Dataset):
     def __init__(
         self, dataset: Any, collate: Collate | None, seed: int | None, skip_bad: bool = False
     ) -> None:
-        self.dataset, self.collate, self.skip_bad = dataset, collate or default_collate, skip_bad
+        self.dataset, self.collate, self.skip_bad = dataset, collate or stacked, skip_bad
         self.tensors = kind_of(dataset, collate) == "tensors"
         self.seed = None if getattr(dataset, "deterministic", False) else seed
         self.whole, self.seeding = getattr(dataset, "__getitems__", None), Seeding()
@@ -174,7 +175,7 @@ class StreamFetcher(Dataset):
         """An `endless` one starts again where it ends, within the epoch. A batch that begins at a
         multiple of `state_every` comes as a Stated, where the data set has a state (0: none does);
         `saved` is such a state to go on from; `begin` where in its epoch the attempt begins."""
-        self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
+        self.dataset, self.collate, self.seed = dataset, collate or stacked, seed
         self.endless, self.saved, self.begin = endless, saved or {}, begin
         self.state_every = state_every if hasattr(dataset, "state_dict") else 0
         self.epoch, self.passes, self.position = -1, 0, 0

@@ -74,16 +74,18 @@ class Seeding:
     def __init__(self) -> None:
         self.used: list[Generator] | None = None  # None: not known yet
         # The process's own states, and the marks they had.
-        self._own: dict[Generator, tuple[Any, Any]] = {}
+        self._own: dict[Generator, Any] = {}
+        self._marks: list[Any] = [None] * len(GENERATORS)
 
     def __call__(self, make: Callable[[Callable[[int], None] | None], T]) -> T:
         """What `make(seed)` gives, which is to call `seed(number)` before all that may draw, with
         the same numbers in every call. Nothing draws where it gets None."""
-        before = {generator: generator.mark() for generator in GENERATORS}
-        if here := not in_worker():
-            for generator, mark in before.items():
-                if generator not in self._own or self._own[generator][0] != mark:
-                    self._own[generator] = mark, generator.state()
+        before = _marks()
+        if (here := not in_worker()) and before != self._marks:
+            for generator, mark, known in zip(GENERATORS, before, self._marks, strict=True):
+                if mark != known:
+                    self._own[generator] = generator.state()
+            self._marks = before
         moved, initial_seed, asked = list(GENERATORS), torch.initial_seed, list[Generator]()
 
         def asked_for() -> int:  # what is made of the answer is drawn, though nothing moves
@@ -98,15 +100,16 @@ class Seeding:
                 used = self.used
                 # The only one itself, which saves a call a sample.
                 made = make(used[0].seed if len(used) == 1 else self._seed if used else None)
-                moved = [g for g in GENERATORS if g not in used and g.mark() != before[g]]
-                moved += [g for g in asked[:1] if g not in used + moved]
+                looked = zip(GENERATORS, before, _marks(), strict=True)
+                moved = [g for g, mark, now in looked if now != mark or g in asked]
+                moved = [g for g in moved if g not in used]
                 if not moved:
                     return made
                 self.used = used + moved
         finally:
             torch.initial_seed = initial_seed
             for generator in dict.fromkeys(moved + (self.used or [])) if here else ():
-                generator.put(self._own[generator][1])
+                generator.put(self._own[generator])
 
     def _seed(self, number: int) -> None:
         for generator in self.used or ():
@@ -130,6 +133,10 @@ class Seeding:
 
     def __reduce__(self) -> tuple[type[Seeding], tuple[()]]:
         return Seeding, ()  # a spawned worker finds out for itself
+
+
+def _marks() -> list[Any]:
+    return [generator.mark() for generator in GENERATORS]
 
 
 class Generator:
@@ -168,16 +175,17 @@ BYTES = 624 * 4 + 4  # of a Mersenne twister: its words and its position among t
 
 class Numpy(Generator):
     def __init__(self) -> None:
-        # The last one looked at, where its state lies (0: not known), and a look at it at which no
+        # The last one looked at, its memory where that is known, and a look at it at which no
         # second number of a pair was left over, which is no part of what lies there.
-        self.generator, self.address, self.plain = None, 0, b""
+        self.generator: Any = self  # none of them
+        self.memory, self.plain = None, b""
 
     def mark(self) -> Any:
-        if (generator := _numpys()) is not self.generator:
-            self.generator, self.address = generator, _address(generator)
-        if not self.address:
+        if (generator := numpys()) is not self.generator:
+            self.generator, self.memory = generator, _memory(generator)
+        if self.memory is None:
             return super().mark()
-        if (found := ctypes.string_at(self.address, BYTES)) != self.plain:
+        if (found := self.memory.raw) != self.plain:
             *_, left, number = np.random.get_state()
             if left:
                 return found, number
@@ -194,35 +202,35 @@ class Numpy(Generator):
         np.random.seed(number & 0xFFFFFFFF)
 
 
-def _numpys() -> Any:
-    return np.random.get_bit_generator() if hasattr(np.random, "get_bit_generator") else None
+# That which numpy's functions draw from: None in a numpy that does not tell.
+numpys = getattr(np.random, "get_bit_generator", lambda: None)
 
 
-def _address(generator: Any) -> int:
-    """Where the state of numpy's usual generator lies, as its `ctypes` says; 0 for others."""
+def _memory(generator: Any) -> Any:
+    """Where the state of numpy's usual generator lies, as its `ctypes` says; None for others."""
     if not isinstance(generator, np.random.MT19937):
-        return 0
-    address = generator.ctypes.state_address
-    words = np.frombuffer(ctypes.string_at(address, BYTES), np.uint32)
+        return None
+    memory = (ctypes.c_char * BYTES).from_address(generator.ctypes.state_address)
     state = generator.state["state"]
-    return address if np.array_equal(words, [*state["key"], state["pos"]]) else 0
+    told = np.array_equal(np.frombuffer(memory, np.uint32), [*state["key"], state["pos"]])
+    return memory if told else None
 
 
 class Python(Generator):
     def __init__(self) -> None:
         # CPython keeps the position and the words behind an object's head. Elsewhere: not known.
-        twister, self.address = random.Random.__base__, 0
+        twister, self.memory = random.Random.__base__, None
         if twister is not None and twister.__basicsize__ >= object.__basicsize__ + BYTES:
             address = id(random._inst) + object.__basicsize__  # type: ignore[attr-defined]
-            words = np.frombuffer(ctypes.string_at(address, BYTES), np.uint32)
-            *expected, position = random.getstate()[1]
-            self.address = address if words.tolist() == [position, *expected] else 0
+            memory = (ctypes.c_char * BYTES).from_address(address)
+            *words, position = random.getstate()[1]
+            found = np.frombuffer(memory, np.uint32).tolist()
+            self.memory = memory if found == [position, *words] else None
 
     def mark(self) -> Any:
-        if not self.address:
+        if self.memory is None:
             return super().mark()
-        left = random._inst.gauss_next  # type: ignore[attr-defined]
-        return ctypes.string_at(self.address, BYTES), left
+        return self.memory.raw, random._inst.gauss_next  # type: ignore[attr-defined]
 
     def state(self) -> Any:
         return random.getstate()

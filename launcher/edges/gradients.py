@@ -43,7 +43,7 @@ def numbers_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         if grad.is_sparse:
             p.grad = grad = grad.coalesce()
             grad = grad.values()
-        found.append(torch.view_as_real(grad) if grad.is_complex() else grad)
+        found.append(torch.view_as_real(grad) if grad.dtype.is_complex else grad)
     return found
 
 

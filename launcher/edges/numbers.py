@@ -69,11 +69,12 @@ class Sums:
         # for those that stand in a row's last column.
         self._rows: dict[tuple[str, ...], tuple[list[torch.Tensor], list[float | None]]] = {}
         # On the CPU what was read, and is not added up yet: many at once take half the time.
-        self._read: list[tuple[Sequence[str], list[float], float]] = []
+        self._read: list[tuple[Sequence[str], list[Any]]] = []  # the weight last
 
     def add(self, names: Sequence[str], values: Sequence[Number], weight: Number) -> None:
         if self.device is None:
-            self._read.append((names, [_read(value) for value in values], _read(weight)))
+            row = [v.item() if isinstance(v, torch.Tensor) else v for v in (*values, weight)]
+            self._read.append((names, row))
             if len(self._read) == ROWS:
                 self._settle()
             return
@@ -94,8 +95,9 @@ class Sums:
 
     def _settle(self) -> dict[str, Sum]:
         """The sums of all that was added. Waits for the device."""
-        for one in self._read:
-            self._add(*one)
+        for names, row in self._read:
+            *numbers, weight = map(float, row)
+            self._add(names, numbers, weight)
         self._read.clear()
         for names, (rows, weights) in self._rows.items():
             for row, weight in zip(_joined(rows).tolist(), weights, strict=True):
@@ -134,10 +136,6 @@ class Sums:
         self._sums.clear()
         self._read.clear()
         self._rows.clear()
-
-
-def _read(number: Number) -> float:
-    return float(number.item() if isinstance(number, torch.Tensor) else number)
 
 
 def _joined(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from launcher.config import CfgNode
 from launcher.data.splits import GlobalBatch
 from launcher.edges.gradients import Clip, norm_of, nothing_of, numbers_of
 from launcher.edges.model import own_buffers, switched, unused
-from launcher.edges.optimizer import has_modes, weights_of
+from launcher.edges.optimizer import has_modes, update, weights_of
 from launcher.edges.returned import calling, scalars
 from launcher.engine.agreement import Agreement
 from launcher.engine.fitting import Fitting, TooLarge
@@ -32,13 +32,14 @@ from launcher.optim.schedules import Schedule, build_schedule
 from launcher.runtime.gather import Gather
 from launcher.runtime.process import Runtime
 
+NOTHING = contextlib.nullcontext()
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(cfg: CfgNode, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Mixed precision for the forward pass; weights stay fp32 (no effect in fp32 and tf32)."""
     dtype = AUTOCAST.get(cfg.TRAIN.PRECISION)
-    return torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype) if dtype else NOTHING
 
 
 class MicroBatch(NamedTuple):
@@ -67,7 +68,7 @@ class StepModule(nn.Module):
         self.name = f"{type(task).__name__}.train_step" + (f" ({phase})" if phase else "")
         self.task, self.model, self.agreement, self.gather = task, model, agreement, gather
         # Counts those that were begun, where a task may begin none.
-        self.collectives: Callable[[], int] = lambda: 0
+        self.collectives: Callable[[], int] | None = None
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
         self.watches = cfg.DEBUG.NONFINITE != ""
@@ -83,18 +84,18 @@ class StepModule(nn.Module):
             used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
             nothing = nothing_of(self.model, used) * 0.0
             return MicroBatch(term * 0.0 + nothing, term, {}, 0.0)
-        begun = self.collectives()
+        begun = self.collectives() if self.collectives else 0
         self.gather.begin()
         with self.autocast:
             returned = self.task.train_step(self.model, batch, *self.phase)
-        if self.collectives() != begun:
+        if self.collectives and self.collectives() != begun:
             raise RunError(
                 f"{self.name} begins a collective of its own, but ranks have different numbers of "
                 "micro-batches in some global batch, at least in an epoch's last one: those with "
                 "fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, with "
                 "TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
             )
-        values = scalars(returned, self.carrier.device, self.name)
+        values = scalars(returned, self.agreement.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
@@ -140,7 +141,7 @@ class Phase:
         self.sums = shards.sums(self.parameters, self.agreement.carrier, number) if shards else None
         if ddp:
             ignored = [f"model.{name}" for name in own_buffers(self.model, state.alike)]
-            with self.alone():
+            with self:
                 self.module = exchanging(self.module, cfg, ignored, self.agreement.carrier)
                 if not cfg.DIST.FIND_UNUSED_PARAMETERS:  # which keeps the layout
                     # After its first backward pass DDP lays its buckets out anew, by which it sums:
@@ -149,17 +150,17 @@ class Phase:
                     (out.loss + out.term).backward()
                     self.module.zero_grad()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Only this phase's weights have gradients. Raises RunError where that was changed."""
-        before = [p.requires_grad for p in self.weights] if self.name else []
         if self.name:
+            self.before = [p.requires_grad for p in self.weights]
             self._switch(self.trains)
-        yield
-        if [p.requires_grad for p in self.weights] != self.trains:
+
+    def __exit__(self, error: object, *rest: object) -> None:
+        if error is None and [p.requires_grad for p in self.weights] != self.trains:
             raise switched(self.model, self.trains)
-        if self.name:
-            self._switch(before)
+        if error is None and self.name:
+            self._switch(self.before)
 
     def _switch(self, on: list[bool]) -> None:
         for p, trains in zip(self.weights, on, strict=True):
@@ -172,7 +173,7 @@ class Phase:
 
     def held_back(self) -> contextlib.AbstractContextManager[None]:
         """Gradients stay on their rank."""
-        return self.module.no_sync() if isinstance(self.module, DDP) else contextlib.nullcontext()
+        return self.module.no_sync() if isinstance(self.module, DDP) else NOTHING
 
     def forward(self, *arguments: Any) -> MicroBatch:
         try:
@@ -294,11 +295,11 @@ class TrainStep:
             if not batch.sizes:
                 phase.agreement.loss_term(requests, 0.0, False)
                 phase.scaler.scale(torch.zeros((), device=self.runtime.device))  # its first, maybe
-        with phase.alone():
+        with phase:
             for i, samples in walk:
                 micro_batch = next(batches) if samples else None
                 # Gradients cross the ranks once a step: in the last round.
-                with phase.held_back() if i < rounds - 1 else contextlib.nullcontext():
+                with phase.held_back() if i < rounds - 1 else NOTHING:
                     try:
                         out = phase.forward(micro_batch, samples, batch.count, requests)
                         loss = phase.scaler.scale(out.loss)
@@ -347,7 +348,7 @@ class TrainStep:
             scaler.update()
             skipped = scaler.get_scale() < before
         else:
-            phase.optimizer.step()
+            update(phase.optimizer)
         if not skipped and self.runtime.is_main:  # it is the same on all ranks
             self.recorder.add({"grad_norm": norm}, 1.0)
         return skipped

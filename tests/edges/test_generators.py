@@ -125,8 +125,8 @@ def test_other_generators_and_pythons_are_looked_at_the_long_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(GENERATORS[1], "generator", None)
-    monkeypatch.setattr(GENERATORS[2], "address", 0)
-    monkeypatch.setattr(generators, "_address", lambda generator: 0)
+    monkeypatch.setattr(GENERATORS[2], "memory", None)
+    monkeypatch.setattr(generators, "_memory", lambda generator: None)
     for way in WAYS:
         fetcher = Fetcher(Drawing(["nothing", "nothing", way]), list, 7)
         for indices in ([0, 1], [3, 4], [0, 1, 2], [5, 3]):
