@@ -22,6 +22,8 @@ NONFINITE = REQUESTS.index("nonfinite")
 WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
 
 
+NOBODY = frozenset[str]()  # asks for anything
+
 # An answer not read yet: a copy on its way to the host, or names.
 Answer = tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]
 
@@ -38,15 +40,15 @@ class Agreement:
         self.device, self.world_size, self.alone, self._pending = device, world_size, alone, pending
         self._nothing = torch.zeros_like(self.carrier, requires_grad=False)
 
-    def loss_term(
+    def say(
         self,
         requests: frozenset[str],
         weight: torch.Tensor | float,
         weighted: bool,
         watched: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
-        """A term of value 0 whose gradient to the carrier is what this rank has to say; also
-        whether `watched`, of shape (), is finite. A process alone says it to itself: None."""
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The carrier, and as its gradient what this rank has to say; also whether `watched`, of
+        shape (), is finite. A process alone says it to itself: None."""
         passengers = self._nothing
         if requests or weighted or watched is not None:
             passengers = torch.zeros_like(self._nothing)
@@ -59,7 +61,8 @@ class Agreement:
         elif self.alone:
             return None
         if not self.alone:
-            return torch.dot(self.carrier, passengers)
+            # No leaf, for DDP looks for unused weights from what has a graph.
+            return self.carrier.view_as(self.carrier), passengers
         before = self.carrier.grad
         self.carrier.grad = passengers if before is None else before + passengers
         return None
@@ -84,7 +87,7 @@ class Agreement:
         """The requests that every rank sees after this step; call it once a step."""
         grad = self.carrier.grad
         if not self.carrier.is_cuda:
-            return _names(grad) if grad is not None else frozenset()
+            return _names(grad) if grad is not None else NOBODY
         if grad is not None:
             host = torch.empty(grad.shape, pin_memory=True)
             host.copy_(grad, non_blocking=True)
@@ -92,7 +95,7 @@ class Agreement:
             done.record()
         self._pending.append((host, done) if grad is not None else [])
         if len(self._pending) <= LAG:
-            return frozenset()
+            return NOBODY
         # LAG steps old: waits only where the host is that far ahead.
         return _read(self._pending.popleft())
 
@@ -111,5 +114,6 @@ def _read(answer: Answer) -> frozenset[str]:
 
 
 def _names(answer: torch.Tensor) -> frozenset[str]:
-    values = answer.tolist()
+    if not any(values := answer.tolist()):
+        return NOBODY
     return frozenset(name for name, value in zip(REQUESTS, values, strict=False) if value > 0)

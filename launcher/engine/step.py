@@ -46,9 +46,17 @@ class MicroBatch(NamedTuple):
     """What the forward pass of one micro-batch gives."""
 
     loss: torch.Tensor  # its part of the global batch's loss, times the number of ranks
-    term: torch.Tensor | None  # the agreement's passengers, value 0
+    carrier: torch.Tensor | None  # the agreement's, and the gradient that it is to have
+    passengers: torch.Tensor | None
     values: dict[str, torch.Tensor]  # scalars to log, the loss among them
     weight: float | torch.Tensor
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Through `loss`, in the place of its own, and the carrier."""
+        if self.carrier is None:
+            loss.backward()
+        else:
+            torch.autograd.backward((loss, self.carrier), (None, self.passengers))
 
 
 class StepModule(nn.Module):
@@ -77,13 +85,13 @@ class StepModule(nn.Module):
         """`samples` of the global batch's `count`. A rank without samples passes no batch: every
         gradient is zero then."""
         if samples == 0:
-            term = self.agreement.loss_term(requests, 0.0, False)
-            assert term is not None  # there are other ranks
+            said = self.agreement.say(requests, 0.0, False)
+            assert said is not None  # there are other ranks
             # Where DDP looks for unused weights, or some were used before, only those: others have
             # no gradient then, rather than one of zeros, which decay would act on.
             used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
             nothing = nothing_of(self.model, used) * 0.0
-            return MicroBatch(term * 0.0 + nothing, term, {}, 0.0)
+            return MicroBatch(said[0].sum() * 0.0 + nothing, *said, {}, 0.0)
         begun = self.collectives() if self.collectives else 0
         self.gather.begin()
         with self.autocast:
@@ -103,8 +111,10 @@ class StepModule(nn.Module):
         if weighted or share != 1.0:
             loss = loss * share
         watched = values["loss"] if self.watches else None
-        term = self.agreement.loss_term(requests, weight, weighted, watched)
-        return MicroBatch(loss, None if term is None else self.gather.tie(term), values, weight)
+        said = self.agreement.say(requests, weight, weighted, watched)
+        if said is None:
+            return MicroBatch(loss, None, None, values, weight)
+        return MicroBatch(self.gather.tie(loss), *said, values, weight)
 
 
 class Phase:
@@ -147,7 +157,7 @@ class Phase:
                     # After its first backward pass DDP lays its buckets out anew, by which it sums:
                     # one of zeros, so that each attempt's first step has the final layout.
                     out = self.module(None, 0, 1, frozenset())
-                    (out.loss + out.term).backward()
+                    out.backward(out.loss)
                     self.module.zero_grad()
 
     def __enter__(self) -> None:
@@ -293,7 +303,7 @@ class TrainStep:
         elif phase.sums is not None:
             walk = phase.sums.rounds(batch.count, self.state.progress.step)
             if not batch.sizes:
-                phase.agreement.loss_term(requests, 0.0, False)
+                phase.agreement.say(requests, 0.0, False)
                 phase.scaler.scale(torch.zeros((), device=self.runtime.device))  # its first, maybe
         with phase:
             for i, samples in walk:
@@ -303,9 +313,8 @@ class TrainStep:
                     try:
                         out = phase.forward(micro_batch, samples, batch.count, requests)
                         loss = phase.scaler.scale(out.loss)
-                        loss = loss if out.term is None else loss + out.term
                         self.callbacks.call("on_backward", loss)
-                        loss.backward()
+                        out.backward(loss)
                     except torch.OutOfMemoryError as error:
                         if self.fitting is None:
                             raise

@@ -72,6 +72,6 @@ def test_a_process_alone_on_a_device_that_has_nothing_to_say_waits_for_nothing()
     agreement = Agreement(ALONE.device, 1, deque(), alone=True)
     agreement.carrier = SimpleNamespace(is_cuda=True, grad=None)  # type: ignore[assignment]
     for _ in range(2 * LAG):
-        assert agreement.loss_term(frozenset(), 1.0, False) is None
+        assert agreement.say(frozenset(), 1.0, False) is None
         assert SEEN(agreement) == frozenset()
     assert agreement.on_their_way() == [[]] * LAG
