@@ -44,7 +44,9 @@ class Loop:
             "evaluate": Every(state.cfg.EVAL.EVERY),
             "checkpoint": Every(state.cfg.CHECKPOINT.EVERY),
         }
-        self.timed = [name for name, period in self.periods.items() if period.timed]
+        periods = [(name, period) for name, period in self.periods.items() if period.duration]
+        self.timed = [name for name, period in periods if period.timed]
+        self.counted = [(name, period) for name, period in periods if not period.timed]
         self.evaluates = evaluates(self.cfg)
         self.raw = self.cfg.EVAL.RAW and state.averages
         if self.cfg.EVAL.RAW and not self.raw:
@@ -92,7 +94,7 @@ class Loop:
                 self.state.finished = self._why(self.callbacks.reasons.get("finish"))
             finished = self.state.is_finished()
             stopping = "stop" in seen
-            due |= seen | {name for name, p in self.periods.items() if p.due(before, progress)}
+            due |= seen | {name for name, period in self.counted if period.due(before, progress)}
             if skipped and not finished and not stopping:
                 continue  # no new step; what is due with an epoch's end waits for the next one
             if not skipped:

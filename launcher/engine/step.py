@@ -137,6 +137,7 @@ class Phase:
     ) -> None:
         self.name, self.schedule = name, schedule
         self.optimizer, self.scaler = state.optimizers[name], state.scalers[name]
+        self.scales = self.scaler.is_enabled()  # calls cost nothing where it does not
         self.model, self.weights = state.model, list(state.model.parameters())
         own = {id(p) for p in weights_of(self.optimizer)}
         self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
@@ -159,6 +160,8 @@ class Phase:
                     out = self.module(None, 0, 1, frozenset())
                     out.backward(out.loss)
                     self.module.zero_grad()
+        # Without what torch does around a module's hooks, of which there are none.
+        self.forward: Callable[..., MicroBatch] = self.module if ddp else self.module.forward
 
     def __enter__(self) -> None:
         """Only this phase's weights have gradients. Raises RunError where that was changed."""
@@ -184,14 +187,6 @@ class Phase:
     def held_back(self) -> contextlib.AbstractContextManager[None]:
         """Gradients stay on their rank."""
         return self.module.no_sync() if isinstance(self.module, DDP) else NOTHING
-
-    def forward(self, *arguments: Any) -> MicroBatch:
-        try:
-            return self.module(*arguments)
-        except RuntimeError as error:
-            if "finished reduction in the prior iteration" in str(error):
-                raise unused(self.model) from error  # some micro-batches use it
-            raise
 
 
 class TrainStep:
@@ -312,7 +307,7 @@ class TrainStep:
                 with phase.held_back() if i < rounds - 1 else NOTHING:
                     try:
                         out = phase.forward(micro_batch, samples, batch.count, requests)
-                        loss = phase.scaler.scale(out.loss)
+                        loss = phase.scaler.scale(out.loss) if phase.scales else out.loss
                         self.callbacks.call("on_backward", loss)
                         out.backward(loss)
                     except torch.OutOfMemoryError as error:
@@ -320,6 +315,10 @@ class TrainStep:
                             raise
                         self.fitting.note(error)
                         continue
+                    except RuntimeError as error:
+                        if "finished reduction in the prior iteration" in str(error):
+                            raise unused(phase.model) from error  # some micro-batches use it
+                        raise
                 if batch.full <= i < batch.rounds and not self.fitting:
                     self.gather.end_round(not samples)  # collectives: one, and what they gather
                 if samples:
@@ -334,7 +333,8 @@ class TrainStep:
         self, phase: Phase, gradients: list[torch.Tensor], count: int, weighted: bool, idle: bool
     ) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""
-        phase.scaler.unscale_(phase.optimizer)
+        if phase.scales:
+            phase.scaler.unscale_(phase.optimizer)
         if idle:
             # A task weighs all of its batches or none. A rank without samples cannot tell which: it
             # asks, which waits for the device, in the rare steps with fewer samples than ranks.
@@ -347,10 +347,10 @@ class TrainStep:
     def _update(self, phase: Phase, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
         skipped, norm, scaler = False, norm_of(gradients), phase.scaler
-        if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
+        if self.watches and not phase.scales:  # which meets such gradients now and then
             phase.agreement.watch(norm)
         self.clip(phase.parameters, gradients, norm)
-        if scaler.is_enabled():
+        if phase.scales:
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = scaler.get_scale()
             scaler.step(phase.optimizer)
