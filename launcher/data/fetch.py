@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset, IterDataPipe, TensorDatas
 from launcher.data.order import keys, mix
 from launcher.data.plan import Request
 from launcher.edges.batch import stacked
-from launcher.edges.generators import Seeding, generators_kept, seed_generators
+from launcher.edges.generators import Seed, Seeding, generators_kept, seed_generators
 from launcher.edges.sending import told
 from launcher.errors import RunError, UsageError
 from launcher.log import get_logger
@@ -89,20 +89,25 @@ class Fetcher(Dataset):
             self.epoch = request.epoch
         skipped = self.skipped
 
-        def make(seed: Callable[[int], None] | None) -> Any:
+        def make(seed: Seed | None, mask: int) -> Any:
             self.skipped = skipped
-            return self.collate(self._samples(*request, seed))
+            return self.collate(self._samples(*request, seed, mask))
 
-        return make(None) if self.seed is None else self.seeding(make)
+        return make(None, 0) if self.seed is None else self.seeding(make)
 
-    def _samples(
-        self, epoch: int, indices: list[int], seed: Callable[[int], None] | None
-    ) -> list[Any]:
+    def _samples(self, epoch: int, indices: list[int], seed: Seed | None, mask: int) -> list[Any]:
+        samples: list[Any] = []
         if seed is not None and self.seed is not None:
-            seeds, samples = sample_seeds(self.seed, epoch, indices), []
-            for index, number in zip(indices, seeds, strict=True):
-                seed(number)
-                samples.append(self._sample(index))
+            seeds = [number & mask for number in sample_seeds(self.seed, epoch, indices)]
+            try:
+                for index, number in zip(indices, seeds, strict=True):
+                    seed(number)
+                    samples.append(self.dataset[index])
+            except Exception as error:
+                samples.append(self._instead(indices[len(samples)], error))
+                for index, number in [*zip(indices, seeds, strict=True)][len(samples) :]:
+                    seed(number)
+                    samples.append(self._sample(index))
             seed(seeds[0] ^ 1)  # a collate that mixes samples draws its own
             return samples
         if self.whole is not None:
@@ -111,7 +116,6 @@ class Fetcher(Dataset):
             except Exception as error:
                 if not self.skip_bad:
                     raise _failed(self.dataset, f"samples {indices}", error) from error
-        samples = []
         try:
             for index in indices:  # no call of ours a sample
                 samples.append(self.dataset[index])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 T = TypeVar("T")
+Seed = Callable[[int], None]
 
 
 def random_state() -> dict[str, Any]:
@@ -50,12 +51,12 @@ def seed_generators(number: int) -> None:
 @contextlib.contextmanager
 def generators_kept() -> Iterator[None]:
     """Put the process's own random states back at the end. A worker's nobody else uses."""
-    states = [] if in_worker() else [generator.state() for generator in GENERATORS]
+    marks = [] if in_worker() else [generator.mark() for generator in GENERATORS]
     try:
         yield
     finally:
-        for generator, state in zip(GENERATORS, states, strict=False):
-            generator.put(state)
+        for generator, mark in zip(GENERATORS, marks, strict=False):
+            generator.put(mark)
 
 
 def in_worker() -> bool:
@@ -73,19 +74,11 @@ class Seeding:
 
     def __init__(self) -> None:
         self.used: list[Generator] | None = None  # None: not known yet
-        # The process's own states, and the marks they had.
-        self._own: dict[Generator, Any] = {}
-        self._marks: list[Any] = [None] * len(GENERATORS)
 
-    def __call__(self, make: Callable[[Callable[[int], None] | None], T]) -> T:
-        """What `make(seed)` gives, which is to call `seed(number)` before all that may draw, with
-        the same numbers in every call. Nothing draws where it gets None."""
-        before = _marks()
-        if (here := not in_worker()) and before != self._marks:
-            for generator, mark, known in zip(GENERATORS, before, self._marks, strict=True):
-                if mark != known:
-                    self._own[generator] = generator.state()
-            self._marks = before
+    def __call__(self, make: Callable[[Seed | None, int], T]) -> T:
+        """What `make(seed, mask)` gives, which is to call `seed(number & mask)` before all that may
+        draw, with the same numbers in every call. Nothing draws where `seed` is None."""
+        before = [generator.mark() for generator in GENERATORS]
         moved, initial_seed, asked = list(GENERATORS), torch.initial_seed, list[Generator]()
 
         def asked_for() -> int:  # what is made of the answer is drawn, though nothing moves
@@ -97,36 +90,42 @@ class Seeding:
             if self.used is None:
                 return self._first(make, asked)
             while True:
-                used = self.used
-                # The only one itself, which saves a call a sample.
-                made = make(used[0].seed if len(used) == 1 else self._seed if used else None)
-                looked = zip(GENERATORS, before, _marks(), strict=True)
-                moved = [g for g, mark, now in looked if now != mark or g in asked]
-                moved = [g for g in moved if g not in used]
+                used, seeding = self.used, (None, 0)
+                if used:  # the only one itself, which saves a call a sample
+                    seeding = used[0].seeding() if len(used) == 1 else (self._seed, ALL)
+                made = make(*seeding)
+                moved = [
+                    generator
+                    for generator, mark in zip(GENERATORS, before, strict=True)
+                    if generator not in used and (not generator.is_at(mark) or generator in asked)
+                ]
                 if not moved:
                     return made
                 self.used = used + moved
         finally:
             torch.initial_seed = initial_seed
-            for generator in dict.fromkeys(moved + (self.used or [])) if here else ():
-                generator.put(self._own[generator])
+            touched = moved + (self.used or [])
+            if touched and not in_worker():
+                for generator, mark in zip(GENERATORS, before, strict=True):
+                    if generator in touched:
+                        generator.put(mark)
 
     def _seed(self, number: int) -> None:
         for generator in self.used or ():
             generator.seed(number)
 
-    def _first(self, make: Callable[[Callable[[int], None]], T], asked: list[Generator]) -> T:
+    def _first(self, make: Callable[[Seed, int], T], asked: list[Generator]) -> T:
         marks, found = dict[Generator, Any](), dict[Generator, None]()
 
         def look() -> None:
-            found.update({g: None for g, mark in marks.items() if g.mark() != mark})
+            found.update({g: None for g, mark in marks.items() if not g.is_at(mark)})
 
         def seed(number: int) -> None:
             look()
             seed_generators(number)
             marks.update({g: g.mark() for g in GENERATORS if g not in found})
 
-        made = make(seed)
+        made = make(seed, ALL)
         look()
         self.used = [g for g in GENERATORS if g in found or g in asked]
         return made
@@ -135,56 +134,74 @@ class Seeding:
         return Seeding, ()  # a spawned worker finds out for itself
 
 
-def _marks() -> list[Any]:
-    return [generator.mark() for generator in GENERATORS]
+BYTES = 624 * 4 + 4  # of a Mersenne twister: its words and its position among them
+SOME = 64  # of them tell one state from all others: the position, and 15 words that draws make anew
+ALL = (1 << 64) - 1
 
 
 class Generator:
-    """One of the generators. `mark` is equal as long as its state is, and costs a microsecond."""
+    """One of the generators."""
 
-    def mark(self) -> Any:
+    def __init__(self) -> None:
+        self.last: tuple[Any, Any] = None, None  # a look, and the state that it was
+
+    def look(self) -> Any:
+        """Equal as long as nobody draws or seeds."""
         return pickle.dumps(self.state())
+
+    def mark(self) -> tuple[Any, Any]:
+        """A look, and the state. Costs little where that is the one of the last time."""
+        if (found := self.look()) != self.last[0]:
+            self.last = found, self.state()
+        return self.last
+
+    def is_at(self, mark: tuple[Any, Any]) -> bool:
+        """Whether nobody has drawn or seeded since."""
+        return self.look() == mark[0]
+
+    def put(self, mark: tuple[Any, Any]) -> None:
+        raise NotImplementedError
 
     def state(self) -> Any:
         raise NotImplementedError
 
-    def put(self, state: Any) -> None:
+    def seeding(self) -> tuple[Seed, int]:
+        """What seeds it, and the bits that it takes."""
         raise NotImplementedError
 
     def seed(self, number: int) -> None:
-        raise NotImplementedError
+        seed, mask = self.seeding()
+        seed(number & mask)
 
 
 class Torch(Generator):
-    def mark(self) -> bytes:
-        return self.state().numpy().tobytes()
+    def mark(self) -> tuple[None, torch.Tensor]:
+        return None, torch.default_generator.get_state()
 
-    def state(self) -> torch.Tensor:
-        return torch.default_generator.get_state()
+    def is_at(self, mark: tuple[None, torch.Tensor]) -> bool:
+        return torch.equal(torch.default_generator.get_state(), mark[1])
 
-    def put(self, state: torch.Tensor) -> None:
-        torch.default_generator.set_state(state)
+    def put(self, mark: tuple[None, torch.Tensor]) -> None:
+        torch.default_generator.set_state(mark[1])
 
-    def seed(self, number: int) -> None:
+    def seeding(self) -> tuple[Seed, int]:
         # torch.manual_seed takes ten times as long, for it asks every device as well.
-        torch.default_generator.manual_seed(number & 0x7FFFFFFFFFFFFFFF)
-
-
-BYTES = 624 * 4 + 4  # of a Mersenne twister: its words and its position among them
+        return torch.default_generator.manual_seed, ALL >> 1  # type: ignore[return-value]
 
 
 class Numpy(Generator):
     def __init__(self) -> None:
-        # The last one looked at, its memory where that is known, and a look at it at which no
-        # second number of a pair was left over, which is no part of what lies there.
+        super().__init__()
+        # The last one looked at, some of its memory where that is known, and how that was at a look
+        # at which no second number of a pair was left over, which is no part of what lies there.
         self.generator: Any = self  # none of them
         self.memory, self.plain = None, b""
 
-    def mark(self) -> Any:
+    def look(self) -> Any:
         if (generator := numpys()) is not self.generator:
             self.generator, self.memory = generator, _memory(generator)
         if self.memory is None:
-            return super().mark()
+            return super().look()
         if (found := self.memory.raw) != self.plain:
             *_, left, number = np.random.get_state()
             if left:
@@ -192,14 +209,14 @@ class Numpy(Generator):
             self.plain = found
         return found
 
+    def put(self, mark: tuple[Any, Any]) -> None:
+        np.random.set_state(mark[1])
+
     def state(self) -> Any:
         return np.random.get_state(legacy=False)
 
-    def put(self, state: Any) -> None:
-        np.random.set_state(state)
-
-    def seed(self, number: int) -> None:
-        np.random.seed(number & 0xFFFFFFFF)
+    def seeding(self) -> tuple[Seed, int]:
+        return np.random.seed, 0xFFFFFFFF
 
 
 # That which numpy's functions draw from: None in a numpy that does not tell.
@@ -207,39 +224,41 @@ numpys = getattr(np.random, "get_bit_generator", lambda: None)
 
 
 def _memory(generator: Any) -> Any:
-    """Where the state of numpy's usual generator lies, as its `ctypes` says; None for others."""
+    """Where the state of numpy's usual generator lies, as its `ctypes` says: the last words and the
+    position; None for others."""
     if not isinstance(generator, np.random.MT19937):
         return None
-    memory = (ctypes.c_char * BYTES).from_address(generator.ctypes.state_address)
-    state = generator.state["state"]
-    told = np.array_equal(np.frombuffer(memory, np.uint32), [*state["key"], state["pos"]])
-    return memory if told else None
+    address, state = generator.ctypes.state_address, generator.state["state"]
+    words = np.frombuffer(ctypes.string_at(address, BYTES), np.uint32)
+    told = np.array_equal(words, [*state["key"], state["pos"]])
+    return (ctypes.c_char * SOME).from_address(address + BYTES - SOME) if told else None
 
 
 class Python(Generator):
     def __init__(self) -> None:
+        super().__init__()
         # CPython keeps the position and the words behind an object's head. Elsewhere: not known.
         twister, self.memory = random.Random.__base__, None
         if twister is not None and twister.__basicsize__ >= object.__basicsize__ + BYTES:
             address = id(random._inst) + object.__basicsize__  # type: ignore[attr-defined]
-            memory = (ctypes.c_char * BYTES).from_address(address)
-            *words, position = random.getstate()[1]
-            found = np.frombuffer(memory, np.uint32).tolist()
-            self.memory = memory if found == [position, *words] else None
+            words = np.frombuffer(ctypes.string_at(address, BYTES), np.uint32).tolist()
+            *expected, position = random.getstate()[1]
+            if words == [position, *expected]:
+                self.memory = (ctypes.c_char * SOME).from_address(address)
 
-    def mark(self) -> Any:
+    def look(self) -> Any:
         if self.memory is None:
-            return super().mark()
+            return super().look()
         return self.memory.raw, random._inst.gauss_next  # type: ignore[attr-defined]
+
+    def put(self, mark: tuple[Any, Any]) -> None:
+        random.setstate(mark[1])
 
     def state(self) -> Any:
         return random.getstate()
 
-    def put(self, state: Any) -> None:
-        random.setstate(state)
-
-    def seed(self, number: int) -> None:
-        random.seed(number)
+    def seeding(self) -> tuple[Seed, int]:
+        return random.seed, ALL
 
 
 GENERATORS: tuple[Generator, ...] = (Torch(), Numpy(), Python())
