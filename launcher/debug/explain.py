@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pdb
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +32,8 @@ def debugging() -> Iterator[None]:
         print("\n".join(["", *shapes(error.__traceback__)]), file=sys.stderr, flush=True)
         if sys.stdin is not None and sys.stdin.isatty() and sys.gettrace() is None:
             print("The debugger opens where it failed: u and d go up and down, q leaves.")
+            import pdb  # which nobody else needs
+
             pdb.post_mortem(_of_user(error.__traceback__))
         raise
 
