@@ -96,32 +96,30 @@ class Fetcher(Dataset):
         return make(None, 0) if self.seed is None else self.seeding(make)
 
     def _samples(self, epoch: int, indices: list[int], seed: Seed | None, mask: int) -> list[Any]:
-        samples: list[Any] = []
-        if seed is not None and self.seed is not None:
-            seeds = [number & mask for number in sample_seeds(self.seed, epoch, indices)]
-            try:
-                for index, number in zip(indices, seeds, strict=True):
-                    seed(number)
-                    samples.append(self.dataset[index])
-            except Exception as error:
-                samples.append(self._instead(indices[len(samples)], error))
-                for index, number in [*zip(indices, seeds, strict=True)][len(samples) :]:
-                    seed(number)
-                    samples.append(self._sample(index))
-            seed(seeds[0] ^ 1)  # a collate that mixes samples draws its own
-            return samples
-        if self.whole is not None:
+        if seed is None and self.whole is not None:
             try:
                 return self.whole(indices)
             except Exception as error:
                 if not self.skip_bad:
                     raise _failed(self.dataset, f"samples {indices}", error) from error
-        try:
-            for index in indices:  # no call of ours a sample
-                samples.append(self.dataset[index])
+        samples: list[Any] = []
+        seeds = [n & mask for n in sample_seeds(self.seed or 0, epoch, indices)] if seed else []
+        try:  # no call of ours a sample
+            if seed is None:
+                for index in indices:
+                    samples.append(self.dataset[index])
+            else:
+                for index, number in zip(indices, seeds, strict=True):
+                    seed(number)
+                    samples.append(self.dataset[index])
         except Exception as error:
             samples.append(self._instead(indices[len(samples)], error))
-            samples += [self._sample(index) for index in indices[len(samples) :]]
+            for i in range(len(samples), len(indices)):
+                if seed is not None:
+                    seed(seeds[i])
+                samples.append(self._sample(indices[i]))
+        if seed is not None:
+            seed(seeds[0] ^ 1)  # a collate that mixes samples draws its own
         return samples
 
     def _sample(self, index: int) -> Any:

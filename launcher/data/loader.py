@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-import multiprocessing
 import os
 import signal
 import time
@@ -59,7 +58,7 @@ def load(
         generator=torch.Generator().manual_seed(0),
     )
     killed_before, handler = oom_kills(), signal.getsignal(signal.SIGCHLD)
-    others, iterator = multiprocessing.active_children(), None
+    iterator = None
     try:
         sending.make_room()
         try:
@@ -87,21 +86,19 @@ def load(
     except Exception as error:
         # torch puts a worker's whole traceback into the message: that is for the log file.
         logger.error("%s", error, extra={"file_only": True})
-        started = [p for p in multiprocessing.active_children() if p not in others]
-        processes = getattr(iterator, "_workers", started)
+        processes = [] if iterator is None else iterator._workers
         asked = sending.named(next(unanswered, None))
         due = f"{asked} of data set {type(fetcher.dataset).__name__}"
         failure = sending.explained(error, due, timeout_s, processes, oom_kills() > killed_before)
-        for process in processes:
-            process.kill()  # nobody waits for what they are at
+        if iterator is not None:
+            iterator.kill()
         raise failure from None
     finally:
         # Tells the workers to leave, and waits a while. What the iterator does when it is dropped
         # comes too late: an error's traceback keeps it.
         if iterator is not None:
             iterator._shutdown_workers()
-            for process in iterator._workers:
-                process.kill()  # one that is stuck in a read, say: it ignores SIGTERM
+            iterator.kill()
 
 
 def _start_worker(worker_id: int) -> None:

@@ -90,10 +90,11 @@ class Seeding:
             if self.used is None:
                 return self._first(make, asked)
             while True:
-                used, seeding = self.used, (None, 0)
-                if used:  # the only one itself, which saves a call a sample
-                    seeding = used[0].seeding() if len(used) == 1 else (self._seed, ALL)
-                made = make(*seeding)
+                used = self.used
+                if len(used) == 1:  # that one itself, which saves a call a sample
+                    made = make(*used[0].seeding())
+                else:
+                    made = make(self._seed if used else None, ALL)
                 moved = [
                     generator
                     for generator, mark in zip(GENERATORS, before, strict=True)

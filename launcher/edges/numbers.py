@@ -73,8 +73,9 @@ class Sums:
 
     def add(self, names: Sequence[str], values: Sequence[Number], weight: Number) -> None:
         if self.device is None:
-            row = [v.item() if isinstance(v, torch.Tensor) else v for v in (*values, weight)]
-            self._read.append((names, row))
+            numbers = (*values, weight)
+            read = [v.item() if isinstance(v, torch.Tensor) else v for v in numbers]
+            self._read.append((names, read))
             if len(self._read) == ROWS:
                 self._settle()
             return
@@ -95,9 +96,9 @@ class Sums:
 
     def _settle(self) -> dict[str, Sum]:
         """The sums of all that was added. Waits for the device."""
-        for names, row in self._read:
-            *numbers, weight = map(float, row)
-            self._add(names, numbers, weight)
+        for given, read in self._read:
+            *numbers, weighs = map(float, read)
+            self._add(given, numbers, weighs)
         self._read.clear()
         for names, (rows, weights) in self._rows.items():
             for row, weight in zip(_joined(rows).tolist(), weights, strict=True):

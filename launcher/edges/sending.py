@@ -117,12 +117,22 @@ class Parcel:
 
 
 class Workers(_MultiProcessingDataLoaderIter):
-    """torch's own asks which workers there are when it is collected, also where its start failed
-    before it knew: an error whenever the collector comes by, whatever runs then."""
+    """torch's own leaves the workers that it has where not all can be started, and asks which there
+    are when it is collected: an error whenever the collector comes by, whatever runs then."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._workers_status = [False] * loader.num_workers
-        super().__init__(loader)
+        self._workers: list[Any] = []
+        try:
+            super().__init__(loader)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """At once: nobody waits for what they are at, and one stuck in a read ignores SIGTERM."""
+        for process in self._workers:
+            process.kill()
 
 
 class Sender:

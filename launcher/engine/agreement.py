@@ -22,8 +22,6 @@ NONFINITE = REQUESTS.index("nonfinite")
 WEIGHTED, WEIGHT = len(REQUESTS), len(REQUESTS) + 1
 
 
-NOBODY = frozenset[str]()  # asks for anything
-
 # An answer not read yet: a copy on its way to the host, or names.
 Answer = tuple[torch.Tensor, torch.cuda.Event] | Sequence[str]
 
@@ -87,7 +85,7 @@ class Agreement:
         """The requests that every rank sees after this step; call it once a step."""
         grad = self.carrier.grad
         if not self.carrier.is_cuda:
-            return _names(grad) if grad is not None else NOBODY
+            return _names(grad) if grad is not None else frozenset()
         if grad is not None:
             host = torch.empty(grad.shape, pin_memory=True)
             host.copy_(grad, non_blocking=True)
@@ -95,7 +93,7 @@ class Agreement:
             done.record()
         self._pending.append((host, done) if grad is not None else [])
         if len(self._pending) <= LAG:
-            return NOBODY
+            return frozenset()
         # LAG steps old: waits only where the host is that far ahead.
         return _read(self._pending.popleft())
 
@@ -114,6 +112,5 @@ def _read(answer: Answer) -> frozenset[str]:
 
 
 def _names(answer: torch.Tensor) -> frozenset[str]:
-    if not any(values := answer.tolist()):
-        return NOBODY
+    values = answer.tolist()
     return frozenset(name for name, value in zip(REQUESTS, values, strict=False) if value > 0)

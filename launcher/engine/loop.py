@@ -44,9 +44,8 @@ class Loop:
             "evaluate": Every(state.cfg.EVAL.EVERY),
             "checkpoint": Every(state.cfg.CHECKPOINT.EVERY),
         }
-        periods = [(name, period) for name, period in self.periods.items() if period.duration]
-        self.timed = [name for name, period in periods if period.timed]
-        self.counted = [(name, period) for name, period in periods if not period.timed]
+        self.timed = [name for name, period in self.periods.items() if period.timed]
+        self.counted = [(k, p) for k, p in self.periods.items() if p.duration and not p.timed]
         self.evaluates = evaluates(self.cfg)
         self.raw = self.cfg.EVAL.RAW and state.averages
         if self.cfg.EVAL.RAW and not self.raw:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 from launcher.checkpoint.state import TrainingState
 from launcher.config import CfgNode
@@ -46,17 +45,15 @@ class MicroBatch(NamedTuple):
     """What the forward pass of one micro-batch gives."""
 
     loss: torch.Tensor  # its part of the global batch's loss, times the number of ranks
-    carrier: torch.Tensor | None  # the agreement's, and the gradient that it is to have
-    passengers: torch.Tensor | None
+    said: tuple[torch.Tensor, torch.Tensor] | None  # the agreement's carrier, and its gradient
     values: dict[str, torch.Tensor]  # scalars to log, the loss among them
     weight: float | torch.Tensor
 
     def backward(self, loss: torch.Tensor) -> None:
         """Through `loss`, in the place of its own, and the carrier."""
-        if self.carrier is None:
-            loss.backward()
-        else:
-            torch.autograd.backward((loss, self.carrier), (None, self.passengers))
+        if self.said is None:
+            return loss.backward()
+        torch.autograd.backward((loss, self.said[0]), (None, self.said[1]))
 
 
 class StepModule(nn.Module):
@@ -91,7 +88,7 @@ class StepModule(nn.Module):
             # no gradient then, rather than one of zeros, which decay would act on.
             used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
             nothing = nothing_of(self.model, used) * 0.0
-            return MicroBatch(said[0].sum() * 0.0 + nothing, *said, {}, 0.0)
+            return MicroBatch(said[0].sum() * 0.0 + nothing, said, {}, 0.0)
         begun = self.collectives() if self.collectives else 0
         self.gather.begin()
         with self.autocast:
@@ -112,9 +109,7 @@ class StepModule(nn.Module):
             loss = loss * share
         watched = values["loss"] if self.watches else None
         said = self.agreement.say(requests, weight, weighted, watched)
-        if said is None:
-            return MicroBatch(loss, None, None, values, weight)
-        return MicroBatch(self.gather.tie(loss), *said, values, weight)
+        return MicroBatch(self.gather.tie(loss) if said else loss, said, values, weight)
 
 
 class Phase:
@@ -162,6 +157,7 @@ class Phase:
                     self.module.zero_grad()
         # Without what torch does around a module's hooks, of which there are none.
         self.forward: Callable[..., MicroBatch] = self.module if ddp else self.module.forward
+        self.held_back: Any = self.module.no_sync if ddp else contextlib.nullcontext
 
     def __enter__(self) -> None:
         """Only this phase's weights have gradients. Raises RunError where that was changed."""
@@ -183,10 +179,6 @@ class Phase:
         # Not the module's, which looks for its weights first.
         for p in (*self.parameters, self.agreement.carrier):
             p.grad = None
-
-    def held_back(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients stay on their rank."""
-        return self.module.no_sync() if isinstance(self.module, DDP) else NOTHING
 
 
 class TrainStep:
@@ -310,12 +302,10 @@ class TrainStep:
                         loss = phase.scaler.scale(out.loss) if phase.scales else out.loss
                         self.callbacks.call("on_backward", loss)
                         out.backward(loss)
-                    except torch.OutOfMemoryError as error:
-                        if self.fitting is None:
-                            raise
-                        self.fitting.note(error)
-                        continue
                     except RuntimeError as error:
+                        if self.fitting is not None and isinstance(error, torch.OutOfMemoryError):
+                            self.fitting.note(error)
+                            continue
                         if "finished reduction in the prior iteration" in str(error):
                             raise unused(phase.model) from error  # some micro-batches use it
                         raise
@@ -333,8 +323,7 @@ class TrainStep:
         self, phase: Phase, gradients: list[torch.Tensor], count: int, weighted: bool, idle: bool
     ) -> None:
         """Divide the gradients by the batch's weight where it is not its number of samples."""
-        if phase.scales:
-            phase.scaler.unscale_(phase.optimizer)
+        phase.scaler.unscale_(phase.optimizer)
         if idle:
             # A task weighs all of its batches or none. A rank without samples cannot tell which: it
             # asks, which waits for the device, in the rare steps with fewer samples than ranks.
