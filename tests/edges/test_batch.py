@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-from launcher.edges.batch import map_tensors, mover, nbytes, pinned
+from launcher.edges.batch import map_tensors, mover, nbytes, pinned, stacked
 from launcher.errors import RunError
 
 
@@ -196,3 +198,65 @@ def test_what_a_tuple_holds_beside_its_items_stays() -> None:
     given = Sample(torch.ones(2), 3)
     given.name = "first"  # type: ignore[attr-defined]
     assert map_tensors(given, lambda tensor: tensor * 2).name == "first"
+
+
+class Marked(torch.Tensor): ...
+
+
+SAMPLES: dict[str, Callable[[int], Any]] = {
+    "tensors": lambda i: (torch.full((2, 3), float(i)), torch.tensor(i)),
+    "of other types": lambda i: (torch.tensor([1j * i]), torch.ones(2, dtype=torch.bool)),
+    "with a gradient": lambda i: (torch.full((2,), float(i), requires_grad=True),),
+    "not contiguous": lambda i: (torch.arange(6.0).reshape(2, 3).t() + i, torch.ones(1).expand(4)),
+    "negative by a bit": lambda i: (
+        torch.tensor([1 + 1j]).conj(),
+        torch.tensor([1j]).imag._neg_view(),
+    ),
+    "and a number": lambda i: (torch.ones(2), i),
+    "a list": lambda i: [torch.ones(2), torch.tensor(i)],
+    "nested": lambda i: (torch.ones(2), (torch.tensor(i),)),
+    "none": lambda i: (),
+    "a class of tensors": lambda i: (torch.ones(2).as_subclass(Marked),),
+    "of two shapes": lambda i: (torch.ones(1 + i % 2),),
+    "of two lengths": lambda i: (torch.ones(1),) * (1 + i % 2),
+    "of two kinds": lambda i: (torch.ones(1) if i != 1 else 1.0,),
+    "sparse": lambda i: (torch.ones(2).to_sparse(),),
+    "nested tensors": lambda i: (torch.nested.nested_tensor([torch.ones(2)]),),
+}
+
+
+def shown(batch: Any) -> Any:
+    if isinstance(batch, torch.Tensor):
+        told = type(batch), batch.dtype, batch.is_contiguous(), batch.requires_grad
+        return (*told, batch.resolve_neg().resolve_conj().tolist())
+    return (
+        (type(batch), [shown(part) for part in batch]) if isinstance(batch, list | tuple) else batch
+    )
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_samples_are_put_together_as_torch_does(kind: str) -> None:
+    samples = [SAMPLES[kind](i) for i in range(3)]
+    try:
+        theirs = default_collate(samples)
+    except Exception as error:
+        with pytest.raises(type(error)) as told:
+            stacked(samples)
+        assert str(told.value) == str(error)
+    else:
+        assert shown(stacked(samples)) == shown(theirs)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, tuple])
+def test_what_somebody_has_told_torch_of_a_class_counts(
+    monkeypatch: pytest.MonkeyPatch, kind: type
+) -> None:
+    def first(batch: list[Any], *, collate_fn_map: Any = None) -> Any:
+        return batch[0]
+
+    monkeypatch.setitem(default_collate_fn_map, kind, first)
+    samples = [SAMPLES["tensors"](i) for i in range(3)]
+    assert shown(stacked(samples)) == shown(default_collate(samples))
+    assert shown(stacked(samples)) != shown(
+        [torch.stack(part) for part in zip(*samples, strict=True)]
+    )

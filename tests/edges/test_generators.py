@@ -28,6 +28,9 @@ WAYS: dict[str, Callable[[], Any]] = {
     "python": lambda: random.random(),
     "gauss": lambda: random.gauss(0, 1),
     "shuffle": lambda: random.sample(range(9), 9),
+    # As many words as a state has: the place among them is that of before.
+    "numpy's whole state": lambda: np.random.randint(0, 1 << 32, 624, np.uint32).tolist(),
+    "python's whole state": lambda: [random.getrandbits(32) for _ in range(624)],
     "torch's seed": lambda: np.random.default_rng(torch.initial_seed()).random(),
 }
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from launcher.edges.optimizer import check_optimizers, evaluated, rates, set_rate
+from launcher.edges.optimizer import AROUND, check_optimizers, evaluated, rates, set_rate, update
 from launcher.errors import RunError, UsageError
 from launcher.optim.curves import constant, linear
 from launcher.optim.schedules import Schedule
@@ -117,3 +123,101 @@ def test_weights_are_back_bit_for_bit_after_an_evaluation() -> None:
     with evaluated({"": Averages(model.parameters(), 0.1)}):
         assert torch.equal(model.weight, before * (1 / 3))
     assert torch.equal(model.weight, before)
+
+
+class Slowed(torch.optim.SGD):
+    """Somebody's own, on top of torch's."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["lr"] *= 0.5
+        return super().step(closure)
+
+
+def around() -> tuple[list[Any], Any]:
+    """How often torch's wrapper is entered, once `sys.setprofile` has what comes along."""
+    entered: list[Any] = []
+    return (
+        entered,
+        lambda frame, event, _: (
+            entered.append(frame) if event == "call" and frame.f_code is AROUND else None
+        ),
+    )
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, Slowed])
+def test_an_update_is_that_of_step(make: Any) -> None:
+    weights = [torch.arange(4.0).requires_grad_() for _ in range(2)]
+    ours, theirs = (make([w], lr=0.1, weight_decay=0.2) for w in weights)
+    for step in range(4):
+        for w in weights:
+            w.grad = torch.full((4,), step + 0.5)
+        entered, look = around()
+        sys.setprofile(look)
+        update(ours)
+        sys.setprofile(None)
+        assert len(entered) == (make is Slowed)  # that of the class on which it stands
+        theirs.step()
+        assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("who", ["own", "own after", "all", "all after", "scheduler", "a wrapper"])
+def test_whoever_looks_at_steps_is_called(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(1, requires_grad=True)
+    optimizer, called = torch.optim.SGD([weight], 0.1), []
+
+    def look(*arguments: Any) -> None:
+        called.append(len(arguments))
+
+    if who == "scheduler":
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    elif who == "a wrapper":  # as careful ones are made: with the marks of what they wrap
+        step = torch.optim.SGD.step
+
+        @functools.wraps(step)
+        def wrapped(self: Any, closure: Any = None) -> Any:
+            look()
+            return step(self, closure)
+
+        monkeypatch.setattr(torch.optim.SGD, "step", wrapped)
+    else:
+        handle = {
+            "own": optimizer.register_step_pre_hook,
+            "own after": optimizer.register_step_post_hook,
+            "all": register_optimizer_step_pre_hook,
+            "all after": register_optimizer_step_post_hook,
+        }[who](look)
+    weight.grad = torch.ones(1)
+    update(optimizer)
+    assert weight.item() == pytest.approx(0.9)
+    if who == "scheduler":
+        scheduler.step()  # torch warns where it sees no step before
+        assert optimizer._opt_called  # type: ignore[attr-defined]
+        return
+    assert len(called) == 1
+    if who != "a wrapper":
+        handle.remove()
+        update(optimizer)
+        assert len(called) == 1
+
+
+def test_torchs_profiler_sees_updates() -> None:
+    weight = torch.ones(1, requires_grad=True)
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([weight], 0.1)
+    with torch.profiler.profile() as told:
+        update(optimizer)
+    assert "Optimizer.step#SGD.step" in {event.key for event in told.key_averages()}
+
+
+def test_one_of_no_class_of_torchs_is_stepped() -> None:
+    class Own:
+        __slots__ = ("steps",)
+        steps: int
+
+        def step(self) -> None:
+            self.steps = 7
+
+    own = Own()
+    update(own)
+    assert own.steps == 7
