@@ -188,8 +188,26 @@ class Own(Contrast):
         return super().train_step(model, batch)
 
 
-def trained(runtime: Runtime, batch: int, micro: int) -> Weights:
-    trainer = Trainer(Contrast(), runtime=runtime, batch=batch, micro=micro)
+class Alone(Contrast):
+    """Each for itself."""
+
+    def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"loss": self.views(model, batch)[0][:, 0].mean()}
+
+
+class SomeUse(Alone):
+    """What is gathered has gradients on some ranks alone, of zero."""
+
+    def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        loss, rows = (
+            super().train_step(model, batch)["loss"],
+            self.gather(self.views(model, batch)[1]),
+        )
+        return {"loss": loss if dist.get_rank() == 1 else loss + 0.0 * rows.sum()}
+
+
+def trained(runtime: Runtime, batch: int, micro: int, task: type[Contrast] = Contrast) -> Weights:
+    trainer = Trainer(task(), runtime=runtime, batch=batch, micro=micro)
     trainer.run(STEPS)
     return trainer.weights
 
@@ -237,6 +255,7 @@ def found(runtime: Runtime) -> dict[Any, Any]:
     results["counted"] = runtime.collectives() - before, gather.begun - begun
     for case in CASES:
         results[case] = trained(runtime, *case)
+        results["some use", case] = [trained(runtime, *case, task) for task in (SomeUse, Alone)]
     results["values"] = [values(runtime, case) for case in VALUES]
     results["own"] = refused(lambda: Trainer(Own(), runtime=runtime, batch=11, micro=3).one(0))
     return results

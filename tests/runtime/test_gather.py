@@ -188,3 +188,12 @@ def test_values_of_any_size_reach_rank_0_by_one_collective(found: list[Any]) -> 
         assert ours == [value_of(case, rank) for rank in range(len(found))]
         assert [count, *(n for _, n in others)] == [1] * len(found)
         assert all(given is None for given, _ in others)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_that_do_not_use_what_they_gather_take_part_in_its_gradients(
+    found: list[Any], case: tuple[int, int]
+) -> None:
+    """They would wait for each other for ever."""
+    for rank in found:
+        assert_close(*rank["some use", case])
