@@ -19,7 +19,6 @@ from launcher.errors import RunError, UsageError
 TAKEN = ("lr", "grad_norm", "skipped_steps")
 
 
-@functools.lru_cache
 def check_name(name: str, who: str) -> None:
     """Raise RunError for a name of the launcher's own, or one that is no line of text."""
     if not isinstance(name, str) or not name or "\n" in name:
@@ -29,6 +28,9 @@ def check_name(name: str, who: str) -> None:
             f"{who} gave {name!r}, a name that is taken: the launcher records train/"
             f"{', train/'.join(TAKEN)} and train/lr/... itself. Give it another name."
         )
+
+
+check_name_once = functools.lru_cache(check_name)  # of keys, which are the same in each step
 
 
 class calling:
@@ -83,7 +85,7 @@ def scalars(values: Any, device: torch.device, who: str) -> dict[str, torch.Tens
         raise RunError(f"{who} must return a dict with a 'loss', not {type(values).__name__}")
     found = {}
     for key, value in values.items():
-        check_name(key, who)
+        check_name_once(key, who)
         if not isinstance(value, torch.Tensor) and (plain := number(value)) is not None:
             value = on_device(plain, device)
         if not isinstance(value, torch.Tensor) or value.dim() != 0 or value.is_complex():
