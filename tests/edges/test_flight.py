@@ -110,6 +110,7 @@ def test_a_driver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) 
     answer.set()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(c10d, "_dump_fr_trace"), reason="this torch records NCCL alone")
 def test_what_torch_itself_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By gloo's recorder, which writes the same format; torch's own analyser reads the file."""

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from tests.system.exact import COMMON
-from tests.system.jobs import DIGITS, TASKS, Ended, free_port, train, unchanged, without_torch
+from tests.system.jobs import (
+    DIGITS,
+    TASKS,
+    Ended,
+    free_port,
+    slow,
+    train,
+    unchanged,
+    without_torch,
+)
 
 FILES = {
     "broken.yaml": "TASK:\n  NAME: digits\nTRAIN: {BATCH_SIZE: 8\nSEED: 1\n",
@@ -162,7 +171,7 @@ def test_a_rank_that_never_comes(here: Path) -> None:
     assert_told(ended, (r"DIST\.INIT_TIMEOUT", "rank 0 of 2"), code=1)
 
 
-@mistakes([TWO, EMPTY, UNWRITABLE])
+@mistakes([TWO, EMPTY, slow(*UNWRITABLE.values, id=UNWRITABLE.id)])
 def test_a_mistake_under_torchrun(
     words: list[str], told: Told, env: dict[str, str], here: Path
 ) -> None:

@@ -52,8 +52,8 @@ def write_images(folder: Path) -> None:
                 pixels.save(folder / "images" / split / name / f"{k}.jpg")
 
 
-# Of those with outputs, weights and pictures of their own one; the others among the long tests.
-@pytest.mark.parametrize("name", [n if n == "digits-caption" else jobs.slow(n) for n in SMALL])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
 def test_it_trains_on_two_ranks(name: str, tmp_path: Path) -> None:
     if name == "image-list":
         write_images(tmp_path)

@@ -66,8 +66,8 @@ def test_it_reaches_what_it_states_also_over_a_kill(name: str, ranks: int, tmp_p
     assert_reached(name, run)
 
 
-# Of each kind one; the others train to their ends among the long tests.
-SHORT = ("distillation", "word_language_model", "detection")
+# Of phases and of outputs one; the others train to their ends among the long tests.
+SHORT = ("distillation", "detection")
 
 
 @pytest.mark.parametrize("name", [n if n in SHORT else jobs.slow(n) for n in NAMES])

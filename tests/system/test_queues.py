@@ -147,6 +147,7 @@ def test_a_job_that_outlives_its_limits(slurm: Slurm, tmp_path: Path) -> None:
     assert_same(run, reference)
 
 
+@pytest.mark.slow
 def test_a_job_that_gets_nowhere(slurm: Slurm, tmp_path: Path) -> None:
     """Fails before its first step: tried once more, then never again."""
     run = tmp_path / "run"

@@ -251,6 +251,7 @@ def test_frozen_batch_norm_is_taken(tmp_path: Path) -> None:
     assert_same(tmp_path / "2", tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_other_threads_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
     words = [*MIXED, "TRAIN.SHARDS", "4", "OUTPUT_DIR", tmp_path / "run"]
     two = {"OMP_NUM_THREADS": "2"}
