@@ -24,9 +24,11 @@ SIGNALS = {
     "Segmentation fault": "SIGSEGV",
 }
 MOST, LINES = 1 << 20, 15  # bytes of a file; what is told of them
+SAID = "end of " + OF  # the last one, once nobody can write more
 # A process of its own copies, for this one's end comes without warning; it is nobody's child, so
 # that it is not ended with the rank's children, and heeds no signal meant for them.
-COPY = 'exec 3<&0; trap "" INT TERM HUP USR1; tee -a "$0" <&3 3<&- &'
+COPY = """exec 3<&0; trap "" INT TERM HUP USR1
+{ tee -a "$0" <&3 3<&-; [ ! -e "$0" ] || echo "$1" >> "$0"; } &"""
 
 
 class Stderr:
@@ -44,7 +46,8 @@ class Stderr:
                 faulthandler.enable(path.open("a"))
                 return
             reader, writer = os.pipe()
-            subprocess.run(["sh", "-c", COPY, path], stdin=reader, stdout=2, check=True)
+            command = ["sh", "-c", COPY, str(path), SAID.format(os.getpid())]
+            subprocess.run(command, stdin=reader, stdout=2, check=True)
             os.close(reader)
             os.dup2(writer, 2)
             os.close(writer)
@@ -66,13 +69,17 @@ class Stderr:
 
 
 def last_words(files: Mapping[int, tuple[Path, int]]) -> tuple[int, str, list[str]] | None:
-    """Of processes, by rank with their file and id, the first that native code has ended: its rank,
-    how it ended, and its last lines (what it wrote, and the stack of the thread that ran); None
-    where none was ended so."""
+    """Of processes that are gone, by rank with their file and id, the first that native code has
+    ended: its rank, how it ended, and its last lines (what it wrote, and the stack of the thread
+    that ran). The first rank and nothing where none was ended so; None where that is not known yet.
+    """
+    said = 0
     for rank, (path, pid) in files.items():
         lines = []
         with contextlib.suppress(OSError):
             lines = path.read_text(errors="replace").splitlines()
+        if lines[-1:] == [SAID.format(pid)]:
+            said += bool(lines.pop())
         ends = [i for i, line in enumerate(lines) if line.startswith(FATAL)]
         if ends and lines[0] == OF.format(pid):
             word, stacks = lines[ends[-1]].removeprefix(FATAL), lines[ends[-1] :]
@@ -80,4 +87,4 @@ def last_words(files: Mapping[int, tuple[Path, int]]) -> tuple[int, str, list[st
             stack = stacks[running[0] :] if running else stacks
             told = f" was ended by {SIGNALS.get(word, word)}, from its own native code"
             return rank, told, [*lines[1 : ends[-1]][-LINES:], *stack[:LINES]]
-    return None
+    return (next(iter(files)), "", []) if said == len(files) else None
