@@ -245,6 +245,7 @@ def settle_in(env: Mapping[str, str], cwd: str, out: str, err: str) -> None:
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(env)
+    tempfile.tempdir = None  # of the environment that this one has
     os.chdir(cwd)
 
 

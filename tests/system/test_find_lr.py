@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +43,15 @@ def descent(rates: list[float], a: float) -> list[float]:
 
 
 def test_the_curve_is_plain_descent_at_the_told_rates_and_nothing_stays(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run, temporary = tmp_path / "run", tmp_path_factory.mktemp("temporary")
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))  # which the forked job goes on with
     run.mkdir()
     (run / "metrics.jsonl").write_text("{}\n")
     more = ["OUTPUT_DIR", run, "TASK.A", 400.0, "OPTIM.SCHEDULE", "cosine", "OPTIM.WARMUP", "5step"]
     with jobs.unchanged(tmp_path):
         asked = words("Bowl", *more, "--to", "1", "--steps", "60")
-        got = found(jobs.launch(*asked))
+        got = found(jobs.launch(*asked, env={"TMPDIR": str(temporary)}))
     assert not list(temporary.glob("launcher-*"))
     rates, losses = zip(*got["curve"], strict=True)
     told = [1e-7 * 1e7 ** (i / 59) for i in range(len(rates))]
