@@ -126,24 +126,23 @@ class Callbacks:
             self._methods[name] = [getattr(c, name) for c in self.all if hasattr(c, name)]
         return self._methods[name]
 
-    def hooks(self, name: str) -> list[tuple[Any, calling, Callable[..., Any]]]:
+    def _hooks_of(self, name: str) -> list[tuple[Any, calling, Callable[..., Any]]]:
         """The hooks of this name in the order in which they are called, each with whose it is, and
         what an error in it is told with."""
-        if name not in self._hooks:
-            task = [self.task] if name in OF_TASK else []
-            order = [*self.all, *task] if name == "on_end" else [*task, *self.all]
-            self._hooks[name] = [
-                (owner, calling(f"{type(owner).__name__}.{name}"), getattr(owner, name))
-                for owner in order
-                if callable(getattr(owner, name, None))
-            ]
-        return self._hooks[name]
+        task = [self.task] if name in OF_TASK else []
+        order = [*self.all, *task] if name == "on_end" else [*task, *self.all]
+        return [
+            (owner, calling(f"{type(owner).__name__}.{name}"), getattr(owner, name))
+            for owner in order
+            if callable(getattr(owner, name, None))
+        ]
 
     def call(self, hook: str, *arguments: Any) -> None:
         """Call a hook of all that have it. Raises RunError for a request that is none."""
-        hooks = self._hooks.get(hook)  # no call of ours where there are none
-        for owner, told_with, method in self.hooks(hook) if hooks is None else hooks:
-            try:  # costs nothing, which `with` does
+        if hook not in self._hooks:
+            self._hooks[hook] = self._hooks_of(hook)
+        for owner, told_with, method in self._hooks[hook]:
+            try:  # for `with` calls twice, and most hooks do next to nothing
                 request = method(*arguments)
             except Exception as error:
                 told_with.note(error)

@@ -35,7 +35,7 @@ logger = get_logger(__name__)
 STATE_EVERY = 32
 
 
-@dataclass
+@dataclass(frozen=True)
 class GlobalBatch:
     """What one optimiser step trains on, and this rank's part of it."""
 

@@ -153,10 +153,12 @@ def mover(device: torch.device) -> Callable[[Any], Any]:
     return moved
 
 
-# What default_collate does by the class of a sample, which anybody may change.
-USUAL = dict(default_collate_fn_map)
-KNOWN = USUAL.get(torch.Tensor) is collate_tensor_fn
-KNOWN = KNOWN and not any(issubclass(tuple, kind) for kind in USUAL)
+# What default_collate does by the class of a sample, which anybody may change; None where somebody
+# had told it another way for plain tensors or tuples.
+KNOWN = default_collate_fn_map.get(torch.Tensor) is collate_tensor_fn and not any(
+    issubclass(tuple, kind) for kind in default_collate_fn_map
+)
+USUAL = dict(default_collate_fn_map) if KNOWN else None
 
 
 def stacked(samples: list[Any]) -> Any:
@@ -165,12 +167,10 @@ def stacked(samples: list[Any]) -> Any:
     first = samples[0]
     if (
         type(first) is tuple
-        and all(type(p) is torch.Tensor and p.layout is torch.strided for p in first)
-        and not any(part.is_nested for part in first)
+        and all(type(p) is torch.Tensor and is_dense(p) and not p.is_nested for p in first)
         and torch.utils.data.get_worker_info() is None
-        and KNOWN
         and default_collate_fn_map == USUAL
     ):
         with contextlib.suppress(ValueError):  # of another length: it says so
-            return [torch.stack(parts) for parts in [*zip(*samples, strict=True)]]
+            return [torch.stack(parts) for parts in zip(*samples, strict=True)]
     return default_collate(samples)

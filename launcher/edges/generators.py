@@ -78,7 +78,7 @@ class Seeding:
     def __call__(self, make: Callable[[Seed | None, int], T]) -> T:
         """What `make(seed, mask)` gives, which is to call `seed(number & mask)` before all that may
         draw, with the same numbers in every call. Nothing draws where `seed` is None."""
-        before = [generator.mark() for generator in GENERATORS]
+        before = {generator: generator.mark() for generator in GENERATORS}
         moved, initial_seed, asked = list(GENERATORS), torch.initial_seed, list[Generator]()
 
         def asked_for() -> int:  # what is made of the answer is drawn, though nothing moves
@@ -95,21 +95,16 @@ class Seeding:
                     made = make(*used[0].seeding())
                 else:
                     made = make(self._seed if used else None, ALL)
-                moved = [
-                    generator
-                    for generator, mark in zip(GENERATORS, before, strict=True)
-                    if generator not in used and (not generator.is_at(mark) or generator in asked)
-                ]
+                others = [generator for generator in GENERATORS if generator not in used]
+                moved = [g for g in others if g in asked or not g.is_at(before[g])]
                 if not moved:
                     return made
                 self.used = used + moved
         finally:
             torch.initial_seed = initial_seed
             touched = moved + (self.used or [])
-            if touched and not in_worker():
-                for generator, mark in zip(GENERATORS, before, strict=True):
-                    if generator in touched:
-                        generator.put(mark)
+            for generator in touched if touched and not in_worker() else ():
+                generator.put(before[generator])
 
     def _seed(self, number: int) -> None:
         for generator in self.used or ():

@@ -79,7 +79,8 @@ def last_words(files: Mapping[int, tuple[Path, int]]) -> tuple[int, str, list[st
         with contextlib.suppress(OSError):
             lines = path.read_text(errors="replace").splitlines()
         if lines[-1:] == [SAID.format(pid)]:
-            said += bool(lines.pop())
+            lines.pop()
+            said += 1
         ends = [i for i, line in enumerate(lines) if line.startswith(FATAL)]
         if ends and lines[0] == OF.format(pid):
             word, stacks = lines[ends[-1]].removeprefix(FATAL), lines[ends[-1] :]

@@ -81,6 +81,7 @@ def scalars(values: Any, device: torch.device, who: str) -> dict[str, torch.Tens
     """What a train_step returned, as tensors without dimensions on the device; it never waits for
     the device. Raises RunError unless it is a mapping of real scalars with a "loss" that has a
     gradient."""
+    # A dict at once: to ask a Mapping runs Python.
     if not isinstance(values, (dict, Mapping)) or "loss" not in values:
         raise RunError(f"{who} must return a dict with a 'loss', not {type(values).__name__}")
     found = {}
@@ -90,7 +91,7 @@ def scalars(values: Any, device: torch.device, who: str) -> dict[str, torch.Tens
             value = on_device(plain, device)
         if not isinstance(value, torch.Tensor) or value.dim() != 0 or value.is_complex():
             raise RunError(f"{who} must return real scalars; {key!r} is {_kind(value)}")
-        found[key] = value.to(device, non_blocking=True)
+        found[key] = on_device(value, device)
     if not found["loss"].requires_grad:
         raise RunError(f"{who} returned a 'loss' that depends on no weight: it has no gradient")
     return found

@@ -35,7 +35,7 @@ class Agreement:
         """`pending` are the answers on their way, oldest first: those of all phases, and at first
         what `on_their_way` of an attempt before gave. `alone`: a process without a group."""
         self.carrier = nn.Parameter(torch.zeros(len(REQUESTS) + 2, device=device))
-        self.device, self.world_size, self.alone, self._pending = device, world_size, alone, pending
+        self.world_size, self.alone, self._pending = world_size, alone, pending
         self._nothing = torch.zeros_like(self.carrier, requires_grad=False)
 
     def say(

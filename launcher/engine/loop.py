@@ -45,7 +45,6 @@ class Loop:
             "checkpoint": Every(state.cfg.CHECKPOINT.EVERY),
         }
         self.timed = [name for name, period in self.periods.items() if period.timed]
-        self.counted = [(k, p) for k, p in self.periods.items() if p.duration and not p.timed]
         self.evaluates = evaluates(self.cfg)
         self.raw = self.cfg.EVAL.RAW and state.averages
         if self.cfg.EVAL.RAW and not self.raw:
@@ -93,7 +92,7 @@ class Loop:
                 self.state.finished = self._why(self.callbacks.reasons.get("finish"))
             finished = self.state.is_finished()
             stopping = "stop" in seen
-            due |= seen | {name for name, period in self.counted if period.due(before, progress)}
+            due |= seen | {name for name, p in self.periods.items() if p.due(before, progress)}
             if skipped and not finished and not stopping:
                 continue  # no new step; what is due with an epoch's end waits for the next one
             if not skipped:

@@ -73,7 +73,7 @@ class StepModule(nn.Module):
         self.name = f"{type(task).__name__}.train_step" + (f" ({phase})" if phase else "")
         self.task, self.model, self.agreement, self.gather = task, model, agreement, gather
         # Counts those that were begun, where a task may begin none.
-        self.collectives: Callable[[], int] | None = None
+        self.collectives: Callable[[], int] = lambda: 0
         self.carrier, self.find_unused = agreement.carrier, cfg.DIST.FIND_UNUSED_PARAMETERS
         self.autocast = autocast(cfg, agreement.carrier.device)
         self.watches = cfg.DEBUG.NONFINITE != ""
@@ -89,18 +89,18 @@ class StepModule(nn.Module):
             used = self.find_unused or any(p.grad is not None for p in self.model.parameters())
             nothing = nothing_of(self.model, used) * 0.0
             return MicroBatch(said[0].sum() * 0.0 + nothing, said, {}, 0.0)
-        begun = self.collectives() if self.collectives else 0
+        begun = self.collectives()
         self.gather.begin()
         with self.autocast:
             returned = self.task.train_step(self.model, batch, *self.phase)
-        if self.collectives and self.collectives() != begun:
+        if self.collectives() != begun:
             raise RunError(
                 f"{self.name} begins a collective of its own, but ranks have different numbers of "
                 "micro-batches in some global batch, at least in an epoch's last one: those with "
                 "fewer would not take part. Use self.gather, or set TRAIN.DROP_LAST True, with "
                 "TRAIN.BATCH_SIZE a multiple of the number of ranks or TRAIN.MICRO_BATCH_SIZE 0."
             )
-        values = scalars(returned, self.agreement.device, self.name)
+        values = scalars(returned, self.agreement.carrier.device, self.name)
         weighted = "weight" in values
         weight = values.pop("weight").detach().float() if weighted else float(samples)
         loss = values["loss"] if values["loss"].dtype == torch.float64 else values["loss"].float()
@@ -132,7 +132,6 @@ class Phase:
     ) -> None:
         self.name, self.schedule = name, schedule
         self.optimizer, self.scaler = state.optimizers[name], state.scalers[name]
-        self.scales = self.scaler.is_enabled()  # calls cost nothing where it does not
         self.model, self.weights = state.model, list(state.model.parameters())
         own = {id(p) for p in weights_of(self.optimizer)}
         self.trains = [p.requires_grad and (not name or id(p) in own) for p in self.weights]
@@ -299,7 +298,7 @@ class TrainStep:
                 with phase.held_back() if i < rounds - 1 else NOTHING:
                     try:
                         out = phase.forward(micro_batch, samples, batch.count, requests)
-                        loss = phase.scaler.scale(out.loss) if phase.scales else out.loss
+                        loss = phase.scaler.scale(out.loss)
                         self.callbacks.call("on_backward", loss)
                         out.backward(loss)
                     except RuntimeError as error:
@@ -336,10 +335,10 @@ class TrainStep:
     def _update(self, phase: Phase, gradients: list[torch.Tensor]) -> bool:
         self.callbacks.call("on_gradients")
         skipped, norm, scaler = False, norm_of(gradients), phase.scaler
-        if self.watches and not phase.scales:  # which meets such gradients now and then
+        if self.watches and not scaler.is_enabled():  # which meets such gradients now and then
             phase.agreement.watch(norm)
         self.clip(phase.parameters, gradients, norm)
-        if phase.scales:
+        if scaler.is_enabled():
             # Three waits for the device, in fp16 alone: both scales, and the scaler's own decision.
             before = scaler.get_scale()
             scaler.step(phase.optimizer)

@@ -229,9 +229,9 @@ def shown(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         told = type(batch), batch.dtype, batch.is_contiguous(), batch.requires_grad
         return (*told, batch.resolve_neg().resolve_conj().tolist())
-    return (
-        (type(batch), [shown(part) for part in batch]) if isinstance(batch, list | tuple) else batch
-    )
+    if isinstance(batch, list | tuple):
+        return type(batch), [shown(part) for part in batch]
+    return batch
 
 
 @pytest.mark.parametrize("kind", SAMPLES)

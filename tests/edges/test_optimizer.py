@@ -137,12 +137,12 @@ class Slowed(torch.optim.SGD):
 def around() -> tuple[list[Any], Any]:
     """How often torch's wrapper is entered, once `sys.setprofile` has what comes along."""
     entered: list[Any] = []
-    return (
-        entered,
-        lambda frame, event, _: (
-            entered.append(frame) if event == "call" and frame.f_code is AROUND else None
-        ),
-    )
+
+    def look(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code is AROUND:
+            entered.append(frame)
+
+    return entered, look
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, Slowed])

@@ -199,10 +199,8 @@ class SomeUse(Alone):
     """What is gathered has gradients on some ranks alone, of zero."""
 
     def train_step(self, model: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
-        loss, rows = (
-            super().train_step(model, batch)["loss"],
-            self.gather(self.views(model, batch)[1]),
-        )
+        loss = super().train_step(model, batch)["loss"]
+        rows = self.gather(self.views(model, batch)[1])
         return {"loss": loss if dist.get_rank() == 1 else loss + 0.0 * rows.sum()}
 
 
