@@ -31,6 +31,7 @@ def mix(x: _U64) -> _U64:
     return x ^ (x >> np.uint64(31))
 
 
+@functools.lru_cache  # the same for all batches of an epoch; to be read alone
 def keys(seed: int, epoch: int, count: int, use: int = 0) -> _U64:
     """`count` independent 64-bit keys for an epoch, others for every `use`."""
     words = np.random.SeedSequence([seed, epoch, use]).generate_state(count, np.uint64)
